@@ -1,0 +1,37 @@
+"""Installs the `llama` package. Ranges of what it needs are in requirements.txt, tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+REQUIREMENTS = [
+    line.partition("#")[0].strip() for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
+]
+DEMO = [
+    "tokenizers>=0.19",  # learns the demo model's vocabulary
+    "tqdm>=4.66",  # progress bars
+]
+
+setup(
+    name="llama",
+    version="0.1.0",
+    description="A Llama inference reference: readable, right, and the same on a laptop and on 8 GPUs",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=["llama"],
+    python_requires=">=3.10",
+    install_requires=[requirement for requirement in REQUIREMENTS if requirement],
+    extras_require={
+        "demo": DEMO,
+        "test": [
+            *DEMO,
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "transformers>=4.44",  # the independent implementation that logits are compared with
+            "ruff>=0.6",
+            "mypy>=1.11",
+        ],
+    },
+)
