@@ -1,0 +1,291 @@
+"""The network: the decoder-only transformer of the Llama papers, split over model-parallel ranks by fairscale's layers.
+
+Knows no files, no devices and no sampling. The shape of a tensor stands in a trailing comment wherever it changes:
+B rows of a batch, T tokens a row, S cached positions, H query heads and KV key/value heads *of this rank*, D head size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import fairscale.nn.model_parallel.initialize as fs_init
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import Tensor, nn
+
+from .errors import LlamaError
+
+MP_SIZE = "the model-parallel size"  # as error messages call it
+StartPos = int | Tensor  # where a row's first token stands: one position for all rows, or (B,) of them
+
+
+@dataclass
+class ModelArgs:
+    """The sizes that make a model. Those of a checkpoint are its `params.json`; the last two size the KV cache."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: as many as the tokenizer has words
+    multiple_of: int = 256  # the hidden size of the feed-forward is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return feed_forward_size(4 * self.dim, self.multiple_of, self.ffn_dim_multiplier)
+
+
+def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:
+    """Two thirds of `hidden_dim` (SwiGLU has three matrices instead of two), scaled, rounded up to `multiple_of`."""
+    hidden_dim = int(2 * hidden_dim / 3)
+    if ffn_dim_multiplier is not None:
+        hidden_dim = int(ffn_dim_multiplier * hidden_dim)
+    return multiple_of * math.ceil(hidden_dim / multiple_of)
+
+
+def divide(name: str, total: int, by: str, parts: int) -> int:
+    """`total / parts`. Raises LlamaError, naming both, when that leaves a remainder."""
+    if parts < 1 or total < 1 or total % parts:
+        raise LlamaError(f"{name} = {total} cannot be divided by {by} = {parts}: choose sizes that divide evenly")
+    return total // parts
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalization (arXiv:1910.07467), accumulated in float32."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def _norm(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x.float()).type_as(x) * self.weight
+
+
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
+    """Rotary angles (arXiv:2104.09864) as unit complex numbers: complex64 of shape (end, dim / 2).
+
+    Row t holds exp(i * t * theta^(-2j / dim)) for j in 0..dim/2. Built on torch's current default device.
+    """
+    freqs = 1.0 / (theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))  # (dim / 2)
+    angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs)  # (end, dim / 2)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
+    """View `freqs_cis`, (T, D/2) or (B, T, D/2), so that it multiplies x of shape (B, T, heads, D/2)."""
+    if freqs_cis.shape == (x.shape[1], x.shape[-1]):
+        return freqs_cis.view(1, x.shape[1], 1, x.shape[-1])
+    if freqs_cis.shape == (x.shape[0], x.shape[1], x.shape[-1]):
+        return freqs_cis.view(x.shape[0], x.shape[1], 1, x.shape[-1])
+    raise LlamaError(f"freqs_cis of shape {tuple(freqs_cis.shape)} does not fit x of shape {tuple(x.shape)}")
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each pair of neighbours of xq (B, T, H, D) and xk (B, T, KV, D) by its position's angle, in float32."""
+    xq_ = torch.view_as_complex(xq.float().reshape(*xq.shape[:-1], -1, 2))  # (B, T, H, D/2)
+    xk_ = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))  # (B, T, KV, D/2)
+    freqs_cis = reshape_for_broadcast(freqs_cis, xq_)
+    xq_out = torch.view_as_real(xq_ * freqs_cis).flatten(3)  # (B, T, H, D)
+    xk_out = torch.view_as_real(xk_ * freqs_cis).flatten(3)  # (B, T, KV, D)
+    return xq_out.type_as(xq), xk_out.type_as(xk)
+
+
+def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+    """Give every query head its own key or value: (B, S, KV, D) -> (B, S, KV * n_rep, D).
+
+    What grouped-query attention means (arXiv:2305.13245), spelled out. `Attention` leaves it to torch's kernels, which
+    read each key head once for its whole group instead of copying it.
+    """
+    return x if n_rep == 1 else torch.repeat_interleave(x, n_rep, dim=2)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention over this rank's share of the heads, with the rows' KV cache."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        mp_size = fs_init.get_model_parallel_world_size()
+        n_kv_heads = args.n_heads if args.n_kv_heads is None else args.n_kv_heads
+        self.head_dim = divide("dim", args.dim, "n_heads", args.n_heads)
+        divide("head_dim", self.head_dim, "the size of a rotary pair", 2)
+        self.n_local_heads = divide("n_heads", args.n_heads, MP_SIZE, mp_size)
+        self.n_local_kv_heads = divide("n_kv_heads", n_kv_heads, MP_SIZE, mp_size)
+        self.n_rep = divide("n_heads", args.n_heads, "n_kv_heads", n_kv_heads)
+
+        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, bias=False, gather_output=False)
+        self.wk = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim, bias=False, gather_output=False)
+        self.wv = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim, bias=False, gather_output=False)
+        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim, bias=False, input_is_parallel=True)
+
+        self.cache_shape = (args.max_batch_size, args.max_seq_len, self.n_local_kv_heads, self.head_dim)
+        self.cache_k: Tensor | None  # (max_batch_size, max_seq_len, KV, D) from the first use of a position on
+        self.cache_v: Tensor | None
+        self.register_buffer("cache_k", None, persistent=False)
+        self.register_buffer("cache_v", None, persistent=False)
+
+    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: StartPos) -> tuple[Tensor, Tensor]:
+        """Write xk and xv (B, T, KV, D) at their rows' positions; returns all that is cached so far, (B, S, KV, D)."""
+        if self.cache_k is None or self.cache_v is None:
+            with torch.inference_mode(False):  # usable in and out of inference mode, whatever came first
+                self.cache_k = torch.zeros(self.cache_shape, dtype=xk.dtype, device=xk.device)
+                self.cache_v = torch.zeros(self.cache_shape, dtype=xv.dtype, device=xv.device)
+        bsz, seqlen = xk.shape[:2]
+        if isinstance(start_pos, int):
+            end = start_pos + seqlen
+            self.cache_k[:bsz, start_pos:end] = xk
+            self.cache_v[:bsz, start_pos:end] = xv
+        else:
+            end = int(start_pos.max()) + seqlen
+            rows = torch.arange(bsz, device=xk.device)[:, None]  # (B, 1)
+            columns = start_pos[:, None] + torch.arange(seqlen, device=xk.device)  # (B, T)
+            self.cache_k[rows, columns] = xk
+            self.cache_v[rows, columns] = xv
+        return self.cache_k[:bsz, :end], self.cache_v[:bsz, :end]
+
+    def forward(self, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+        """x: (B, T, dim). start_pos None: no cache. mask: bool (B, 1, T, S), True where a query may look; or None,
+        when every query may look at all keys up to its own."""
+        bsz, seqlen, _ = x.shape
+        xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, T, H, D)
+        xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
+        xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        if start_pos is not None:
+            xk, xv = self.update_cache(xk, xv, start_pos)  # (B, S, KV, D)
+        output = F.scaled_dot_product_attention(
+            xq.transpose(1, 2),  # (B, H, T, D)
+            xk.transpose(1, 2),  # (B, KV, S, D)
+            xv.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None and seqlen > 1,
+            enable_gqa=self.n_rep > 1,
+        )  # (B, H, T, D)
+        return self.wo(output.transpose(1, 2).reshape(bsz, seqlen, -1))  # (B, T, dim)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
+        super().__init__()
+        hidden_dim = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
+        mp_size = fs_init.get_model_parallel_world_size()
+        divide("hidden_dim", hidden_dim, MP_SIZE, mp_size)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
+        self.w2 = RowParallelLinear(hidden_dim, dim, bias=False, input_is_parallel=True)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, dim) -> (B, T, hidden_dim / ranks) -> (B, T, dim)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, layer_id: int, args: ModelArgs):
+        super().__init__()
+        self.layer_id = layer_id
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+        self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
+
+    def forward(self, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+        h = x + self.attention(self.attention_norm(x), start_pos, freqs_cis, mask)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Transformer(nn.Module):
+    """Token ids to logits. Needs fairscale's model-parallel groups (`llama.parallel.initialize`) to be built.
+
+    Raises LlamaError, naming the numbers, when the sizes don't divide over heads or ranks.
+    """
+
+    def __init__(self, params: ModelArgs):
+        super().__init__()
+        self.params = params
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        if params.vocab_size < 1:
+            raise LlamaError(f"vocab_size is {params.vocab_size}: set it to the number of words of the tokenizer")
+        mp_size = fs_init.get_model_parallel_world_size()
+        divide("vocab_size", params.vocab_size, MP_SIZE, mp_size)
+
+        self.tok_embeddings = VocabParallelEmbedding(params.vocab_size, params.dim)
+        self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, eps=params.norm_eps)
+        self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False)
+        self.freqs_cis: Tensor | None = None  # no buffer: a model cast to bfloat16 keeps its angles complex64
+
+    def forward(self, tokens: Tensor, start_pos: StartPos | None = None) -> Tensor:
+        """Logits of every position: float32 (B, T, vocab_size).
+
+        tokens: integers (B, T). With `start_pos`, an int or a (B,) tensor of them, row b's first token stands at
+        position start_pos[b] and looks at what the KV cache holds before it; no gradient flows. Without, the tokens
+        are all there is, nothing is cached, and the result is differentiable.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            return self.logits(self.hidden_states(tokens, start_pos))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states (..., dim) of the positions that are wanted -> their logits, float32 (..., vocab_size)."""
+        return self.output(h).float()
+
+    def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None) -> Tensor:
+        """What `forward` computes before the output layer: (B, T, dim), normed."""
+        if start_pos is None:
+            return self._blocks(tokens, None, self._rotary(tokens.shape[1], tokens.device)[: tokens.shape[1]], None)
+        with torch.no_grad():
+            return self._cached_hidden_states(tokens, start_pos)
+
+    def _cached_hidden_states(self, tokens: Tensor, start_pos: StartPos) -> Tensor:
+        bsz, seqlen = tokens.shape
+        first = start_pos if isinstance(start_pos, int) else int(start_pos.min())
+        end = seqlen + (start_pos if isinstance(start_pos, int) else int(start_pos.max()))
+        if bsz > self.params.max_batch_size or first < 0 or end > self.params.max_seq_len:
+            raise LlamaError(
+                f"{bsz} rows at positions {first} to {end - 1} do not fit the KV cache of max_batch_size="
+                f"{self.params.max_batch_size} rows and max_seq_len={self.params.max_seq_len} positions"
+            )
+        steps = torch.arange(seqlen, device=tokens.device)
+        positions = steps + (start_pos if isinstance(start_pos, int) else start_pos[:, None])  # (T) or (B, T)
+        mask = None
+        if (first > 0 and seqlen > 1) or first + seqlen != end:  # not all of the cache is every query's past
+            seen = torch.arange(end, device=tokens.device)  # (S)
+            mask = (seen <= positions[..., None]).view(-1, 1, seqlen, end)  # (1 or B, 1, T, S)
+        return self._blocks(tokens, start_pos, self._rotary(end, tokens.device)[positions], mask)
+
+    def _blocks(self, tokens: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+        h = self.tok_embeddings(tokens)  # (B, T, dim)
+        for layer in self.layers:
+            h = layer(h, start_pos, freqs_cis, mask)
+        return self.norm(h)
+
+    def _rotary(self, end: int, device: torch.device) -> Tensor:
+        """The table of angles for at least `end` positions, made on first use and kept: complex64 (>= end, D/2)."""
+        if self.freqs_cis is None or self.freqs_cis.shape[0] < end:
+            end = max(end, self.params.max_seq_len)
+            with torch.inference_mode(False), torch.device("cpu"):
+                self.freqs_cis = precompute_freqs_cis(self.params.head_dim, end, self.params.rope_theta)
+        self.freqs_cis = self.freqs_cis.to(device)
+        return self.freqs_cis
+
+    def copy_cache_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` cached positions of row `source` over those of row `target`, in every layer."""
+        for name, cache in self.named_buffers():
+            if name.endswith(("cache_k", "cache_v")):
+                cache[target, :length] = cache[source, :length]
