@@ -1,0 +1,347 @@
+"""Text to token ids and back: Llama 3's tokenizer and its chat format.
+
+`Tokenizer` is byte-pair encoding (by tiktoken) over a vocabulary file of "base64 rank" lines. `ChatFormat` writes a
+dialog as the ids the chat models were trained on. `StreamDecoder` turns ids that come one at a time into text.
+
+Knows no tensors, no model and no sampling.
+"""
+
+import base64
+import codecs
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from typing import ClassVar, Literal, TypedDict, get_args
+
+import tiktoken
+
+from .errors import LlamaError
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[str, ...] = get_args(Role)
+
+
+class Message(TypedDict):
+    """One turn of a dialog."""
+
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
+
+# tiktoken's regular expression gives up on long texts and on long runs, so longer ones are encoded in pieces. The
+# places of the cuts show in the ids: these two numbers belong to the format.
+MAX_TEXT_CHARS = 400_000
+MAX_RUN_CHARS = 25_000
+_RUN = re.compile(r"\s+|\S+")
+
+_EXPECTED = "expected Llama 3's tokenizer.model, a text file of 'base64 rank' lines (not tokenizer.json, not Llama 2's)"
+
+
+def _special_names(count: int) -> list[str]:
+    """The names of the `count` control tokens in the order of their ids; the unused ones fill the gaps."""
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(count - 5)]
+    return [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        *reserved[:4],
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        reserved[4],
+        "<|eot_id|>",
+        *reserved[5:],
+    ]
+
+
+class Tokenizer:
+    """Byte-pair encoding with Llama 3's split pattern and its 256 control tokens.
+
+    Attributes:
+        model: the tiktoken Encoding.
+        n_words: how many ids there are, control tokens included; ids are 0 .. n_words - 1.
+        special_tokens: name -> id of each control token; their ids follow the vocabulary file's.
+        bos_id, eos_id: ids of <|begin_of_text|> and <|end_of_text|>.
+        pad_id: -1, which is no token.
+        stop_tokens: the ids that end a generation.
+    """
+
+    num_reserved_special_tokens: ClassVar[int] = 256
+    pat_str: ClassVar[str] = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+
+    def __init__(self, model_path: str | os.PathLike[str]) -> None:
+        """Read the vocabulary at `model_path`, a local path or an object store's URL.
+
+        Raises:
+            LlamaError: the file can't be read, or isn't such a vocabulary.
+        """
+        path = os.fspath(model_path)
+        ranks = _parse_vocabulary(path, _read(path))
+        names = _special_names(self.num_reserved_special_tokens)
+        self.special_tokens: dict[str, int] = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.model = tiktoken.Encoding(
+            name=os.path.basename(path),
+            pat_str=self.pat_str,
+            mergeable_ranks=ranks,
+            special_tokens=self.special_tokens,
+        )
+        self.n_words: int = len(ranks) + len(names)
+        self.bos_id: int = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id: int = self.special_tokens["<|end_of_text|>"]
+        self.pad_id: int = -1
+        self.stop_tokens: set[int] = {self.eos_id, self.special_tokens["<|eot_id|>"]}
+
+    def encode(
+        self,
+        s: str,
+        *,
+        bos: bool,
+        eos: bool,
+        allowed_special: Literal["all"] | Set[str] = frozenset(),
+        disallowed_special: Literal["all"] | Collection[str] = (),
+    ) -> list[int]:
+        """Encode `s`, in time linear in its length; lone surrogates are encoded as U+FFFD.
+
+        Args:
+            bos, eos: put <|begin_of_text|> before, <|end_of_text|> after.
+            allowed_special: the control tokens whose names in `s` become those tokens. All others are plain text,
+                so by default no text can make a control token.
+            disallowed_special: names that `s` may not contain; "all" is every control token that isn't allowed.
+
+        Raises:
+            LlamaError: `s` isn't a str or contains a disallowed name.
+        """
+        if not isinstance(s, str):
+            raise LlamaError(f"text to encode is {_kind(s)}; expected str")
+        allowed = self._names(allowed_special, "allowed_special") & self.special_tokens.keys()
+        disallowed = self._names(disallowed_special, "disallowed_special")
+        if disallowed_special == "all":
+            disallowed -= allowed
+        if found := next(_occurrences(disallowed, s), None):
+            raise LlamaError(
+                f"text contains the control token {found[0]!r} at character {found.start()}, which "
+                "disallowed_special forbids; remove it from the text, or put it in allowed_special"
+            )
+
+        # Control tokens are taken out before the text is cut, lest a cut go through one.
+        tokens = [self.bos_id] if bos else []
+        start = 0
+        for special in _occurrences(allowed, s):
+            tokens += self._encode_plain(s[start : special.start()])
+            tokens.append(self.special_tokens[special[0]])
+            start = special.end()
+        tokens += self._encode_plain(s[start:])
+        if eos:
+            tokens.append(self.eos_id)
+        return tokens
+
+    def decode(self, t: Sequence[int]) -> str:
+        """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD.
+
+        Raises:
+            LlamaError: an id isn't in 0 .. n_words - 1.
+        """
+        for position, token in enumerate(t):
+            if not 0 <= token < self.n_words:
+                raise LlamaError(f"token id {token} at position {position} is outside 0..{self.n_words - 1}")
+        return self.model.decode(t)
+
+    def decode_bytes(self, token: int) -> bytes:
+        """The bytes of one id, which needn't be whole UTF-8 characters. Raises LlamaError as `decode` does."""
+        if not 0 <= token < self.n_words:
+            raise LlamaError(f"token id {token} is outside 0..{self.n_words - 1}")
+        return self.model.decode_single_token_bytes(token)
+
+    def _names(self, names: Literal["all"] | Collection[str], argument: str) -> Set[str]:
+        if isinstance(names, str):
+            if names != "all":  # a bare name would be taken for a collection of letters
+                raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
+            return self.special_tokens.keys()
+        return frozenset(names)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return [token for piece in _pieces(text) for token in self.model.encode_ordinary(piece)]
+
+
+class StreamDecoder:
+    """Ids to text, one id at a time; a character split over several ids comes out whole, with the last of them.
+
+    What `push` and then `flush` return, put together, is `tokenizer.decode` of the ids pushed. After `flush` the
+    decoder is as new.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """The text that `token` makes complete, maybe none. Raises LlamaError if it is no id of the vocabulary."""
+        return self._utf8.decode(self.tokenizer.decode_bytes(token))
+
+    def flush(self) -> str:
+        """U+FFFD if the last character is incomplete, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class ChatFormat:
+    """Dialogs as the chat models were trained on them.
+
+    A message is <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>. Role and content are encoded
+    as plain text: nothing that a user writes can become a control token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def encode_header(self, message: Message) -> list[int]:
+        """The ids that open `message`, of which only the role is read. Raises LlamaError if it isn't one of ROLES."""
+        role = _field(message, "role")
+        if role not in ROLES:
+            raise LlamaError(f"unknown role {_shortened(role)}; known roles are {', '.join(ROLES)}")
+        special = self.tokenizer.special_tokens
+        return [
+            special["<|start_header_id|>"],
+            *self.tokenizer.encode(role, bos=False, eos=False),
+            special["<|end_header_id|>"],
+            *self.tokenizer.encode("\n\n", bos=False, eos=False),
+        ]
+
+    def encode_message(self, message: Message) -> list[int]:
+        """The ids of `message`, its content stripped of the white space around it, from header to <|eot_id|>.
+
+        Raises:
+            LlamaError: an unknown role, no role or content, or one that isn't a str.
+        """
+        return [
+            *self.encode_header(message),
+            *self.tokenizer.encode(_field(message, "content").strip(), bos=False, eos=False),
+            self.tokenizer.special_tokens["<|eot_id|>"],
+        ]
+
+    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+        """The ids of `dialog`, from <|begin_of_text|> to the open header of the assistant's answer.
+
+        Raises:
+            LlamaError: the dialog is empty, or a message is refused by `encode_message`; it says which.
+        """
+        if not dialog:
+            raise LlamaError("the dialog is empty; expected at least one message")
+        tokens = [self.tokenizer.bos_id]
+        for number, message in enumerate(dialog, start=1):
+            try:
+                tokens += self.encode_message(message)
+            except LlamaError as error:
+                raise LlamaError(f"message {number} of {len(dialog)}: {error}") from None
+        return tokens + self.encode_header({"role": "assistant", "content": ""})
+
+
+def _field(message: object, name: str) -> str:
+    if not isinstance(message, Mapping):
+        raise LlamaError(f"a message is {_kind(message)}; expected a dict with 'role' and 'content'")
+    if name not in message:
+        raise LlamaError(f"no {name!r}, only {sorted(map(str, message))}; expected 'role' and 'content'")
+    value = message[name]
+    if not isinstance(value, str):
+        raise LlamaError(f"{name!r} is {_kind(value)}; expected str")
+    return value
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} {_shortened(value)}"
+
+
+def _shortened(value: object, width: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def _occurrences(names: Set[str], text: str) -> Iterator[re.Match[str]]:
+    """Where any of `names` stands in `text`, from left to right."""
+    return re.finditer("|".join(map(re.escape, sorted(names))), text) if names else iter(())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut `text` into what tiktoken takes at once: MAX_TEXT_CHARS, no run of (non-)spaces over MAX_RUN_CHARS."""
+    for begin in range(0, len(text), MAX_TEXT_CHARS):
+        part = text[begin : begin + MAX_TEXT_CHARS]
+        start = 0
+        if len(part) > MAX_RUN_CHARS:
+            for run in _RUN.finditer(part):
+                for cut in range(run.start() + MAX_RUN_CHARS, run.end(), MAX_RUN_CHARS):
+                    yield part[start:cut]
+                    start = cut
+        yield part[start:]
+
+
+def _read(path: str) -> bytes:
+    """The file's bytes as they are now: tiktoken's own loader would cache them by path."""
+    import blobfile  # here, since it takes longer to import than all else in this file
+
+    try:
+        return blobfile.read_bytes(path)
+    except IsADirectoryError:
+        raise LlamaError(f"{path}: found a directory; give the path of the tokenizer.model in it") from None
+    except FileNotFoundError:
+        raise LlamaError(f"{path}: no such file; {_EXPECTED}") from None
+    except (OSError, ValueError, blobfile.Error) as error:
+        reason = " ".join(str(error).split())
+        raise LlamaError(f"{path}: the tokenizer can't be read ({reason}); {_EXPECTED}") from error
+
+
+def _parse_vocabulary(path: str, data: bytes) -> dict[bytes, int]:
+    """Token -> rank from lines of "base64 rank", in any order.
+
+    Raises:
+        LlamaError: the ranks aren't 0 .. n - 1, each once, or the tokens aren't distinct or lack a single byte.
+    """
+    if not data.strip():
+        raise LlamaError(f"{path}: the file is empty; {_EXPECTED}")
+    if data.lstrip().startswith(b"<"):
+        raise LlamaError(f"{path}: found a web page (it starts with '<'), not a download of the file; {_EXPECTED}")
+    if data.startswith(b"version https://git-lfs"):
+        raise LlamaError(f"{path}: found a Git LFS pointer, not the file; fetch the file with `git lfs pull`")
+
+    ranks: dict[bytes, int] = {}
+    line_of_rank: dict[int, int] = {}
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = _parse_line(line)
+            if token in ranks:
+                raise LlamaError(f"the token {_shortened(token)} already has line {line_of_rank[ranks[token]]}")
+            if rank in line_of_rank:
+                raise LlamaError(f"the rank {rank} already has line {line_of_rank[rank]}")
+        except LlamaError as error:
+            raise LlamaError(f"{path}, line {number}: {error}; {_EXPECTED}") from None
+        ranks[token] = rank
+        line_of_rank[rank] = number
+
+    gap = next((rank for rank in range(len(ranks)) if rank not in line_of_rank), None)
+    if gap is not None:
+        raise LlamaError(
+            f"{path}: {len(ranks)} tokens, but no rank {gap}; expected the ranks 0..{len(ranks) - 1}: get the file anew"
+        )
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise LlamaError(
+            f"{path}: {len(missing)} of the 256 single bytes are no tokens, the first 0x{missing[0]:02x}; "
+            "expected all, so that any text can be encoded: get the file anew"
+        )
+    return ranks
+
+
+def _parse_line(line: bytes) -> tuple[bytes, int]:
+    fields = line.split()
+    if len(fields) != 2:
+        raise LlamaError(f"found {_shortened(line)}, {len(fields)} field(s) and not 2")
+    try:
+        token = base64.b64decode(fields[0], validate=True)
+    except ValueError as error:
+        raise LlamaError(f"found {_shortened(fields[0])}, which isn't base64 ({error})") from None
+    if not (fields[1].isdigit() and len(fields[1]) < 10):
+        raise LlamaError(f"found the rank {_shortened(fields[1])}, which isn't a number from 0 up")
+    return token, int(fields[1])
