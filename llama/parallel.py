@@ -1,0 +1,192 @@
+"""Where we run: device, dtype, process group, model-parallel group, and "am I the one who prints".
+
+Knows no model and no files. Changes nothing global but torch.distributed's process groups, which are what it is for.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fairscale.nn.model_parallel.initialize as fs_init
+import torch
+import torch.distributed as dist
+
+from .errors import LlamaError
+
+T = TypeVar("T")
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one rank needs to know of where it runs."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int
+    world_size: int
+    mp_rank: int
+    mp_size: int
+
+
+def env_rank() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine), as torchrun says them; (0, 1, 0) without torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not dist.is_torchelastic_launched() and not all(name in os.environ for name in names):
+        return 0, 1, 0
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    return rank, world_size, local_rank
+
+
+def is_printer() -> bool:
+    """Whether this process is the one that talks to the user: rank 0. Answers before anything is initialized too."""
+    return (dist.get_rank() if dist.is_initialized() else env_rank()[0]) == 0
+
+
+def choose_device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:
+    """The device asked for, or the best there is: CUDA (one a rank), then MPS (one process only), then the CPU."""
+    if device is None:
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            device = "mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise LlamaError(f"device {device!r} is not known: expected cpu, cuda, cuda:N or mps") from None
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise LlamaError(f"device {device!r} is not supported: expected cpu, cuda, cuda:N or mps")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise LlamaError("device 'mps' was asked for, but this machine or this torch has none: use --device cpu")
+    if chosen.type == "mps" and world_size > 1:
+        raise LlamaError(f"device 'mps' runs one process, not {world_size}: use --device cpu, or no torchrun")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count()
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= count:
+            raise LlamaError(f"device cuda:{index} was asked for, but {count} CUDA devices are here: use --device cpu")
+        chosen = torch.device("cuda", index)
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or bfloat16 where `device` computes in it, else float16 (CUDA, MPS) or float32 (CPU)."""
+    if isinstance(dtype, torch.dtype):
+        if dtype not in DTYPES.values():
+            raise LlamaError(f"dtype {dtype} is not supported: expected bfloat16, float16 or float32")
+        return dtype
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise LlamaError(f"dtype {dtype!r} is not known: expected bfloat16, float16 or float32")
+        return DTYPES[name]
+    if device.type == "cuda":
+        # Cards before Ampere only emulate bfloat16.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "mps":
+        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
+def initialize(
+    model_parallel_size: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Place:
+    """Join the process groups (or use those that are there) and say where this rank stands.
+
+    Under torchrun the world is torchrun's; otherwise it is this process alone, over a store in its own memory: no
+    port, no environment variable. `model_parallel_size` defaults to the world size; a larger world is divided into
+    data-parallel copies of the model-parallel group. Raises LlamaError where the numbers or the device don't fit.
+    """
+    rank, world_size, local_rank = env_rank()
+    if dist.is_initialized():
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    chosen = choose_device(device, local_rank, world_size)
+    mp_size = world_size if model_parallel_size is None else model_parallel_size
+    if mp_size < 1 or world_size % mp_size:
+        raise LlamaError(
+            f"model_parallel_size is {mp_size} and {world_size} processes run: the processes must be a multiple of it; "
+            f"start with torchrun --nproc_per_node {max(mp_size, 1)}"
+        )
+    if not dist.is_initialized():
+        if world_size == 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        elif chosen.type == "cuda":
+            dist.init_process_group("nccl", device_id=chosen)
+        else:
+            dist.init_process_group("gloo")
+    if not fs_init.model_parallel_is_initialized():
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
+            fs_init.initialize_model_parallel(mp_size)
+    elif fs_init.get_model_parallel_world_size() != mp_size:
+        raise LlamaError(
+            f"this process already runs model_parallel_size={fs_init.get_model_parallel_world_size()}, and "
+            f"{mp_size} was asked for: build models of different sizes in different processes"
+        )
+    return Place(chosen, choose_dtype(dtype, chosen), rank, world_size, fs_init.get_model_parallel_rank(), mp_size)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that a program may hope to get on `device`: what is free on a GPU, all that a CPU's machine has."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def leads_group() -> bool:
+    """Whether this rank is the first of its model-parallel group: the one that samples for all of it."""
+    return fs_init.get_model_parallel_rank() == 0
+
+
+def broadcast(tensor: torch.Tensor) -> torch.Tensor:
+    """Overwrite `tensor`, on every rank of a model-parallel group, with that of the group's first rank."""
+    group = fs_init.get_model_parallel_group()
+    if group.size() > 1:
+        dist.broadcast(tensor, fs_init.get_model_parallel_src_rank(), group=group)
+    return tensor
+
+
+def broadcast_object(value: T) -> T:
+    """The `value` that rank 0 of the whole world has, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A step that may fail on one rank alone: if it fails on any, all of them raise LlamaError with that message.
+
+    Without this, the others would wait in their next collective for a rank that has gone.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    messages: list[str | None] = [None] * dist.get_world_size()
+    own = error if error is None or isinstance(error, LlamaError) else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(messages, None if own is None else str(own))
+    if error is not None and not isinstance(error, LlamaError):
+        raise error
+    for rank, message in enumerate(messages):
+        if message is not None:
+            everywhere = all(m == message for m in messages)
+            raise LlamaError(message if everywhere else f"rank {rank}: {message}") from error
