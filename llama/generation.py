@@ -1,0 +1,389 @@
+"""Llama: a model, its tokenizer, and text made with them.
+
+One primitive: `Llama.stream` yields tokens as they are made; `generate`, `text_completion` and `chat_completion` drain
+it. Knows no file format and no layer of the network.
+"""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import parallel
+from .checkpoint import load_model, memory_needed, open_checkpoint
+from .errors import LlamaError
+from .model import ModelArgs, Transformer
+from .sampling import sample, sample_top_p, token_logprobs
+from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
+
+__all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
+
+LOGPROB_CHUNK = 256  # prompt positions whose logits are held at once
+
+
+class CompletionPrediction(TypedDict, total=False):
+    generation: str
+    tokens: list[str]  # not required
+    logprobs: list[float]  # not required
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
+    tokens: list[str]  # not required
+    logprobs: list[float]  # not required
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of one row, as `Llama.stream` yields it.
+
+    row: place of the prompt in the batch. text: what this token made decodable (empty inside a split character).
+    logprob: log-probability of the token under the model, or None unless asked for. finish_reason: None while the row
+    goes on; "stop" for a stop token, whose own text is left out; "length" when the row's allowance is used up.
+    """
+
+    row: int
+    token: int
+    text: str
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass
+class _Row:
+    """A row that is being generated: where it stands, how far it may go, and its own source of chance."""
+
+    index: int
+    position: int  # tokens in the row so far
+    left: int  # tokens that it may still get
+    decoder: StreamDecoder
+    generator: torch.Generator
+    last: int = -1
+    finish_reason: FinishReason | None = None
+
+    def accept(self, token: int, logprob: float | None, stop_tokens: set[int]) -> Step:
+        self.position, self.left, self.last = self.position + 1, self.left - 1, token
+        if token in stop_tokens:
+            self.finish_reason, text = "stop", self.decoder.flush()
+        else:
+            text = self.decoder.push(token)
+            if self.left == 0:
+                self.finish_reason, text = "length", text + self.decoder.flush()
+        return Step(self.index, token, text, logprob, self.finish_reason)
+
+
+class Llama:
+    """A Transformer and its Tokenizer: `Llama.build(...)`, then `text_completion`, `chat_completion`, `generate`.
+
+    One KV cache, so one stream at a time. On several ranks every rank calls the same methods with the same arguments.
+    """
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 4,
+        model_parallel_size: int | None = None,
+        seed: int = 1,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "Llama":
+        """Load a checkpoint directory on the ranks that run.
+
+        tokenizer_path: default `tokenizer.model` in ckpt_dir. max_seq_len, max_batch_size: size of the KV cache, and so
+        of what fits in one call. model_parallel_size: default the world size. device, dtype: names or torch's objects;
+        default the best there is. Raises LlamaError, on every rank, for whatever can't work.
+        """
+        place = parallel.initialize(model_parallel_size, device, dtype)
+        with parallel.together():
+            for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+                if not isinstance(value, int) or value < 1:
+                    raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
+            checkpoint = open_checkpoint(ckpt_dir)
+            tokenizer = Tokenizer(str(tokenizer_path or checkpoint.directory / "tokenizer.model"))
+            args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            if args.vocab_size == -1:
+                args.vocab_size = tokenizer.n_words
+            if args.vocab_size != tokenizer.n_words:
+                raise LlamaError(
+                    f"the model has vocab_size {args.vocab_size} and the tokenizer {tokenizer.n_words} words: "
+                    "pass the tokenizer_path that belongs to this checkpoint"
+                )
+            check_memory(args, place)
+        return Llama(load_model(checkpoint, args, place), tokenizer, seed=seed)
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.formatter = ChatFormat(tokenizer)
+        self._seed = seed
+        self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
+        self._current: object = None  # the stream that owns the KV cache
+
+    # --- what callers use -------------------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> Iterator[list[Step]]:
+        """Generate from each prompt, yielding after every forward pass one `Step` for each row still going.
+
+        max_gen_len: tokens a row gets at most (None: what fits in max_seq_len). temperature: 0 takes the likeliest
+        token. top_p: in (0, 1]. echo: the first list yielded holds the prompts' own tokens. Rows draw from chance of
+        their own, made from the seed, the prompt, and how often this Llama was given that prompt; not from neighbours.
+        Raises LlamaError, before any forward pass, for arguments that can't work.
+        """
+        with parallel.together():
+            self._check(prompt_tokens, max_gen_len, temperature, top_p)
+        return self._stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """Token ids generated for each prompt, cut before the first stop token, and their logprobs where asked for.
+
+        Arguments and errors as `stream`. With echo, the prompt's tokens come first; with both, so do their logprobs
+        (0.0 for the first, which nothing predicts).
+        """
+        tokens: list[list[int]] = [[] for _ in prompt_tokens]
+        chances: list[list[float]] = [[] for _ in prompt_tokens]
+        for steps in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo):
+            for step in steps:
+                if step.finish_reason != "stop":
+                    tokens[step.row].append(step.token)
+                    chances[step.row].append(step.logprob or 0.0)
+        return tokens, chances if logprobs else None
+
+    def text_completion(
+        self,
+        prompts: Sequence[str],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        echo: bool = False,
+    ) -> list[CompletionPrediction]:
+        """Go on from each prompt. With logprobs, "tokens" (their texts) and "logprobs" come too; see `generate`."""
+        with parallel.together():
+            if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+                raise LlamaError(f"prompts is {describe(prompts)}, expected a list of strings")
+            if "" in prompts:
+                raise LlamaError(f"prompt {list(prompts).index('')} is empty: give it at least one character")
+            prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+        tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
+        bos = [self.tokenizer.bos_id]
+        texts = [self.tokenizer.decode(t[1:] if t[:1] == bos else t) for t in tokens]
+        results: list[CompletionPrediction] = [{"generation": text} for text in texts]
+        for i, row in enumerate(chances or ()):
+            results[i]["tokens"], results[i]["logprobs"] = self._token_texts(tokens[i]), row
+        return results
+
+    def chat_completion(
+        self,
+        dialogs: Sequence[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+    ) -> list[ChatPrediction]:
+        """The assistant's next message in each dialog. With logprobs, "tokens" and "logprobs" come too."""
+        with parallel.together():
+            prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
+        tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs)
+        results: list[ChatPrediction] = [
+            {"generation": {"role": "assistant", "content": self.tokenizer.decode(t)}} for t in tokens
+        ]
+        for i, row in enumerate(chances or ()):
+            results[i]["tokens"], results[i]["logprobs"] = self._token_texts(tokens[i]), row
+        return results
+
+    # --- how it is done ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _stream(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+        echo: bool,
+    ) -> Iterator[list[Step]]:
+        self._current = ticket = object()
+        rows = [self._row(i, prompt, max_gen_len) for i, prompt in enumerate(prompt_tokens)]
+        # Right padding: a pad's key is overwritten by the row's own next token before any query can see it.
+        longest = max(map(len, prompt_tokens))
+        padded = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompt_tokens]
+        tokens = torch.tensor(padded, device=self._device)  # (B, T)
+        h = self.model.hidden_states(tokens, 0)  # (B, T, dim)
+        if echo:
+            yield self._echo(prompt_tokens, h, tokens, logprobs)
+        live = self._compact(rows, [row for row in rows if row.left > 0])
+        h = h[[row.index for row in live], [row.position - 1 for row in live]]  # (B, dim)
+        while live:
+            chosen, chances = self._choose(self.model.logits(h), live, temperature, top_p, logprobs)
+            yield [r.accept(t, c, self.tokenizer.stop_tokens) for r, t, c in zip(live, chosen, chances, strict=True)]
+            if self._current is not ticket:
+                raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
+            live = self._compact(live, [row for row in live if row.finish_reason is None])
+            if live:
+                h = self._decode(live)
+
+    def _decode(self, live: list[_Row]) -> Tensor:
+        """One forward pass over the last token of each row: hidden states (B, dim)."""
+        tokens = torch.tensor([[row.last] for row in live], device=self._device)  # (B, 1)
+        positions = [row.position - 1 for row in live]
+        even = min(positions) == max(positions)
+        start_pos = positions[0] if even else torch.tensor(positions, device=self._device)
+        return self.model.hidden_states(tokens, start_pos)[:, -1]
+
+    def _choose(
+        self, logits: Tensor, live: list[_Row], temperature: float, top_p: float, logprobs: bool
+    ) -> tuple[list[int], list[float | None]]:
+        """The next token of each row and its logprob, chosen on the group's first rank. logits: (B, vocab_size)."""
+        picked = torch.empty(2, len(live), dtype=torch.float32 if self._device.type == "mps" else torch.float64)
+        picked = picked.to(self._device)  # token ids and logprobs in one message
+        if parallel.leads_group():
+            uniform = None
+            if temperature > 0:
+                draws = [torch.rand((), generator=row.generator) for row in live]
+                uniform = torch.stack(draws)[:, None].to(self._device)  # (B, 1)
+            tokens = sample(logits, temperature, top_p, uniform)  # (B)
+            finite = logits.isfinite().all(dim=-1)
+            picked[0] = tokens.where(finite, -1)
+            picked[1] = token_logprobs(logits, tokens) if logprobs else 0.0
+        tokens_, chances = parallel.broadcast(picked).tolist()
+        for row, token in zip(live, tokens_, strict=True):
+            if token < 0:
+                raise LlamaError(
+                    f"row {row.index}: the logits at position {row.position} are not finite in {self._dtype}: the "
+                    "weights are damaged or this dtype overflows; try --dtype float32"
+                )
+        return [int(t) for t in tokens_], [c if logprobs else None for c in chances]
+
+    def _compact(self, rows: list[_Row], keep: list[_Row]) -> list[_Row]:
+        """Let the rows to keep own the first slots of the KV cache, so that finished ones cost nothing.
+
+        rows: in the order of their slots. The last ones to keep move into the slots of finished ones before them.
+        """
+        kept = {row.index for row in keep}
+        movable = [slot for slot in range(len(keep), len(rows)) if rows[slot].index in kept]
+        rows = list(rows)
+        for slot in range(len(keep)):
+            if rows[slot].index not in kept:
+                source = movable.pop()
+                self.model.copy_cache_row(source, slot, rows[source].position)
+                rows[slot] = rows[source]
+        return rows[: len(keep)]
+
+    def _echo(self, prompts: Sequence[Sequence[int]], h: Tensor, tokens: Tensor, logprobs: bool) -> list[Step]:
+        """The prompts' own tokens as steps. h: (B, T, dim); tokens: (B, T), padded."""
+        chances: list[list[float | None]] = [[None] * len(prompt) for prompt in prompts]
+        if logprobs:
+            predicted = [torch.zeros(len(prompts), 1, device=self._device)]  # nothing predicts the first token
+            for a in range(0, tokens.shape[1] - 1, LOGPROB_CHUNK):
+                following = tokens[:, 1:][:, a : a + LOGPROB_CHUNK]  # (B, chunk)
+                logits = self.model.logits(h[:, :-1][:, a : a + LOGPROB_CHUNK])  # (B, chunk, vocab_size)
+                predicted.append(token_logprobs(logits, following))
+            chances = torch.cat(predicted, dim=1).tolist()
+        steps = []
+        for row, prompt in enumerate(prompts):
+            decoder = StreamDecoder(self.tokenizer)
+            texts = [decoder.push(token) for token in prompt]
+            texts[-1] += decoder.flush()
+            pieces = zip(prompt, texts, chances[row][: len(prompt)], strict=True)
+            steps += [Step(row, token, text, chance) for token, text, chance in pieces]
+        return steps
+
+    def _row(self, index: int, prompt: Sequence[int], max_gen_len: int | None) -> _Row:
+        key = repr((self._seed, list(prompt))).encode()
+        self._asked[key] += 1
+        digest = hashlib.blake2b(key + b"%d" % self._asked[key], digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        room = self.model.params.max_seq_len - len(prompt)
+        left = room if max_gen_len is None else min(room, max_gen_len)
+        return _Row(index, len(prompt), left, StreamDecoder(self.tokenizer), generator)
+
+    def _check(
+        self, prompt_tokens: Sequence[Sequence[int]], max_gen_len: int | None, temperature: float, top_p: float
+    ) -> None:
+        params = self.model.params
+        if not prompt_tokens:
+            raise LlamaError("no prompt was given: expected a list of at least one")
+        if len(prompt_tokens) > params.max_batch_size:
+            raise LlamaError(
+                f"{len(prompt_tokens)} prompts were given, but max_batch_size is {params.max_batch_size}: "
+                "build with a larger max_batch_size or pass fewer at a time"
+            )
+        for i, prompt in enumerate(prompt_tokens):
+            if len(prompt) == 0:
+                raise LlamaError(f"prompt {i} is empty: expected at least one token")
+            if bad := [t for t in prompt if not isinstance(t, int) or not 0 <= t < params.vocab_size]:
+                raise LlamaError(f"prompt {i} has token {bad[0]!r}, expected whole numbers in [0, {params.vocab_size})")
+            if len(prompt) > params.max_seq_len:
+                raise LlamaError(
+                    f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}: "
+                    "shorten it or build with a larger max_seq_len"
+                )
+        check_number("temperature", temperature, "a number of at least 0", lambda x: 0 <= x < math.inf)
+        check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
+        if max_gen_len is not None and (not isinstance(max_gen_len, int) or max_gen_len < 1):
+            raise LlamaError(f"max_gen_len is {max_gen_len!r}, expected a whole number of at least 1")
+
+    def _token_texts(self, tokens: list[int]) -> list[str]:
+        return [self.tokenizer.decode([token]) for token in tokens]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.model.norm.weight.dtype
+
+
+def check_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not holds(float(value)):
+        raise LlamaError(f"{name} is {value!r}, expected {expected}")
+
+
+def describe(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def check_memory(args: ModelArgs, place: parallel.Place) -> None:
+    """Refuse, with the arithmetic, what can't fit: on a GPU a rank's share, on the CPU that of all ranks together."""
+    weights, cache = memory_needed(args, place.mp_size, place.dtype)
+    ranks = 1 if place.device.type == "cuda" else place.world_size
+    have = parallel.available_memory(place.device)
+    if ranks * (weights + cache) > have:
+        gb = 1e9
+        raise LlamaError(
+            f"{weights / gb:.2f} GB of weights + {cache / gb:.2f} GB of KV cache (max_batch_size={args.max_batch_size} "
+            f"x max_seq_len={args.max_seq_len}) in {place.dtype} on {ranks} rank(s) do not fit the {have / gb:.2f} GB "
+            f"of {place.device}: lower max_seq_len or max_batch_size, or use more ranks"
+        )
