@@ -1,0 +1,82 @@
+"""Answers four dialogs with a chat model: the demo model, or a checkpoint of yours.
+
+python example_chat_completion.py
+torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR --tokenizer_path DIR/tokenizer.model
+"""
+
+from llama import Dialog, Llama
+from llama.cli import checkpoint_or_demo, run
+from llama.parallel import is_printer
+
+
+def main(
+    ckpt_dir: str | None = None,
+    tokenizer_path: str | None = None,
+    temperature: float = 0.6,
+    top_p: float = 0.9,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    max_gen_len: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 1,
+) -> None:
+    """Answer the example dialogs.
+
+    Args:
+        ckpt_dir: directory of the checkpoint; the demo model where not given.
+        tokenizer_path: the tokenizer's file; tokenizer.model in ckpt_dir where not given.
+        temperature: 0 takes the likeliest token; higher is more varied.
+        top_p: draw from the likeliest tokens that make up this mass, in (0, 1].
+        max_seq_len: longest prompt and answer together, in tokens.
+        max_batch_size: most dialogs answered at once.
+        max_gen_len: longest answer, in tokens; what fits in max_seq_len where not given.
+        device: cpu, cuda or mps; the best there is where not given.
+        dtype: bfloat16, float16 or float32; the best for the device where not given.
+        seed: the same seed gives the same answers.
+    """
+    llama = Llama.build(
+        ckpt_dir=checkpoint_or_demo(ckpt_dir),
+        tokenizer_path=tokenizer_path,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+
+    dialogs: list[Dialog] = [
+        [{"role": "user", "content": "What is the recipe of mayonnaise?"}],
+        [
+            {"role": "user", "content": "I am going to Paris, what should I see?"},
+            {
+                "role": "assistant",
+                "content": "Paris has much to see. Start with these:\n\n"
+                "1. The Eiffel Tower: an iron tower with a view over the whole city.\n"
+                "2. The Louvre: a museum with thousands of works of art.\n"
+                "3. Notre-Dame: an old church on an island in the river.",
+            },
+            {"role": "user", "content": "What is so great about the first one?"},
+        ],
+        [
+            {"role": "system", "content": "Always answer with Haiku"},
+            {"role": "user", "content": "I am going to Paris, what should I see?"},
+        ],
+        [
+            {"role": "system", "content": "Always answer with emojis"},
+            {"role": "user", "content": "How do I get from London to New York?"},
+        ],
+    ]
+    results = llama.chat_completion(dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
+
+    if is_printer():
+        for dialog, result in zip(dialogs, results, strict=True):
+            for message in dialog:
+                print(f"{message['role'].capitalize()}: {message['content']}\n")
+            answer = result["generation"]
+            print(f"> {answer['role'].capitalize()}: {answer['content']}")
+            print("\n==================================\n")
+
+
+if __name__ == "__main__":
+    run(main)
