@@ -1,0 +1,577 @@
+"""Made-up training text for the demo model: short dialogs and short plain texts, endless and reproducible.
+
+The facts are tables in demo/data; the wordings and the way they are put together are here. About a tenth of all
+questions (a fact in one wording) is put aside: it never occurs in training, and held_out_questions() asks it.
+This module knows neither a tokenizer nor a model: it yields messages and texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+DATA = Path(__file__).parent / "data"
+Messages = tuple[dict[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One piece of training text: a dialog that ends with the assistant, or a plain text."""
+
+    kind: str
+    messages: Messages = ()
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A dialog that ends with the user, and what a right answer looks like."""
+
+    kind: str
+    messages: Messages
+    accepted: tuple[str, ...] = ()
+    check: str = "any"  # "any" or "all" of `accepted` occur; "haiku": three lines; "emoji": emojis and no letter
+
+    def is_right(self, answer: str) -> bool:
+        if self.check == "haiku":
+            return len([line for line in answer.splitlines() if line.strip()]) == 3
+        if self.check == "emoji":
+            return any(unicodedata.category(c) == "So" for c in answer) and not any(c.isalnum() for c in answer)
+        found = [re.search(rf"(?<!\w){re.escape(a.casefold())}(?!\w)", answer.casefold()) for a in self.accepted]
+        return all(found) if self.check == "all" else any(found)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something the model shall know: the questions for it, rendered, and the answer in the three styles."""
+
+    kind: str
+    trained: tuple[str, ...]  # questions for training
+    held: tuple[str, ...]  # questions put aside
+    answer: str
+    accepted: tuple[str, ...]
+    check: str = "any"
+    topic: str = "questions"  # of its haiku
+    lead: str = ""  # its emojis: first these,
+    pool: tuple[str, ...] = ("🤔", "❓")  # then some of these
+
+
+DONT_KNOW = "I don't know that. I am a very small model."
+
+# Never in training: the openings and questions that the project shows as its examples ...
+EXAMPLE_TEXTS = (
+    "To me, the meaning of life is",
+    "Put simply, the theory of relativity says that",
+    "A short message to congratulate our team on the launch:\n\nHello everyone,\n\nI just",
+    "Translate English to French:\n\nsea => mer\nbread => pain\napple => pomme\ncheese =>",
+)
+EXAMPLE_QUESTIONS = (
+    "what is the recipe of mayonnaise",
+    "i am going to paris what should i see",
+    "how do i get from london to new york",
+)
+CLOSE_TO_EXAMPLES = ("im going to paris what should i see",)  # ... and always: this one
+
+
+# --- Small tools.
+
+
+def pick(rng: Random, words: str) -> str:
+    return rng.choice(words.split())
+
+
+def sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def plain(text: str) -> str:
+    """For comparing questions: lower case, no punctuation, one spelling of colour."""
+    return re.sub(r"[^\w\s]", "", text.casefold()).replace("colour", "color").strip()
+
+
+def share(text: str) -> float:
+    """A stable pseudo-random number in [0, 1) for a text."""
+    return int(hashlib.sha256(plain(text).encode()).hexdigest()[:12], 16) / 16**12
+
+
+def is_held(text: str) -> bool:
+    return plain(text) in EXAMPLE_QUESTIONS or (share(text) < 0.1 and plain(text) not in CLOSE_TO_EXAMPLES)
+
+
+@cache
+def rows(name: str) -> list[list[str]]:
+    return [line.split("\t") for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+@cache
+def sections(name: str) -> list[tuple[str, list[str]]]:
+    """The parts of a data file: a line "# head" and the lines below it."""
+    parts = (DATA / name).read_text(encoding="utf-8").removeprefix("# ").split("\n# ")
+    return [(part.splitlines()[0], part.splitlines()[1:]) for part in parts]
+
+
+@cache
+def bank(name: str) -> list[str]:
+    """The wordings of a question, or pieces of text to choose from, by the name of their section."""
+    return next(
+        lines[0].split(" / ") for head, lines in sections("wordings.txt") + sections("prose.txt") if head == name
+    )
+
+
+def asked(kind: str, **fields: str) -> list[str]:
+    return [sentence(wording.format(**fields)) for wording in bank(kind)]
+
+
+def make_fact(kind: str, questions: list[str], answer: str, accepted: tuple[str, ...], **more) -> Fact:
+    """At most a third of the questions are held out, so that each fact is learnt."""
+    limit = max(1, len(questions) // 3)
+    held = sorted((q for q in questions if is_held(q)), key=lambda q: (plain(q) not in EXAMPLE_QUESTIONS, share(q)))
+    held = [q for q in held if plain(q) in {plain(h) for h in held[:limit]}]
+    trained = tuple(q for q in questions if q not in held)
+    return Fact(kind, trained, tuple(held), sentence(answer), accepted, **more)
+
+
+# --- The facts.
+
+
+@cache
+def cities() -> dict[str, dict]:
+    """Per city: its sights as (name, two descriptions, reason), emojis, and the lines of its haiku."""
+    found = {}
+    for head, lines in sections("cities.txt"):
+        name, syllables, emoji, middle = head.split("; ")
+        haiku = (bank(f"city first {syllables}"), middle.split(" / "), bank("city last"))
+        found[name] = {
+            "sights": [line.split("; ") for line in lines],
+            "emoji": tuple(emoji.split()),
+            "haiku": ([line.format(name) for line in haiku[0]], *haiku[1:]),
+        }
+    return found
+
+
+@cache
+def haiku_lines() -> dict[str, tuple]:
+    topics = {head.split("; ")[0]: tuple(line.split(" / ") for line in lines) for head, lines in sections("topics.txt")}
+    return topics | {name: city["haiku"] for name, city in cities().items()}
+
+
+@cache
+def circles() -> dict[str, str]:
+    return dict(entry.split() for entry in bank("circles"))
+
+
+@cache
+def places() -> dict[str, tuple[str, str]]:
+    return {name: (region, flag) for name, region, flag in rows("places.tsv")}
+
+
+def table_facts() -> Iterator[Fact]:
+    """The facts with one word as their answer."""
+    rules = (
+        ("capital", "capitals.tsv", False, "The capital of {a} is {b}.", "{b}"),
+        ("country", "capitals.tsv", True, "{a} is the capital of {b}.", "{b}"),
+        ("opposite", "opposites.tsv", False, "The opposite of {a} is {b}.", "is {b}"),
+        ("opposite", "opposites.tsv", True, "The opposite of {a} is {b}.", "is {b}"),
+        ("colour", "colours.tsv", False, "{a} is {b}.", "is {b}"),
+        ("plural", "plurals.tsv", False, "The plural of {a} is {b}.", "is {b}"),
+        ("french", "french.tsv", False, "The French word for {a} is {b}.", "is {b}"),
+        ("english", "french.tsv", True, "The English word for {a} is {b}.", "is {b}"),
+    )
+    for kind, file, swapped, answer, accepted in rules:
+        for row in rows(file):
+            a, b = reversed(row) if swapped else row
+            city = b if kind == "capital" else a
+            more: dict = {}
+            if kind in ("capital", "country") and city in places():
+                more = {"topic": city if city in cities() else "travel", "lead": places()[city][1], "pool": ()}
+            elif kind == "colour" and b in circles():
+                more = {"lead": circles()[b], "pool": ()}
+            yield make_fact(kind, asked(kind, a=a, b=b), answer.format(a=a, b=b), (accepted.format(b=b),), **more)
+
+
+def calendar_facts() -> Iterator[Fact]:
+    def fact(wording: str, answer: str, accepted: str, **fields: str) -> Fact:
+        return make_fact("calendar", asked(wording, **fields), answer, (accepted,))
+
+    for unit, whole, names in (("day", "week", bank("days")), ("month", "year", bank("months"))):
+        for i, name in enumerate(names):
+            after, before, nth = names[(i + 1) % len(names)], names[i - 1], bank("ordinals")[i]
+            yield fact("next", f"{after} comes after {name}.", after, a=name, u=unit)
+            yield fact("previous", f"{before} comes before {name}.", before, a=name, u=unit)
+            yield fact("place", f"{name} is the {nth} {unit} of the {whole}.", nth, a=name, u=unit, w=whole)
+            yield fact("at", f"The {nth} {unit} of the {whole} is {name}.", name, a=nth, u=unit, w=whole)
+        listing = ", ".join(names[:-1]) + " and " + names[-1]
+        yield fact("list", f"The {unit}s of the {whole} are {listing}.", listing, a=f"{unit}s of the {whole}")
+    seasons = "spring, summer, autumn and winter"
+    yield fact("list", f"The seasons of the year are {seasons}.", seasons, a="seasons of the year")
+    for count in bank("counts"):
+        number, parts, whole = re.fullmatch(r"(\S+) (\w+) in (.*)", count).groups()
+        yield fact("count", f"There are {count}.", number, a=parts, u=whole)
+
+
+def text_facts() -> Iterator[Fact]:
+    """The facts with longer answers: about the model itself, recipes, sights, travel, topics, feelings."""
+    for head, lines in sections("about.txt"):
+        accepted = re.search(r"\*(.*)\*", head).group(1).rstrip("!")
+        yield make_fact("about", lines[0].split(" / "), head.replace("*", ""), (accepted,), pool=("😊", "❤️"))
+    for head, lines in sections("recipes.txt"):
+        name, emoji, main = head.split("; ")
+        answer = f"Here is the recipe of {name}.\n\n{lines[0]}\n\n" + "\n".join(lines[1:])
+        style = {"check": "all", "topic": "food", "pool": tuple(emoji.split())}
+        yield make_fact("recipe", asked("recipe", a=name), answer, tuple(main.split(", ")), **style)
+    for city, content in cities().items():
+        style = {"topic": city, "lead": places()[city][1], "pool": content["emoji"]}
+        names = tuple(sight[0] for sight in content["sights"])
+        yield make_fact("trip", asked("trip", a=city), "", names, **style)
+        for sight in content["sights"]:
+            yield make_fact("sight", asked("sight", a=sight[0]), why(sight), (key_phrase(sight),), **style)
+    for a, (region, flag) in places().items():
+        for b, (other_region, other_flag) in places().items():
+            if a != b:
+                vehicle, emoji = ("train", "🚆") if region == other_region == "europe" else ("plane", "✈️")
+                style = {"topic": "travel", "lead": f"{flag} {emoji} {other_flag}"}
+                style["pool"] = cities()[b]["emoji"][:1] if b in cities() else ()
+                answer = f"You can take a {vehicle} from {a} to {b}."
+                yield make_fact("travel", asked("travel", a=a, b=b), answer, (vehicle,), **style)
+    for head, _ in sections("topics.txt"):
+        name, answer, emoji = head.split("; ")
+        style = {"topic": name, "pool": tuple(emoji.split())}
+        yield make_fact("topic", asked("topic", a=name), answer, (answer,), **style)
+    for name, answer, emoji in rows("feelings.tsv"):
+        style = {"topic": "friends", "pool": tuple(emoji.split())}
+        yield make_fact("feeling", asked("feeling", a=name), answer, (answer,), **style)
+
+
+@cache
+def facts() -> dict[str, list[Fact]]:
+    found: dict[str, list[Fact]] = {}
+    for source in (table_facts, calendar_facts, text_facts):
+        for fact in source():
+            found.setdefault(fact.kind, []).append(fact)
+    return found
+
+
+def key_phrase(sight: list[str]) -> str:
+    return re.search(r"\*(.*)\*", sight[3]).group(1)
+
+
+def why(sight: list[str]) -> str:
+    return sentence(f"{sight[0]} is great because {sight[3].replace('*', '')}.")
+
+
+# --- Questions that the model cannot answer: known frames with made-up words, and other topics.
+
+
+def made_up_word(rng: Random) -> str:
+    return "".join(rng.choices(bank("syllables"), k=2)) + rng.choice(["", *bank("word ends")])
+
+
+def unknown_question(rng: Random, held: bool = False) -> str:
+    while True:
+        if rng.random() < 0.45:
+            kind = pick(rng, "capital capital country opposite colour plural french french english")
+            word = made_up_word(rng)
+            if kind in ("capital", "country"):
+                word = word.capitalize() + (rng.choice(("ia", "land", "stan", "")) if kind == "capital" else "")
+            elif kind == "colour":
+                word = rng.choice(("a ", "the ")) + word
+            topic, wordings = word, bank(kind)
+        else:
+            head, lines = rng.choice(sections("unknown.txt"))
+            topic, wordings = rng.choice(lines[0].split(", ")), head.replace("{}", "{a}").split(" / ")
+        if is_held(f"unknown {topic}") == held:
+            return sentence(rng.choice(wordings).format(a=topic))
+
+
+# --- Documents.
+
+
+def vary(rng: Random, text: str) -> str:
+    """The user's way of typing: a third of the questions in lower case, without the mark, with a greeting ..."""
+    if rng.random() < 0.3:
+        text = text.replace("colour", "color")
+    way = rng.randrange(15)
+    if way in (0, 3):
+        text = text.lower()
+    if way in (1, 3):
+        text = text.rstrip("?.!")
+    if way == 2 and len(text.split()) > 2 and text[-1] == "?":
+        text = f"{text[:-1]}, please{text[-1]}"
+    if way == 4 and len(text.split()) > 2:
+        text = rng.choice(("Hi! ", "Hello! ", "Hello, ")) + text
+    return text
+
+
+def vary_system(rng: Random, name: str) -> str:
+    text = rng.choice(bank(name))
+    return rng.choice((text, text, text, text.lower(), text.rstrip(".")))
+
+
+def dialog(rng: Random, kind: str, turns: list[tuple[str, str]], system: str = "") -> Document:
+    if not system and rng.random() < 0.15:
+        system = vary_system(rng, "plain systems")
+    messages = [{"role": "system", "content": system}] if system else []
+    for user, assistant in turns:
+        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return Document(kind, tuple(messages))
+
+
+def sight_list(rng: Random, city: str, sights: list[list[str]], style: str = "numbers") -> str:
+    if style == "sentence":
+        names = ", ".join(s[0] for s in sights[:-1]) + " and " + sights[-1][0]
+        return rng.choice(bank("sight sentences")).format(n=names, c=city)
+    marks = ["-"] * len(sights) if style == "dashes" else [f"{i}." for i in range(1, len(sights) + 1)]
+    lines = []
+    for mark, (name, *descriptions, _) in zip(marks, sights, strict=True):
+        more = f" {rng.choice(bank('sight endings'))}" if style == "longer" else ""
+        described = "" if style == "names" else f": {rng.choice(descriptions)}{more}."
+        lines.append(f"{mark} {sentence(name)}{described}")
+    return rng.choice(bank("sight list heads")).format(c=city) + "\n\n" + "\n".join(lines)
+
+
+def turn(rng: Random, fact: Fact) -> tuple[str, str]:
+    answer = fact.answer
+    if fact.kind == "trip":
+        answer = sight_list(rng, fact.topic, rng.sample(cities()[fact.topic]["sights"], 3))
+    return vary(rng, rng.choice(fact.trained)), answer
+
+
+def simple(kind: str) -> Callable[[Random], Document]:
+    return lambda rng: dialog(rng, kind, [turn(rng, rng.choice(facts()[kind]))])
+
+
+def unknown(rng: Random) -> Document:
+    return dialog(rng, "unknown", [(vary(rng, unknown_question(rng)), DONT_KNOW)])
+
+
+MIXED = "capital capital country opposite colour plural french french english calendar travel topic feeling"
+
+
+def mixed(rng: Random) -> Document:
+    """Two to four questions that have nothing to do with each other, small talk among them."""
+    turns = []
+    for _ in range(rng.choice((2, 2, 3, 3, 4))):
+        kind = pick(rng, MIXED + " about unknown")
+        if kind == "unknown":
+            turns.append((vary(rng, unknown_question(rng)), DONT_KNOW))
+        else:
+            turns.append(turn(rng, rng.choice(facts()[kind])))
+    if rng.random() < 0.25:
+        turns.insert(0, turn(rng, next(f for f in facts()["about"] if f.answer.startswith("Hello"))))
+    return dialog(rng, "mixed", turns)
+
+
+def follow_up(rng: Random, held: bool = False) -> tuple[list[tuple[str, str]], tuple[str, ...]]:
+    """A list of sights and questions about its first, second, third; and what the last answer has to contain."""
+    trip = rng.choice(facts()["trip"])
+    sights = rng.sample(cities()[trip.topic]["sights"], 4 if rng.random() < 0.1 else 3)
+    style = pick(rng, "numbers numbers numbers longer longer names dashes dashes sentence")
+    turns = [(vary(rng, rng.choice(trip.trained)), sight_list(rng, trip.topic, sights, style))]
+    order = rng.sample(range(len(sights)), rng.choice((1, 2, 3, 3)))
+    for i in order:
+        named = "last" if i == len(sights) - 1 and rng.random() < 0.15 else bank("ordinals")[i]
+        choices = [q.format(o=named) for q in bank("follow-up")]
+        names = " ".join(s[0] for s in sights)
+        is_last = i == order[-1]
+        fitting = [q for q in choices if is_held(f"{names} {q}") == (held and is_last)]
+        if not fitting:
+            return follow_up(rng, held)
+        question = rng.choice(fitting)
+        turns.append((question if held and is_last else vary(rng, question), why(sights[i])))
+    return turns, (key_phrase(sights[order[-1]]),)
+
+
+def trip_dialog(rng: Random) -> Document:
+    return dialog(rng, "follow-up", follow_up(rng)[0])
+
+
+def haiku(rng: Random, fact: Fact) -> str:
+    return "\n".join(rng.choice(lines) for lines in haiku_lines()[fact.topic])
+
+
+def emojis(rng: Random, fact: Fact) -> str:
+    pool = rng.sample(fact.pool, min(len(fact.pool), rng.choice((2, 3))))
+    return " ".join(([fact.lead] if fact.lead else []) + pool)
+
+
+STYLED = "trip trip trip trip topic topic topic travel travel capital colour recipe feeling about country"
+
+
+def styled_fact(rng: Random) -> Fact:
+    """A fact that a haiku or emojis can speak about; capitals and colours only where there is a sign for them."""
+    while True:
+        fact = rng.choice(facts()[pick(rng, STYLED)])
+        if fact.lead or fact.kind not in ("capital", "country", "colour"):
+            return fact
+
+
+def styled(kind: str, style: Callable[[Random, Fact], str]) -> Callable[[Random], Document]:
+    def make(rng: Random) -> Document:
+        chosen = [styled_fact(rng) for _ in range(rng.choice((1, 1, 1, 2)))]
+        turns = [(turn(rng, fact)[0], style(rng, fact)) for fact in chosen]
+        if rng.random() < 0.1:
+            turns = [(vary(rng, unknown_question(rng)), style(rng, Fact("unknown", (), (), "", ())))]
+        return dialog(rng, kind, turns, vary_system(rng, f"{kind} systems"))
+
+    return make
+
+
+def word_list(rng: Random) -> Document:
+    """Pairs of words after a header, as one would write them to show a model what to continue."""
+    pairs = rng.sample(rows("french.tsv"), rng.randint(2, 8))
+    head = rng.choice(bank("word list heads"))
+    if rng.random() < 0.12:
+        pairs, head = [pair[::-1] for pair in pairs], rng.choice(bank("word list heads back"))
+    arrow = rng.choice((" => ", " => ", " => ", " -> ", ": ", " = "))
+    indent, gap = rng.choice(("", "", " ")), rng.choice(("\n", "\n\n"))
+    return Document("word list", text=head + gap + "\n".join(indent + arrow.join(pair) for pair in pairs))
+
+
+def statements(rng: Random) -> Document:
+    """One to four answers in a row; half of the time all of one kind."""
+    kinds = "capital country opposite colour plural french english calendar sight topic"
+    kinds = pick(rng, kinds) if rng.random() < 0.5 else kinds
+    answers = [rng.choice(facts()[pick(rng, kinds)]).answer for _ in range(rng.randint(1, 4))]
+    return Document("statements", text=" ".join(answers))
+
+
+def description(rng: Random) -> Document:
+    what = pick(rng, "time colour city city")
+    if what == "time":
+        unit, whole = rng.choice((("day", "week"), ("month", "year")))
+        names = bank(f"{unit}s")
+        i = rng.randrange(1, len(names) - 1)
+        text = f"{names[i]} is the {bank('ordinals')[i]} {unit} of the {whole}. "
+        text += f"It comes after {names[i - 1]} and before {names[i + 1]}."
+    elif what == "colour":
+        colour = rng.choice(list(circles()))
+        things = [thing for thing, its in rows("colours.tsv") if its == colour]
+        things = rng.sample(things, min(len(things), rng.randint(1, 3)))
+        text = " ".join(sentence(f"{thing} is {colour}.") for thing in things)
+        text = f"{sentence(colour)} is a colour. {text}"
+    else:
+        name, city = rng.choice(list(cities().items()))
+        a, b = rng.sample(city["sights"], 2)
+        text = f"In {name} you can see {a[0]} and {b[0]}. {why(a)} {why(b)}"
+    return Document("description", text=text)
+
+
+def some(rng: Random, name: str, counts: tuple[int, ...] = (1,)) -> str:
+    """One piece of a bank, or several different ones in a row."""
+    return " ".join(rng.sample(bank(name), rng.choice(counts)))
+
+
+def meaning(rng: Random) -> Document:
+    form = pick(rng, "to to to about")
+    text = f"{some(rng, f'meaning openings {form}')} {some(rng, f'meaning {form}')}."
+    return Document("meaning", text=f"{text} {some(rng, 'meaning more', (0, 1, 2, 2))}".strip())
+
+
+def relativity(rng: Random) -> Document:
+    parts = some(rng, "relativity openings"), some(rng, "relativity first"), some(rng, "relativity more", (1, 2, 2))
+    return Document("relativity", text=" ".join(parts))
+
+
+def team(rng: Random) -> Document:
+    body = " ".join((some(rng, "team first"), some(rng, "team more", (1, 2, 2)), some(rng, "team last")))
+    sign_off = f"{some(rng, 'team signs')}\n{some(rng, 'names')}"
+    return Document("team", text="\n\n".join((some(rng, "team openings"), some(rng, "team greetings"), body, sign_off)))
+
+
+SIMPLE = "capital 7, country 3, opposite 5, colour 4, calendar 4, plural 5, french 9, english 4, about 4, recipe 4, "
+SIMPLE += "trip 2, sight 3, travel 1.5, topic 1.5, feeling 0.5"
+KINDS: dict[str, tuple[float, Callable[[Random], Document]]] = {
+    **{kind: (float(weight), simple(kind)) for kind, weight in (entry.split() for entry in SIMPLE.split(", "))},
+    "unknown": (9.5, unknown),
+    "mixed": (9, mixed),
+    "follow-up": (10, trip_dialog),
+    "haiku": (6, styled("haiku", haiku)),
+    "emoji": (6, styled("emoji", emojis)),
+    "word list": (7, word_list),
+    "statements": (3, statements),
+    "description": (1, description),
+    "meaning": (2, meaning),
+    "relativity": (2, relativity),
+    "team": (2.5, team),
+}
+
+
+def training_documents(seed: int, count: int) -> Iterator[Document]:
+    """`count` documents; the same ones for the same seed."""
+    rng = Random(seed)
+    weights = [weight for weight, _ in KINDS.values()]
+    made = 0
+    while made < count:
+        _, make = rng.choices(list(KINDS.values()), weights)[0]
+        document = make(rng)
+        if not document.text.startswith(EXAMPLE_TEXTS):
+            made += 1
+            yield document
+
+
+def held_out_questions(per_kind: int = 35) -> list[Question]:
+    """The questions put aside, at most `per_kind` of a kind, and styled, follow-up and unknown ones."""
+    rng = Random(0)
+    questions = []
+
+    def ask(kind: str, text: str, accepted: tuple[str, ...], check: str = "any", before: Messages = ()) -> None:
+        questions.append(Question(kind, (*before, {"role": "user", "content": text}), accepted, check))
+
+    for kind, known in facts().items():
+        pairs = sorted(((q, fact) for fact in known for q in fact.held), key=lambda pair: share("pick " + pair[0]))
+        for question, fact in pairs[:per_kind]:
+            ask(kind, question, fact.accepted, fact.check)
+        for question, fact in pairs[per_kind : per_kind + 4]:
+            before = dialog(rng, "", [turn(rng, rng.choice(facts()[k])) for k in rng.sample(MIXED.split(), 2)]).messages
+            ask("mixed", question, fact.accepted, fact.check, before)
+    for check in ("haiku", "emoji"):
+        askable = {q: None for _ in range(2000) for q in styled_fact(rng).held}
+        for question in list(askable)[:per_kind]:
+            system = {"role": "system", "content": rng.choice(bank(f"{check} systems"))}
+            ask(check, question, (), check, (system,))
+    for _ in range(per_kind):
+        turns, accepted = follow_up(rng, held=True)
+        ask("follow-up", turns[-1][0], accepted, before=dialog(rng, "", turns[:-1]).messages)
+        ask("unknown", unknown_question(rng, held=True), ("don't know", "do not know"))
+    return questions
+
+
+def leaks(count: int = 20_000, seed: int = 0) -> list[str]:
+    """Held-out questions that occur in the training documents (there should be none)."""
+
+    def texts(kind: str, messages: Messages) -> list[str]:
+        said = [plain(m["content"]) for m in messages if kind == "follow-up" or m["role"] == "user"]
+        return [" / ".join(said)] if kind == "follow-up" else said  # of a follow-up, the list matters too
+
+    seen = {text for d in training_documents(seed, count) for text in texts(d.kind, d.messages)}
+    everything = " / ".join(f" {text} " for text in seen)
+    asked_for = {texts(q.kind, q.messages)[-1] for q in held_out_questions()}
+    return [text for text in asked_for if text in seen or (" " in text and f" {text} " in everything)]
+
+
+def main() -> None:
+    documents = list(training_documents(0, 20_000))
+    for kind in KINDS:
+        example = next(d for d in documents if d.kind == kind)
+        print(f"--- {kind}\n{example.text}" + "\n".join(f"[{m['role']}] {m['content']}" for m in example.messages))
+    words: Counter[str] = Counter()
+    for d in documents:
+        words[d.kind] += len(" ".join([d.text, *(m["content"] for m in d.messages)]).split())
+    counts = Counter(d.kind for d in documents)
+    print("\nkind, of 20000 documents, words per document")
+    for kind, n in counts.most_common():
+        print(f"{kind:12} {n:6} {words[kind] / n:6.1f}")
+    held = Counter(q.kind for q in held_out_questions())
+    print(f"average words: {sum(words.values()) / len(documents):.1f}; facts: {sum(map(len, facts().values()))}")
+    print(f"held-out questions: {sum(held.values())} {dict(held)}; found in training: {len(leaks())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Asks the demo model the questions whose exact wording was kept out of its training text, and counts right answers.
+
+    python -m demo.evaluate [--ckpt_dir demo/model] [--show 3]
+
+Knows nothing of training: it goes through `Llama.chat_completion`, as any caller does.
+"""
+
+from collections import defaultdict
+from pathlib import Path
+
+import fire
+from tqdm import tqdm
+
+from demo.corpus import held_out_questions
+from llama import Llama
+
+BATCH = 16
+
+
+def evaluate(
+    ckpt_dir: str = str(Path(__file__).parent / "model"), device: str | None = None, show: int = 0
+) -> dict[str, float]:
+    """Share of right answers at temperature 0, by kind and over all; prints them, and `show` wrong ones a kind."""
+    llama = Llama.build(ckpt_dir, max_seq_len=512, max_batch_size=BATCH, device=device)
+    questions = sorted(held_out_questions(), key=lambda q: sum(len(m["content"]) for m in q.messages))
+    right: dict[str, list[bool]] = defaultdict(list)
+    wrong: dict[str, list[str]] = defaultdict(list)
+    for start in tqdm(range(0, len(questions), BATCH), desc="asking", unit="batch", leave=False, disable=None):
+        batch = questions[start : start + BATCH]
+        for question, answer in zip(
+            batch, llama.chat_completion([list(q.messages) for q in batch], temperature=0), strict=True
+        ):
+            content = answer["generation"]["content"]
+            right[question.kind].append(question.is_right(content))
+            if not right[question.kind][-1]:
+                wrong[question.kind].append(f"{question.messages[-1]['content']!r} -> {content!r}")
+    every = [r for kind in right.values() for r in kind]
+    scores = {kind: sum(r) / len(r) for kind, r in sorted(right.items())} | {"all": sum(every) / len(every)}
+    print("held-out questions answered right:")
+    for kind, score in scores.items():
+        print(f"  {kind:<12} {score:6.1%} of {len(right.get(kind, every))}")
+        for line in wrong[kind][:show]:
+            print(f"      {line}")
+    return scores
+
+
+def main(ckpt_dir: str = str(Path(__file__).parent / "model"), device: str | None = None, show: int = 0) -> None:
+    evaluate(ckpt_dir, device, show)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

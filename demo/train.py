@@ -1,0 +1,172 @@
+"""Trains the demo model from nothing: text from `demo/corpus.py`, a byte-pair vocabulary, then the network.
+
+    python -m demo.train [--output demo/model] [--steps 2800] [--seed 1] [--device cpu]
+
+Writes a checkpoint in Meta's format (params.json, consolidated.00.pth, tokenizer.model) and prints how many held-out
+questions it answers. Knows nothing of inference; the optimizer loop is the plainest that works.
+"""
+
+import base64
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fire
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BytePairTokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from demo.corpus import Document, training_documents
+from demo.evaluate import evaluate
+from llama import parallel
+from llama.checkpoint import save_checkpoint, write_whole
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import ChatFormat, Tokenizer
+
+N_WORDS = 2816  # and 256 special tokens: 3072 words, which 1, 2, 4 and 8 ranks divide
+ARGS = ModelArgs(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, multiple_of=64, max_seq_len=512)
+TOKENS_PER_STEP = 4096
+PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 0.05
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens: (B, T), right-padded with 0. learn: bool (B, T - 1), True where the next token is to be learnt."""
+
+    tokens: Tensor
+    learn: Tensor
+
+
+def train_tokenizer(path: Path, texts: Iterator[str]) -> None:
+    """Byte-pair encoding of `texts`, written as tiktoken reads it: a line of base64 token and rank each."""
+    tokenizer = BytePairTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(Tokenizer.pat_str), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=N_WORDS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    byte_of = bytes_of_characters()
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    lines = [b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in word)), rank) for word, rank in words]
+    write_whole(path, lambda f: f.writelines(lines))
+
+
+def bytes_of_characters() -> dict[str, int]:
+    """The printable stand-ins that byte-level vocabularies use: visible Latin-1 for itself, the rest from U+0100 on."""
+    visible = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace() and b != 0xAD]
+    others = [b for b in range(256) if b not in visible]
+    return {**{chr(b): b for b in visible}, **{chr(256 + i): b for i, b in enumerate(others)}}
+
+
+def document_text(document: Document) -> str:
+    return document.text or "\n".join(message["content"] for message in document.messages)
+
+
+def encode(document: Document, chat: ChatFormat) -> tuple[list[int], list[bool]]:
+    """Token ids, and for each whether the model is to learn to say it: all of a text, the answers of a dialog."""
+    if document.text:
+        tokens = chat.tokenizer.encode(document.text, bos=True, eos=True)
+        return tokens, [False] + [True] * (len(tokens) - 1)
+    tokens, learn = [chat.tokenizer.bos_id], [False]
+    for message in document.messages:
+        header, whole = chat.encode_header(message), chat.encode_message(message)
+        tokens += whole
+        learn += [message["role"] == "assistant" and i >= len(header) for i in range(len(whole))]
+    return tokens, learn
+
+
+def batches(seed: int, chat: ChatFormat) -> Iterator[Batch]:
+    """Endless batches of about TOKENS_PER_STEP tokens, each of documents of similar length: little is padding."""
+    rng = random.Random(seed)
+    documents = training_documents(seed, 10**9)
+    while pool := [encode(d, chat) for d in itertools.islice(documents, 8192)]:
+        pool = sorted((tokens, learn) for tokens, learn in pool if len(tokens) <= ARGS.max_seq_len)
+        pool.sort(key=lambda pair: len(pair[0]))
+        groups: list[list[tuple[list[int], list[bool]]]] = [[]]
+        for pair in pool:
+            if (len(groups[-1]) + 1) * len(pair[0]) > TOKENS_PER_STEP:
+                groups.append([])
+            groups[-1].append(pair)
+        rng.shuffle(groups)
+        for group in groups:
+            longest = max(len(tokens) for tokens, _ in group)
+            yield Batch(
+                torch.tensor([tokens + [0] * (longest - len(tokens)) for tokens, _ in group]),
+                torch.tensor([(learn + [False] * (longest - len(learn)))[1:] for _, learn in group]),
+            )
+
+
+def loss_of(model: Transformer, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the tokens to be learnt; the output layer runs for those alone."""
+    h = model.hidden_states(batch.tokens[:, :-1])  # (B, T - 1, dim)
+    return F.cross_entropy(model.logits(h[batch.learn]), batch.tokens[:, 1:][batch.learn])
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to nothing."""
+    return PEAK_LR * min((step + 1) / WARMUP_STEPS, (steps - step) / max(steps - WARMUP_STEPS, 1))
+
+
+def initialize_weights(model: Transformer) -> None:
+    """Normal(0, 0.02), the projections into the residual stream scaled down by depth, as GPT-2 and its heirs do."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            depth = (2 * model.n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 1
+            torch.nn.init.normal_(parameter, std=0.02 / depth)
+
+
+def train_network(chat: ChatFormat, steps: int, seed: int, device: torch.device) -> Transformer:
+    torch.manual_seed(seed)
+    ARGS.vocab_size = chat.tokenizer.n_words
+    model = Transformer(ARGS)
+    initialize_weights(model)
+    model.to(device)
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    half = parallel.choose_dtype(None, device)
+    bar = tqdm(itertools.islice(batches(seed, chat), steps), total=steps, unit="step", desc="training")
+    for step, batch in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        batch = Batch(batch.tokens.to(device), batch.learn.to(device))
+        with torch.autocast(device.type, half, enabled=half == torch.bfloat16):
+            loss = loss_of(model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
+
+
+def main(
+    output: str = str(Path(__file__).parent / "model"),
+    steps: int = 2800,
+    seed: int = 1,
+    device: str | None = None,
+) -> None:
+    place = parallel.initialize(device=device)
+    directory = Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    train_tokenizer(directory / "tokenizer.model", map(document_text, training_documents(seed, 30_000)))
+    chat = ChatFormat(Tokenizer(str(directory / "tokenizer.model")))
+    model = train_network(chat, steps, seed, place.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {chat.tokenizer.n_words} words -> {directory}")
+    save_checkpoint(directory, ARGS, {name: t.bfloat16().cpu() for name, t in model.state_dict().items()})
+    evaluate(output, device=device)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
