@@ -168,13 +168,14 @@ def build_on_meta(args: ModelArgs) -> Transformer:
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Raise LlamaError that names what is missing, surplus or misshapen in this rank's tensors."""
-    name = "layers.0.attention.wq.weight"
-    if name in found and name in expected and found[name].ndim == 2 and len(checkpoint.shards) > 1:
-        split = len(checkpoint.shards) * expected[name].shape[0] / max(found[name].shape[0], 1)
-        if split != len(checkpoint.shards) and found[name].shape[1] == expected[name].shape[1]:
+    here = len(checkpoint.shards)
+    wq = "layers.0.attention.wq.weight"
+    if wq in found and wq in expected and found[wq].shape[1:] == expected[wq].shape[1:]:
+        split = here * expected[wq].shape[0] // max(found[wq].shape[0], 1)
+        if split > here:
             raise LlamaError(
-                f"{checkpoint.directory}: {name} has {found[name].shape[0]} rows a shard, which makes "
-                f"{split:g} shards, but {len(checkpoint.shards)} are here: download the missing ones"
+                f"{checkpoint.directory}: by the shape of {wq} the checkpoint was split in {split} shards, "
+                f"but {here} {'is' if here == 1 else 'are'} here: download the missing ones"
             )
     problems = [f"missing {n}" for n in expected if n not in found]
     problems += [f"surplus {n}" for n in found if n not in expected]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,27 +13,31 @@ import torch.distributed as dist
 from .errors import LlamaError
 from .parallel import is_printer
 
+SECONDS_FOR_RANK_0 = 3
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the program on a LlamaError with one line, said by rank 0, and exit status 1; leave the process groups.
+    """End the program on a LlamaError with one line and exit status 1, and leave the process groups.
 
-    Every rank raises the library's errors together (`parallel.together`), so one of them says it for all.
+    Every rank raises the library's errors together (`parallel.together`), so rank 0 says it for all. The others wait
+    until torchrun, seeing rank 0 gone, ends them; one that is still there has an error of its own to tell.
     """
     try:
         yield
     except LlamaError as e:
-        if is_printer():
-            print(f"error: {e}", file=sys.stderr)
+        if not is_printer():
+            time.sleep(SECONDS_FOR_RANK_0)
+        print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells count an end by Ctrl-C
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def run(main: Callable[..., None]) -> None:

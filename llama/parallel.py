@@ -43,7 +43,7 @@ class Place:
 def env_rank() -> tuple[int, int, int]:
     """(rank, world size, rank on this machine), as torchrun says them; (0, 1, 0) without torchrun."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not dist.is_torchelastic_launched() and not all(name in os.environ for name in names):
+    if not all(name in os.environ for name in names):
         return 0, 1, 0
     rank, world_size, local_rank = (int(os.environ[name]) for name in names)
     return rank, world_size, local_rank
@@ -121,10 +121,13 @@ def initialize(
             f"start with torchrun --nproc_per_node {max(mp_size, 1)}"
         )
     if not dist.is_initialized():
+        if fs_init.model_parallel_is_initialized():  # of a world that was since destroyed
+            fs_init.destroy_model_parallel()
         if world_size == 1:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         elif chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
+            # Tensors travel by nccl and objects, such as error messages, by gloo: no rank needs a current device.
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
         else:
             dist.init_process_group("gloo")
     if not fs_init.model_parallel_is_initialized():
