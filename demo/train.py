@@ -1,6 +1,6 @@
 """Trains the demo model from nothing: text from `demo/corpus.py`, a byte-pair vocabulary, then the network.
 
-    python -m demo.train [--output demo/model] [--steps 2800] [--seed 1] [--device cpu]
+    python -m demo.train [--output demo/model] [--steps 2600] [--seed 1] [--device cpu]
 
 Writes a checkpoint in Meta's format (params.json, consolidated.00.pth, tokenizer.model) and prints how many held-out
 questions it answers. Knows nothing of inference; the optimizer loop is the plainest that works.
@@ -30,7 +30,7 @@ from llama.tokenizer import ChatFormat, Tokenizer
 
 N_WORDS = 2816  # and 256 special tokens: 3072 words, which 1, 2, 4 and 8 ranks divide
 ARGS = ModelArgs(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, multiple_of=64, max_seq_len=512)
-TOKENS_PER_STEP = 4096
+TOKENS_PER_BATCH, BATCHES_PER_STEP = 2048, 2  # a batch has documents of one length, and so of few kinds: mix two
 PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 0.05
 
 
@@ -85,15 +85,15 @@ def encode(document: Document, chat: ChatFormat) -> tuple[list[int], list[bool]]
 
 
 def batches(seed: int, chat: ChatFormat) -> Iterator[Batch]:
-    """Endless batches of about TOKENS_PER_STEP tokens, each of documents of similar length: little is padding."""
+    """Endless batches of about TOKENS_PER_BATCH tokens, each of documents of similar length: little is padding."""
     rng = random.Random(seed)
     documents = training_documents(seed, 10**9)
     while pool := [encode(d, chat) for d in itertools.islice(documents, 8192)]:
-        pool = sorted((tokens, learn) for tokens, learn in pool if len(tokens) <= ARGS.max_seq_len)
+        pool = [pair for pair in pool if len(pair[0]) <= ARGS.max_seq_len]
         pool.sort(key=lambda pair: len(pair[0]))
         groups: list[list[tuple[list[int], list[bool]]]] = [[]]
         for pair in pool:
-            if (len(groups[-1]) + 1) * len(pair[0]) > TOKENS_PER_STEP:
+            if (len(groups[-1]) + 1) * len(pair[0]) > TOKENS_PER_BATCH:
                 groups.append([])
             groups[-1].append(pair)
         rng.shuffle(groups)
@@ -135,25 +135,27 @@ def train_network(chat: ChatFormat, steps: int, seed: int, device: torch.device)
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     half = parallel.choose_dtype(None, device)
-    bar = tqdm(itertools.islice(batches(seed, chat), steps), total=steps, unit="step", desc="training")
-    for step, batch in enumerate(bar):
+    stream = batches(seed, chat)
+    bar = tqdm(range(steps), unit="step", desc="training", mininterval=1)
+    for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
-        batch = Batch(batch.tokens.to(device), batch.learn.to(device))
-        with torch.autocast(device.type, half, enabled=half == torch.bfloat16):
-            loss = loss_of(model, batch)
-        loss.backward()
+        for batch in itertools.islice(stream, BATCHES_PER_STEP):
+            batch = Batch(batch.tokens.to(device), batch.learn.to(device))
+            with torch.autocast(device.type, half, enabled=half == torch.bfloat16):
+                loss = loss_of(model, batch) / BATCHES_PER_STEP
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+            bar.set_postfix(loss=f"{loss.item() * BATCHES_PER_STEP:.3f}")
     return model
 
 
 def main(
     output: str = str(Path(__file__).parent / "model"),
-    steps: int = 2800,
+    steps: int = 2600,
     seed: int = 1,
     device: str | None = None,
 ) -> None:
