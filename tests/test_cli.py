@@ -1,0 +1,191 @@
+"""The commands as a user types them: what they print, how they end, how they take Ctrl-C at a terminal."""
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import ROOT, run_program, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_checkpoint(tmp_path_factory.mktemp("cli") / "ckpt"))
+
+
+def arguments(directory: str) -> list[str]:
+    return ["--ckpt_dir", directory, "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.mark.parametrize(("program", "answers"), [("example_text_completion.py", 4), ("example_chat_completion.py", 4)])
+def test_examples_run_on_the_demo_model_alike_on_1_and_2_ranks(program: str, answers: int) -> None:
+    plain = run_program(program, "--device", "cpu", "--dtype", "float32")
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stderr == ""
+    assert plain.stdout.count("\n> ") == answers
+    assert plain.stdout.count("==================================") == answers
+    under_torchrun = run_program(program, "--device", "cpu", "--dtype", "float32", ranks=2)
+    assert under_torchrun.stdout == plain.stdout
+
+
+def test_examples_take_metas_options(directory: str) -> None:
+    done = run_program(
+        "example_text_completion.py",
+        *arguments(directory),
+        *("--tokenizer_path", f"{directory}/tokenizer.model", "--temperature", "0", "--top_p", "0.5"),
+        *("--max_seq_len", "256", "--max_gen_len", "3", "--max_batch_size", "4"),
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ckpt_dir", "/nowhere"], "ckpt_dir /nowhere: found nothing there"),
+        (["--max_batch_size", "2"], "4 prompts were given, but max_batch_size is 2"),
+        (["--max_seq_len", "8"], "max_seq_len is 8"),
+        (["--temperature", "-1"], "temperature is -1"),
+    ],
+)
+def test_mistakes_get_one_line(options: list[str], message: str) -> None:
+    done = run_program("example_text_completion.py", *options)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
+def test_complete_prints_what_generate_returns(directory: str) -> None:
+    command = ["-m", "llama", "complete", "[1, 2]", *arguments(directory), "--max_gen_len", "9", "--temperature", "0"]
+    done = run_program(*command)
+    assert done.returncode == 0, done.stderr
+    program = (
+        "import sys; from llama import Llama; l = Llama.build(sys.argv[1], device='cpu', dtype='float32');"
+        "print(l.text_completion(['[1, 2]'], temperature=0, max_gen_len=9)[0]['generation'])"
+    )
+    assert done.stdout == run_program("-c", program, directory).stdout
+    assert run_program(*command, ranks=2).stdout == done.stdout
+
+
+def test_no_command_and_unknown_options_show_the_usage() -> None:
+    for command in ([], ["sing"], ["complete", "hello", "--loud"]):
+        done = run_program("-m", "llama", *command)
+        assert done.returncode == 2
+        assert "usage: python -m llama" in done.stderr
+
+
+def test_chat_through_a_pipe(directory: str) -> None:
+    lines = "hello\n\n/system Be brief.\n/what\n/reset\nhello\n/quit\nnever read\n"
+    done = run_program("-m", "llama", "chat", *arguments(directory), "--max_gen_len", "4", input=lines)
+    assert done.returncode == 0, done.stderr
+    assert "(system message: Be brief.)" in done.stdout
+    assert "(unknown command /what:" in done.stdout
+    assert "(the dialog is forgotten)" in done.stdout
+    assert "> " not in done.stdout, "no prompt where nobody types"
+
+
+def test_chat_remembers_and_resets(directory: str) -> None:
+    """At temperature 0 an answer depends on the dialog alone: repeated it changes, after /reset it is the first."""
+    options = [*arguments(directory), "--max_gen_len", "8", "--temperature", "0"]
+    done = run_program("-m", "llama", "chat", *options, input="hello\n/reset\nhello\nhello\n")
+    program = (
+        "import sys; from llama import Llama; l = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
+        "def ask(*d): return l.chat_completion([d], temperature=0, max_gen_len=8)[0]['generation']\n"
+        "u = {'role': 'user', 'content': 'hello'}\n"
+        "first = ask(u); print(first['content'], '(the dialog is forgotten)', first['content'],"
+        " ask(u, first, u)['content'], sep='\\n')"
+    )
+    assert done.stdout == run_program("-c", program, directory).stdout
+
+
+def test_chat_goes_on_after_a_dialog_that_is_too_long(directory: str) -> None:
+    lines = "x" * 600 + "\nhello\n"
+    done = run_program("-m", "llama", "chat", *arguments(directory), "--max_gen_len", "4", input=lines)
+    assert done.returncode == 0, done.stderr
+    assert "(error: prompt 0 has 6" in done.stdout and "/reset starts anew)" in done.stdout
+    assert len(done.stdout.splitlines()) >= 2
+
+
+class Terminal:
+    """A program at a pseudo-terminal: type keys, wait for what it shows."""
+
+    def __init__(self, *command: str):
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        self.process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=environment,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            preexec_fn=lambda: _own_terminal(),
+        )
+        os.close(slave)
+        self.shown = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def wait_for(self, pattern: str, seconds: float = 90) -> str:
+        """All that is shown up to the first match of `pattern` in what was not waited for yet."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.shown, re.DOTALL)):
+            assert time.monotonic() < end, f"waited in vain for {pattern!r}, saw {self.shown!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.shown += os.read(self.master, 65536).decode(errors="replace")
+        before, self.shown = self.shown[: match.end()], self.shown[match.end() :]
+        return before
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+def _own_terminal() -> None:
+    """The child's session gets the terminal, so that the terminal's Ctrl-C reaches the child as it would a user's."""
+    import fcntl
+    import termios
+
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, ranks: int) -> None:
+    directory = str(write_checkpoint(tmp_path / "ckpt", endless=True))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    command = ["-m", "llama", "chat", *arguments(directory), "--max_seq_len", "20000", "--temperature", "0"]
+    terminal = Terminal(*launcher, *command)
+    try:
+        for _ in range(2):
+            terminal.wait_for(r"\n> ")
+            terminal.type("hello\r")
+            terminal.wait_for(r"hello\r\n.{20}")
+            terminal.type("\x03")
+            terminal.wait_for(r" \[stopped\]\r")
+        terminal.wait_for(r"\n> ")
+        terminal.type("/quit\r")
+        assert terminal.process.wait(timeout=30) == 0
+    finally:
+        terminal.close()
+
+
+def test_a_reader_that_has_gone_is_no_crash(directory: str) -> None:
+    text = f"{sys.executable} -m llama complete hello {' '.join(arguments(directory))} | true"
+    done = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert done.stderr == ""
+
+
+def test_everything_is_said_once(directory: str, tmp_path: Path) -> None:
+    """Only rank 0 prints, on 4 ranks too."""
+    command = ["-m", "llama", "complete", "hello", *arguments(directory), "--max_gen_len", "3"]
+    assert run_program(*command, ranks=4).stdout == run_program(*command).stdout

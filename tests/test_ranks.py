@@ -1,0 +1,134 @@
+"""One model on 1, 2 and 4 ranks is one model; and when something is wrong on one rank, all end, and say why."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT, run_program, write_checkpoint
+
+from llama.checkpoint import split_dim
+
+PROGRAM = "tests/rank_program.py"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("ranks") / "ckpt")
+
+
+def results(directory: Path, output: Path, ranks: int, *more: str) -> list[dict]:
+    done = run_program(PROGRAM, str(directory), str(output), *more, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(max(ranks, 1))]
+
+
+@pytest.fixture(scope="module")
+def one(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Without torchrun: this process alone, no port, no environment variable."""
+    return results(directory, tmp_path_factory.mktemp("one") / "out", 0)[0]
+
+
+def close(a: list, b: list, tolerance: float) -> bool:
+    x, y = torch.tensor(a), torch.tensor(b)
+    return bool((x - y).abs().max() <= tolerance * (y.max() - y.min()))
+
+
+def split(directory: Path, target: Path, shards: int) -> Path:
+    """The checkpoint as Meta would publish it for `shards` GPUs."""
+    target.mkdir()
+    tensors = torch.load(directory / "consolidated.00.pth", weights_only=True)
+    for rank in range(shards):
+        part = {}
+        for name, tensor in tensors.items():
+            dim = split_dim(name)
+            part[name] = tensor if dim is None else tensor.chunk(shards, dim)[rank].clone()
+        torch.save(part, target / f"consolidated.{rank:02d}.pth")
+    for name in ("params.json", "tokenizer.model"):
+        (target / name).write_bytes((directory / name).read_bytes())
+    return target
+
+
+@pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, False), (2, True), (4, False)])
+def test_ranks_agree_with_one_process(directory: Path, one: dict, tmp_path: Path, ranks: int, sharded: bool) -> None:
+    source = split(directory, tmp_path / "split", ranks) if sharded else directory
+    found = results(source, tmp_path / "out", ranks)
+    for result in found:
+        assert close(result["logits"], one["logits"], 1e-5)
+        assert close(result["norm_gradient"], one["norm_gradient"], 1e-5)
+        assert result["greedy"] == one["greedy"]
+        assert result["sampled"] == one["sampled"]
+        assert all(close(a, b, 1e-4) for a, b in zip(result["logprobs"], one["logprobs"], strict=True))
+        assert result["read_by_rank_0"] == f"rank 0 of {ranks}"
+    if ranks > 1:
+        assert found[0]["parameters"] < 0.6 * one["parameters"], "a rank holds its share only"
+
+
+def test_a_larger_world_is_data_parallel(directory: Path, one: dict, tmp_path: Path) -> None:
+    for result in results(directory, tmp_path / "out", 4, "2"):
+        assert result["greedy"] == one["greedy"]
+        assert result["sampled"] == one["sampled"]
+        assert 0.4 * one["parameters"] < result["parameters"] < 0.6 * one["parameters"]
+
+
+def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
+    done = run_program("example_text_completion.py", "--ckpt_dir", str(directory), "--device", "cpu", ranks=3)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ours == [
+        "error: n_heads = 8 cannot be divided by the model-parallel size = 3: choose sizes that divide evenly"
+    ]
+
+
+def test_what_is_wrong_on_one_rank_ends_all(directory: Path, tmp_path: Path) -> None:
+    source = split(directory, tmp_path / "split", 2)
+    shard = source / "consolidated.01.pth"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    started = time.monotonic()
+    done = run_program("example_text_completion.py", "--ckpt_dir", str(source), "--device", "cpu", ranks=2)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(ours) == 1
+    assert ours[0].startswith(f"error: rank 1: {shard} is truncated or damaged")
+    assert time.monotonic() - started < 60, "no rank waits for the other"
+
+
+def test_a_killed_rank_ends_the_others(directory: Path, tmp_path: Path) -> None:
+    program = tmp_path / "endless.py"
+    program.write_text(
+        "import os, sys\n"
+        "from llama import Llama\n"
+        "llama = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
+        "open(f'{sys.argv[2]}/pid.{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n"
+        "while True:\n"
+        "    llama.text_completion(['hello'], max_gen_len=50)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, str(program), str(directory), str(tmp_path)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        pids = [tmp_path / "pid.0", tmp_path / "pid.1"]
+        wait_until(lambda: all(p.exists() and p.read_text() for p in pids), 90)
+        time.sleep(1)
+        os.kill(int(pids[1].read_text()), signal.SIGKILL)
+        _, said = running.communicate(timeout=30)
+    assert running.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said, "the error that ended it is shown"
+    wait_until(lambda: not Path(f"/proc/{pids[0].read_text()}").exists(), 10)
+
+
+def wait_until(holds: object, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)

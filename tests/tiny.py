@@ -1,0 +1,52 @@
+"""A tiny random checkpoint in Meta's format, and programs run on several ranks: what many tests need.
+
+The vocabulary is the 256 bytes, so that any text has known ids; weights are large enough for varied text.
+"""
+
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from llama import ModelArgs, Transformer, parallel
+from llama.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=32)
+
+
+def write_tokenizer(path: Path) -> None:
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256)))
+
+
+def write_checkpoint(directory: Path, args: ModelArgs = ARGS, endless: bool = False) -> Path:
+    """A whole model as one shard, with its tokenizer. An endless one never prefers a control token."""
+    parallel.initialize(device="cpu")
+    model = Transformer(args)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.15, generator=generator)
+    if endless:
+        torch.nn.init.zeros_(model.output.weight.data[256:])
+    save_checkpoint(directory, args, model.state_dict())
+    write_tokenizer(directory / "tokenizer.model")
+    return directory
+
+
+def run_program(*command: str, ranks: int = 0, timeout: float = 120, **options: object) -> subprocess.CompletedProcess:
+    """Run `python COMMAND...` in the project's root; with `ranks`, under torchrun. Text in and out."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *launcher, *command],
+        cwd=ROOT,
+        env=environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
