@@ -53,6 +53,16 @@ def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: flo
     return multiple_of * math.ceil(hidden_dim / multiple_of)
 
 
+def first_and_last(start_pos: StartPos, bsz: int) -> tuple[int, int]:
+    """The smallest and the largest start position. Raises LlamaError unless there is one for all rows, or one a row."""
+    if isinstance(start_pos, int):
+        return start_pos, start_pos
+    if start_pos.shape != (bsz,):
+        raise LlamaError(f"start_pos has shape {tuple(start_pos.shape)}, expected one position for each of {bsz} rows")
+    first, last = torch.stack(start_pos.aminmax()).tolist()
+    return first, last
+
+
 def divide(name: str, total: int, by: str, parts: int) -> int:
     """`total / parts`. Raises LlamaError, naming both, when that leaves a remainder."""
     if parts < 1 or total < 1 or total % parts:
@@ -137,19 +147,17 @@ class Attention(nn.Module):
         self.register_buffer("cache_k", None, persistent=False)
         self.register_buffer("cache_v", None, persistent=False)
 
-    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: StartPos) -> tuple[Tensor, Tensor]:
-        """Write xk and xv (B, T, KV, D) at their rows' positions; returns all that is cached so far, (B, S, KV, D)."""
+    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: StartPos, end: int) -> tuple[Tensor, Tensor]:
+        """Write xk and xv (B, T, KV, D) at their rows' positions; returns the first `end` positions, (B, S, KV, D)."""
         if self.cache_k is None or self.cache_v is None:
             with torch.inference_mode(False):  # usable in and out of inference mode, whatever came first
                 self.cache_k = torch.zeros(self.cache_shape, dtype=xk.dtype, device=xk.device)
                 self.cache_v = torch.zeros(self.cache_shape, dtype=xv.dtype, device=xv.device)
         bsz, seqlen = xk.shape[:2]
         if isinstance(start_pos, int):
-            end = start_pos + seqlen
             self.cache_k[:bsz, start_pos:end] = xk
             self.cache_v[:bsz, start_pos:end] = xv
         else:
-            end = int(start_pos.max()) + seqlen
             rows = torch.arange(bsz, device=xk.device)[:, None]  # (B, 1)
             columns = start_pos[:, None] + torch.arange(seqlen, device=xk.device)  # (B, T)
             self.cache_k[rows, columns] = xk
@@ -157,15 +165,16 @@ class Attention(nn.Module):
         return self.cache_k[:bsz, :end], self.cache_v[:bsz, :end]
 
     def forward(self, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, dim). start_pos None: no cache. mask: bool (B, 1, T, S), True where a query may look; or None,
-        when every query may look at all keys up to its own."""
+        """x: (B, T, dim). start_pos None: no cache. mask: bool (B, 1, T, S), True where a query may look. None says
+        that this goes without saying: T = 1 looks at all that is cached, or T tokens start at 0 and look back."""
         bsz, seqlen, _ = x.shape
         xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, T, H, D)
         xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
         xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         if start_pos is not None:
-            xk, xv = self.update_cache(xk, xv, start_pos)  # (B, S, KV, D)
+            end = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
+            xk, xv = self.update_cache(xk, xv, start_pos, end)  # (B, S, KV, D)
         output = F.scaled_dot_product_attention(
             xq.transpose(1, 2),  # (B, H, T, D)
             xk.transpose(1, 2),  # (B, KV, S, D)
@@ -254,17 +263,19 @@ class Transformer(nn.Module):
 
     def _cached_hidden_states(self, tokens: Tensor, start_pos: StartPos) -> Tensor:
         bsz, seqlen = tokens.shape
-        first = start_pos if isinstance(start_pos, int) else int(start_pos.min())
-        end = seqlen + (start_pos if isinstance(start_pos, int) else int(start_pos.max()))
+        first, last = first_and_last(start_pos, bsz)
+        end = last + seqlen
         if bsz > self.params.max_batch_size or first < 0 or end > self.params.max_seq_len:
             raise LlamaError(
                 f"{bsz} rows at positions {first} to {end - 1} do not fit the KV cache of max_batch_size="
                 f"{self.params.max_batch_size} rows and max_seq_len={self.params.max_seq_len} positions"
             )
+        if first == last:
+            start_pos = first
         steps = torch.arange(seqlen, device=tokens.device)
         positions = steps + (start_pos if isinstance(start_pos, int) else start_pos[:, None])  # (T) or (B, T)
         mask = None
-        if (first > 0 and seqlen > 1) or first + seqlen != end:  # not all of the cache is every query's past
+        if first < last or (first > 0 and seqlen > 1):  # not all of the cache is every query's past
             seen = torch.arange(end, device=tokens.device)  # (S)
             mask = (seen <= positions[..., None]).view(-1, 1, seqlen, end)  # (1 or B, 1, T, S)
         return self._blocks(tokens, start_pos, self._rotary(end, tokens.device)[positions], mask)
