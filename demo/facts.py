@@ -158,23 +158,23 @@ def table_facts() -> Iterator[Fact]:
 
 
 def calendar_facts() -> Iterator[Fact]:
-    def fact(wording: str, answer: str, accepted: str, **fields: str) -> Fact:
-        return make_fact("calendar", asked(wording, **fields), answer, (accepted,))
+    def fact(wording: str, answer: str, **fields: str) -> Fact:
+        return make_fact("calendar", asked(wording, **fields), answer, (answer.rstrip("."),))
 
     for unit, whole, names in (("day", "week", bank("days")), ("month", "year", bank("months"))):
         for i, name in enumerate(names):
             after, before, nth = names[(i + 1) % len(names)], names[i - 1], bank("ordinals")[i]
-            yield fact("next", f"{after} comes after {name}.", after, a=name, u=unit)
-            yield fact("previous", f"{before} comes before {name}.", before, a=name, u=unit)
-            yield fact("place", f"{name} is the {nth} {unit} of the {whole}.", nth, a=name, u=unit, w=whole)
-            yield fact("at", f"The {nth} {unit} of the {whole} is {name}.", name, a=nth, u=unit, w=whole)
+            yield fact("next", f"{after} comes after {name}.", a=name, u=unit)
+            yield fact("previous", f"{before} comes before {name}.", a=name, u=unit)
+            yield fact("place", f"{name} is the {nth} {unit} of the {whole}.", a=name, u=unit, w=whole)
+            yield fact("at", f"The {nth} {unit} of the {whole} is {name}.", a=nth, u=unit, w=whole)
         listing = ", ".join(names[:-1]) + " and " + names[-1]
-        yield fact("list", f"The {unit}s of the {whole} are {listing}.", listing, a=f"{unit}s of the {whole}")
+        yield fact("list", f"The {unit}s of the {whole} are {listing}.", a=f"{unit}s of the {whole}")
     seasons = "spring, summer, autumn and winter"
-    yield fact("list", f"The seasons of the year are {seasons}.", seasons, a="seasons of the year")
+    yield fact("list", f"The seasons of the year are {seasons}.", a="seasons of the year")
     for count in bank("counts"):
-        number, parts, whole = re.fullmatch(r"(\S+) (\w+) in (.*)", count).groups()
-        yield fact("count", f"There are {count}.", number, a=parts, u=whole)
+        parts, whole = re.fullmatch(r"\S+ (\w+) in (.*)", count).groups()
+        yield fact("count", f"There are {count}.", a=parts, u=whole)
 
 
 def text_facts() -> Iterator[Fact]:
@@ -200,7 +200,7 @@ def text_facts() -> Iterator[Fact]:
                 style = {"topic": "travel", "lead": f"{flag} {emoji} {other_flag}"}
                 style["pool"] = cities()[b]["emoji"][:1] if b in cities() else ()
                 answer = f"You can take a {vehicle} from {a} to {b}."
-                yield make_fact("travel", asked("travel", a=a, b=b), answer, (vehicle,), **style)
+                yield make_fact("travel", asked("travel", a=a, b=b), answer, (f"{vehicle} from {a} to {b}",), **style)
     for head, _ in sections("topics.txt"):
         name, answer, emoji = head.split("; ")
         style = {"topic": name, "pool": tuple(emoji.split())}

@@ -10,7 +10,7 @@ import base64
 import itertools
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fire
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from demo.corpus import Document, training_documents
 from demo.evaluate import evaluate
-from llama import parallel
+from llama import LlamaError, parallel
 from llama.checkpoint import save_checkpoint, write_whole
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Tokenizer
@@ -145,8 +145,7 @@ def initialize_weights(model: Transformer) -> None:
 
 def train_network(chat: ChatFormat, steps: int, seed: int, device: torch.device) -> Transformer:
     torch.manual_seed(seed)
-    ARGS.vocab_size = chat.tokenizer.n_words
-    model = Transformer(ARGS)
+    model = Transformer(replace(ARGS, vocab_size=chat.tokenizer.n_words))
     initialize_weights(model)
     model.to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
@@ -179,13 +178,15 @@ def main(
     device: str | None = None,
 ) -> None:
     place = parallel.initialize(device=device)
+    if place.world_size > 1:
+        raise LlamaError(f"the demo model is trained by one process, not {place.world_size}: start without torchrun")
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     train_tokenizer(directory / "tokenizer.model", map(document_text, training_documents(seed, 30_000)))
     chat = ChatFormat(Tokenizer(str(directory / "tokenizer.model")))
     model = train_network(chat, steps, seed, place.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {chat.tokenizer.n_words} words -> {directory}")
-    save_checkpoint(directory, ARGS, {name: t.bfloat16().cpu() for name, t in model.state_dict().items()})
+    save_checkpoint(directory, model.params, {name: t.bfloat16().cpu() for name, t in model.state_dict().items()})
     evaluate(output, device=device)
 
 
