@@ -21,7 +21,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["llama"],
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
         "demo": DEMO,

@@ -3,6 +3,7 @@
 import argparse
 
 from .chat import say, talk
+from .checks import check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
 from .generation import Llama
 
@@ -48,11 +49,12 @@ def build(options: argparse.Namespace) -> Llama:
 
 
 def chat(options: argparse.Namespace) -> None:
-    talk(build(options), options.system, options.temperature, options.top_p, options.max_gen_len)
+    talk(build(options), options.system, (options.max_gen_len, options.temperature, options.top_p))
 
 
 def complete(options: argparse.Namespace) -> None:
     """Show what follows the text, piece by piece as it is generated."""
+    check_texts([options.text])
     llama = build(options)
     prompt = llama.tokenizer.encode(options.text, bos=True, eos=False)
     for (step,) in llama.stream([prompt], options.max_gen_len, options.temperature, options.top_p):

@@ -3,119 +3,149 @@
 Knows how a person types and interrupts; knows nothing of how text is generated.
 """
 
+import contextlib
 import os
 import select
 import signal
 import sys
+from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
-
-import torch.distributed as dist
 
 from .errors import LlamaError
 from .generation import Llama
-from .parallel import broadcast_object, is_printer
+from .parallel import broadcast_object, is_printer, patient_group
 from .tokenizer import Message
 
+if sys.platform != "win32":
+    import termios
+
+Sampling = tuple[int | None, float, float]  # max_gen_len, temperature, top_p
+UNPRINTABLE = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
+CTRL_C = "\x03"  # as a terminal writes it that doesn't send a signal for it
 HELP = "/system TEXT sets the system message, /reset forgets the dialog, /quit leaves; Ctrl-C stops an answer"
 
 
-class CtrlC:
-    """While an answer is being written, Ctrl-C asks for it to stop and doesn't end the program.
+class Keyboard:
+    """Reads the user's lines and hears Ctrl-C, for all ranks; as a context, it leaves the terminal as it found it.
 
-    torchrun ends every rank when the terminal sends it SIGINT. So on several ranks the terminal is told not to, and
-    rank 0 looks for the key itself.
+    While an answer is being written, Ctrl-C asks for it to stop. torchrun ends every rank when the terminal sends it
+    SIGINT; so on several ranks the terminal is told not to, and rank 0 looks for the key itself.
     """
 
     def __init__(self) -> None:
-        self._asked = False
-        self._terminal: list[Any] | None = None
+        self._ranks = patient_group()
+        self._stop = self._reading = False
+        self._watched = is_printer() and self._ranks is not None and sys.stdin.isatty()
+        if is_printer():
+            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
 
-    def __enter__(self) -> "CtrlC":
-        self._handler = signal.signal(signal.SIGINT, self._ask)
-        if is_printer() and dist.get_world_size() > 1 and sys.stdin.isatty():
-            import termios  # only where there is a terminal of that kind
-
-            self._terminal = termios.tcgetattr(sys.stdin)
-            quiet = list(self._terminal)
-            quiet[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO)
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    def __enter__(self) -> "Keyboard":
+        self._handler = signal.signal(signal.SIGINT, self._hear)
+        if self._watched:
+            self._found = termios.tcgetattr(sys.stdin)
+            self._set_terminal(termios.ISIG)
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what torchrun sends when another rank has died
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         signal.signal(signal.SIGINT, self._handler)
-        if self._terminal is not None:
-            import termios
+        if self._watched:
+            self._set_terminal(0)
 
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._terminal)
+    def _set_terminal(self, off: int) -> None:
+        """The settings found, less these: ISIG (keys that send signals), ICANON (whole lines only), ECHO."""
+        settings = list(self._found)
+        settings[3] &= ~off
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
-    def _ask(self, *_: object) -> None:
-        self._asked = True
+    def line(self) -> str | None:
+        """The next line of the user, on every rank; None at the end of the input; empty after Ctrl-C."""
+        line: str | None = None
+        if is_printer():
+            try:
+                self._reading = True
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except EOFError:
+                line = None
+            except KeyboardInterrupt:
+                line = CTRL_C
+            finally:
+                self._reading = False
+            if line is not None and CTRL_C in line:
+                print(f"\n({HELP})")
+                line = ""
+        return broadcast_object(line, self._ranks)
 
-    def asked(self) -> bool:
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While in this context, `stop_asked` hears Ctrl-C."""
+        self._stop = False
+        if self._watched:
+            self._set_terminal(termios.ISIG | termios.ICANON | termios.ECHO)
+        try:
+            yield
+        finally:
+            if self._watched:
+                self._set_terminal(termios.ISIG)
+
+    def _hear(self, *_: object) -> None:
+        """Ctrl-C as a signal: drops the line that is being typed, or stops the answer that is being written."""
+        if self._reading:
+            raise KeyboardInterrupt
+        self._stop = True
+
+    def stop_asked(self) -> bool:
         """Whether the answer is to stop: the same on every rank."""
-        if self._terminal is not None and select.select([sys.stdin], [], [], 0)[0]:
-            self._asked |= b"\x03" in os.read(sys.stdin.fileno(), 1024)
-        return broadcast_object(self._asked)
+        if self._watched and select.select([sys.stdin], [], [], 0)[0]:
+            self._stop |= CTRL_C.encode() in os.read(sys.stdin.fileno(), 1024)
+        return broadcast_object(self._stop)
 
 
 def say(text: str, end: str = "\n") -> None:
+    """Print, on the one rank that does; a terminal gets no control characters that a model may have made up."""
     if is_printer():
-        print(text, end=end, flush=True)
+        print(text.translate(UNPRINTABLE) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def read_line() -> str | None:
-    """The next line of the user, on every rank; None at the end of the input."""
-    line: str | None = None
-    if is_printer():
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            line = None
-        except KeyboardInterrupt:
-            line = ""
-            print(f"\n({HELP})")
-    return broadcast_object(line)
-
-
-def answer(llama: Llama, dialog: list[Message], temperature: float, top_p: float, max_gen_len: int | None) -> str:
+def answer(keyboard: Keyboard, llama: Llama, dialog: list[Message], sampling: Sampling) -> str:
     """Generate and show the assistant's next message, up to its end or Ctrl-C."""
     prompt = llama.formatter.encode_dialog_prompt(dialog)
     text = ""
-    with CtrlC() as ctrl_c:
-        for (step,) in llama.stream([prompt], max_gen_len, temperature, top_p):
+    with keyboard.listening():
+        for (step,) in llama.stream([prompt], *sampling):
             say(step.text, end="")
             text += step.text
-            if ctrl_c.asked():
+            if keyboard.stop_asked():
                 say(" [stopped]", end="")
                 break
-    say("")
+        say("")
     return text
 
 
-def talk(llama: Llama, system: str | None, temperature: float, top_p: float, max_gen_len: int | None) -> None:
+def talk(llama: Llama, system: str | None, sampling: Sampling) -> None:
     """Read a message or a command, answer it, and so on until /quit or the end of the input."""
-    if sys.stdin.isatty():
-        say(HELP)
     history: list[Message] = []
-    while (line := read_line()) is not None:
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/reset":
-            history = []
-            say("(the dialog is forgotten)")
-        elif command == "/system":
-            system = rest.strip() or None
-            say(f"(system message: {system})" if system else "(no system message)")
-        elif command.startswith("/"):
-            say(f"(unknown command {command}: {HELP})")
-        elif line:
-            first: list[Message] = [{"role": "system", "content": system}] if system else []
-            asked: list[Message] = [*history, {"role": "user", "content": line}]
-            try:
-                text = answer(llama, first + asked, temperature, top_p, max_gen_len)
-            except LlamaError as e:  # most likely a dialog that has outgrown max_seq_len
-                say(f"(error: {e}; /reset starts anew)")
-            else:
-                history = [*asked, {"role": "assistant", "content": text}]
+    with Keyboard() as keyboard:
+        if sys.stdin.isatty():
+            say(HELP)
+        while (line := keyboard.line()) is not None:
+            command, _, rest = line.partition(" ")
+            if command == "/quit":
+                return
+            if command == "/reset":
+                history = []
+                say("(the dialog is forgotten)")
+            elif command == "/system":
+                system = rest.strip() or None
+                say(f"(system message: {system})" if system else "(no system message)")
+            elif command.startswith("/"):
+                say(f"(unknown command {command}: {HELP})")
+            elif line:
+                first: list[Message] = [{"role": "system", "content": system}] if system else []
+                asked: list[Message] = [*history, {"role": "user", "content": line}]
+                try:
+                    text = answer(keyboard, llama, first + asked, sampling)
+                except LlamaError as e:  # most likely a dialog that has outgrown max_seq_len
+                    say(f"(error: {e}; /reset starts anew)")
+                else:
+                    history = [*asked, {"role": "assistant", "content": text}]

@@ -6,6 +6,7 @@ Knows no tokenizer and no generation. Files come from strangers: nothing in them
 
 import json
 import os
+import pickle
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -42,6 +43,8 @@ def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
 
     Raises LlamaError: no such directory, no checkpoint in it, `params.json` that can't be used, a shard missing.
     """
+    if not isinstance(ckpt_dir, (str, os.PathLike)):
+        raise LlamaError(f"ckpt_dir is {ckpt_dir!r}, expected the path of a checkpoint's directory")
     directory = Path(ckpt_dir)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
@@ -68,6 +71,8 @@ def read_params(path: Path) -> dict[str, Any]:
         raise LlamaError(f"{path} is missing: it comes with the checkpoint, put it beside consolidated.00.pth")
     try:
         params = json.loads(path.read_bytes())
+    except OSError as e:
+        raise LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read") from e
     except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
         raise LlamaError(f"{path} is not JSON ({e}): {describe_content(path)}; download it again") from None
     if not isinstance(params, dict):
@@ -106,18 +111,21 @@ def read_shard(path: Path) -> dict[str, Tensor]:
 
     Raises LlamaError for whatever isn't a whole file of plain tensors; code in the pickle is refused, not run.
     """
-    with path.open("rb") as f:
-        is_zip = f.read(4) == b"PK\x03\x04"
+    try:
+        with path.open("rb") as f:
+            is_zip = f.read(4) == b"PK\x03\x04"
+    except OSError as e:
+        raise LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read") from e
     if not is_zip:
         raise LlamaError(f"{path}: expected a file written by torch.save; {describe_content(path)}")
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise LlamaError(
+            f"{path}: its pickle holds more than tensors, which could run code on loading; refused. "
+            "Expected a file of tensors only, from a source that you trust"
+        ) from None
     except Exception as e:
-        if "weights_only" in str(e).lower() or "unsupported" in str(e).lower():
-            raise LlamaError(
-                f"{path}: its pickle holds more than tensors, which could run code on loading; refused. "
-                "Expected a file of tensors only, from a source that you trust"
-            ) from None
         size = path.stat().st_size
         raise LlamaError(f"{path} is truncated or damaged ({size} bytes, no whole archive): download it again") from e
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -133,16 +141,11 @@ def split_dim(name: str) -> int | None:
 def read_rank(checkpoint: Checkpoint, mp_rank: int, mp_size: int) -> dict[str, Tensor]:
     """The tensors of one model-parallel rank, mapped. As many shards as ranks, or one shard that every rank slices.
 
-    Other counts and other formats enter here.
+    Other counts, which `checks.check_ranks` refuses, and other formats enter here.
     """
     shards = checkpoint.shards
     if len(shards) == mp_size:
         return read_shard(shards[mp_rank])
-    if len(shards) > 1:
-        raise LlamaError(
-            f"{checkpoint.directory} is split in {len(shards)} shards, but {mp_size} model-parallel "
-            f"rank{'s run' if mp_size > 1 else ' runs'}: start with torchrun --nproc_per_node {len(shards)}"
-        )
     tensors = read_shard(shards[0])
     for name, tensor in tensors.items():
         dim = split_dim(name)
@@ -184,7 +187,11 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], c
         for n in expected
         if n in found and found[n].shape != expected[n].shape
     ]
-    problems += [f"{n} of dtype {t.dtype}" for n, t in found.items() if not t.is_floating_point()]
+    problems += [
+        f"{n} of {t.dtype} on {t.device}"
+        for n, t in found.items()
+        if not t.is_floating_point() or t.device.type != "cpu"
+    ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise LlamaError(
@@ -194,7 +201,8 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], c
 
 
 def load_model(checkpoint: Checkpoint, args: ModelArgs, place: Place) -> Transformer:
-    """The Transformer of this rank with its weights. On the CPU, in the file's own dtype, they stay mapped.
+    """The Transformer of this rank with its weights. On the CPU, in the file's own dtype, they stay mapped: all that
+    are whole or cut along their rows.
 
     If one rank fails, every rank raises its LlamaError.
     """

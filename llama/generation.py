@@ -5,11 +5,9 @@ it. Knows no file format and no layer of the network.
 """
 
 import hashlib
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .checkpoint import load_model, memory_needed, open_checkpoint
+from .checkpoint import load_model, open_checkpoint
+from .checks import check_count, check_memory, check_prompts, check_ranks, check_sampling, check_texts
 from .errors import LlamaError
 from .model import ModelArgs, Transformer
 from .sampling import sample, sample_top_p, token_logprobs
@@ -108,10 +107,10 @@ class Llama:
         """
         place = parallel.initialize(model_parallel_size, device, dtype)
         with parallel.together():
-            for name, value in (("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
-                if not isinstance(value, int) or value < 1:
-                    raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
+            check_count("max_seq_len", max_seq_len)
+            check_count("max_batch_size", max_batch_size)
             checkpoint = open_checkpoint(ckpt_dir)
+            check_ranks(checkpoint, place.mp_size)
             tokenizer = Tokenizer(str(tokenizer_path or checkpoint.directory / "tokenizer.model"))
             args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             if args.vocab_size == -1:
@@ -148,11 +147,14 @@ class Llama:
         max_gen_len: tokens a row gets at most (None: what fits in max_seq_len). temperature: 0 takes the likeliest
         token. top_p: in (0, 1]. echo: the first list yielded holds the prompts' own tokens. Rows draw from chance of
         their own, made from the seed, the prompt, and how often this Llama was given that prompt; not from neighbours.
+        A prompt that fills max_seq_len gets no token, and so no step.
         Raises LlamaError, before any forward pass, for arguments that can't work.
         """
-        with parallel.together():
-            self._check(prompt_tokens, max_gen_len, temperature, top_p)
-        return self._stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
+        with parallel.together(parallel.group()):
+            check_prompts(prompt_tokens, self.model.params)
+            check_sampling(max_gen_len, temperature, top_p)
+        prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
+        return self._stream(prompts, max_gen_len, temperature, top_p, logprobs, echo)
 
     def generate(
         self,
@@ -168,9 +170,10 @@ class Llama:
         Arguments and errors as `stream`. With echo, the prompt's tokens come first; with both, so do their logprobs
         (0.0 for the first, which nothing predicts).
         """
+        stream = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
         tokens: list[list[int]] = [[] for _ in prompt_tokens]
         chances: list[list[float]] = [[] for _ in prompt_tokens]
-        for steps in self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo):
+        for steps in stream:
             for step in steps:
                 if step.finish_reason != "stop":
                     tokens[step.row].append(step.token)
@@ -187,15 +190,11 @@ class Llama:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Go on from each prompt. With logprobs, "tokens" (their texts) and "logprobs" come too; see `generate`."""
-        with parallel.together():
-            if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-                raise LlamaError(f"prompts is {describe(prompts)}, expected a list of strings")
-            if "" in prompts:
-                raise LlamaError(f"prompt {list(prompts).index('')} is empty: give it at least one character")
+        with parallel.together(parallel.group()):
+            check_texts(prompts)
             prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
         tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        bos = [self.tokenizer.bos_id]
-        texts = [self.tokenizer.decode(t[1:] if t[:1] == bos else t) for t in tokens]
+        texts = [self.tokenizer.decode(t[1:] if echo else t) for t in tokens]  # without the prompt's begin_of_text
         results: list[CompletionPrediction] = [{"generation": text} for text in texts]
         for i, row in enumerate(chances or ()):
             results[i]["tokens"], results[i]["logprobs"] = self._token_texts(tokens[i]), row
@@ -210,7 +209,7 @@ class Llama:
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
         """The assistant's next message in each dialog. With logprobs, "tokens" and "logprobs" come too."""
-        with parallel.together():
+        with parallel.together(parallel.group()):
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs)
         results: list[ChatPrediction] = [
@@ -225,7 +224,7 @@ class Llama:
     @torch.no_grad()
     def _stream(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompts: list[list[int]],
         max_gen_len: int | None,
         temperature: float,
         top_p: float,
@@ -233,24 +232,31 @@ class Llama:
         echo: bool,
     ) -> Iterator[list[Step]]:
         self._current = ticket = object()
-        rows = [self._row(i, prompt, max_gen_len) for i, prompt in enumerate(prompt_tokens)]
+        rows = [self._row(i, prompt, max_gen_len) for i, prompt in enumerate(prompts)]
         # Right padding: a pad's key is overwritten by the row's own next token before any query can see it.
-        longest = max(map(len, prompt_tokens))
-        padded = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompt_tokens]
+        longest = max(map(len, prompts))
+        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, device=self._device)  # (B, T)
         h = self.model.hidden_states(tokens, 0)  # (B, T, dim)
         if echo:
-            yield self._echo(prompt_tokens, h, tokens, logprobs)
+            yield self._echo(prompts, h, tokens, logprobs)
+            self._refuse_if_not(ticket)
         live = self._compact(rows, [row for row in rows if row.left > 0])
         h = h[[row.index for row in live], [row.position - 1 for row in live]]  # (B, dim)
         while live:
             chosen, chances = self._choose(self.model.logits(h), live, temperature, top_p, logprobs)
             yield [r.accept(t, c, self.tokenizer.stop_tokens) for r, t, c in zip(live, chosen, chances, strict=True)]
-            if self._current is not ticket:
-                raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
-            live = self._compact(live, [row for row in live if row.finish_reason is None])
-            if live:
-                h = self._decode(live)
+            going = [row for row in live if row.finish_reason is None]
+            if not going:
+                return
+            self._refuse_if_not(ticket)
+            live = self._compact(live, going)
+            h = self._decode(live)
+
+    def _refuse_if_not(self, ticket: object) -> None:
+        """To be called after each yield and before the cache is touched: a caller may have started another stream."""
+        if self._current is not ticket:
+            raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
 
     def _decode(self, live: list[_Row]) -> Tensor:
         """One forward pass over the last token of each row: hidden states (B, dim)."""
@@ -299,7 +305,7 @@ class Llama:
                 rows[slot] = rows[source]
         return rows[: len(keep)]
 
-    def _echo(self, prompts: Sequence[Sequence[int]], h: Tensor, tokens: Tensor, logprobs: bool) -> list[Step]:
+    def _echo(self, prompts: list[list[int]], h: Tensor, tokens: Tensor, logprobs: bool) -> list[Step]:
         """The prompts' own tokens as steps. h: (B, T, dim); tokens: (B, T), padded."""
         chances: list[list[float | None]] = [[None] * len(prompt) for prompt in prompts]
         if logprobs:
@@ -318,40 +324,14 @@ class Llama:
             steps += [Step(row, token, text, chance) for token, text, chance in pieces]
         return steps
 
-    def _row(self, index: int, prompt: Sequence[int], max_gen_len: int | None) -> _Row:
-        key = repr((self._seed, list(prompt))).encode()
+    def _row(self, index: int, prompt: list[int], max_gen_len: int | None) -> _Row:
+        key = hashlib.blake2b(repr((self._seed, prompt)).encode(), digest_size=16).digest()
         self._asked[key] += 1
-        digest = hashlib.blake2b(key + b"%d" % self._asked[key], digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+        chance = hashlib.blake2b(key + b"%d" % self._asked[key], digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(chance, "little", signed=True))
         room = self.model.params.max_seq_len - len(prompt)
         left = room if max_gen_len is None else min(room, max_gen_len)
         return _Row(index, len(prompt), left, StreamDecoder(self.tokenizer), generator)
-
-    def _check(
-        self, prompt_tokens: Sequence[Sequence[int]], max_gen_len: int | None, temperature: float, top_p: float
-    ) -> None:
-        params = self.model.params
-        if not prompt_tokens:
-            raise LlamaError("no prompt was given: expected a list of at least one")
-        if len(prompt_tokens) > params.max_batch_size:
-            raise LlamaError(
-                f"{len(prompt_tokens)} prompts were given, but max_batch_size is {params.max_batch_size}: "
-                "build with a larger max_batch_size or pass fewer at a time"
-            )
-        for i, prompt in enumerate(prompt_tokens):
-            if len(prompt) == 0:
-                raise LlamaError(f"prompt {i} is empty: expected at least one token")
-            if bad := [t for t in prompt if not isinstance(t, int) or not 0 <= t < params.vocab_size]:
-                raise LlamaError(f"prompt {i} has token {bad[0]!r}, expected whole numbers in [0, {params.vocab_size})")
-            if len(prompt) > params.max_seq_len:
-                raise LlamaError(
-                    f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}: "
-                    "shorten it or build with a larger max_seq_len"
-                )
-        check_number("temperature", temperature, "a number of at least 0", lambda x: 0 <= x < math.inf)
-        check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1)
-        if max_gen_len is not None and (not isinstance(max_gen_len, int) or max_gen_len < 1):
-            raise LlamaError(f"max_gen_len is {max_gen_len!r}, expected a whole number of at least 1")
 
     def _token_texts(self, tokens: list[int]) -> list[str]:
         return [self.tokenizer.decode([token]) for token in tokens]
@@ -363,27 +343,3 @@ class Llama:
     @property
     def _dtype(self) -> torch.dtype:
         return self.model.norm.weight.dtype
-
-
-def check_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not holds(float(value)):
-        raise LlamaError(f"{name} is {value!r}, expected {expected}")
-
-
-def describe(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:60] + "..."
-
-
-def check_memory(args: ModelArgs, place: parallel.Place) -> None:
-    """Refuse, with the arithmetic, what can't fit: on a GPU a rank's share, on the CPU that of all ranks together."""
-    weights, cache = memory_needed(args, place.mp_size, place.dtype)
-    ranks = 1 if place.device.type == "cuda" else place.world_size
-    have = parallel.available_memory(place.device)
-    if ranks * (weights + cache) > have:
-        gb = 1e9
-        raise LlamaError(
-            f"{weights / gb:.2f} GB of weights + {cache / gb:.2f} GB of KV cache (max_batch_size={args.max_batch_size} "
-            f"x max_seq_len={args.max_seq_len}) in {place.dtype} on {ranks} rank(s) do not fit the {have / gb:.2f} GB "
-            f"of {place.device}: lower max_seq_len or max_batch_size, or use more ranks"
-        )

@@ -226,6 +226,8 @@ class Transformer(nn.Module):
 
     def __init__(self, params: ModelArgs):
         super().__init__()
+        if not fs_init.model_parallel_is_initialized():
+            raise LlamaError("no model-parallel group is there: call llama.parallel.initialize() first")
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers

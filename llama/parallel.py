@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import fairscale.nn.model_parallel.initialize as fs_init
@@ -34,7 +35,6 @@ class Place:
 
     device: torch.device
     dtype: torch.dtype
-    rank: int
     world_size: int
     mp_rank: int
     mp_size: int
@@ -63,7 +63,7 @@ def choose_device(device: str | torch.device | None, local_rank: int, world_size
             device = "mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu"
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise LlamaError(f"device {device!r} is not known: expected cpu, cuda, cuda:N or mps") from None
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise LlamaError(f"device {device!r} is not supported: expected cpu, cuda, cuda:N or mps")
@@ -72,6 +72,8 @@ def choose_device(device: str | torch.device | None, local_rank: int, world_size
     if chosen.type == "mps" and world_size > 1:
         raise LlamaError(f"device 'mps' runs one process, not {world_size}: use --device cpu, or no torchrun")
     if chosen.type == "cuda":
+        if chosen.index is not None and world_size > 1:
+            raise LlamaError(f"device {device!r} would put {world_size} ranks on one GPU: say cuda, for one each")
         count = torch.cuda.device_count()
         index = local_rank if chosen.index is None else chosen.index
         if index >= count:
@@ -96,7 +98,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if mkldnn else torch.float32
 
 
 def initialize(
@@ -107,18 +110,20 @@ def initialize(
     """Join the process groups (or use those that are there) and say where this rank stands.
 
     Under torchrun the world is torchrun's; otherwise it is this process alone, over a store in its own memory: no
-    port, no environment variable. `model_parallel_size` defaults to the world size; a larger world is divided into
-    data-parallel copies of the model-parallel group. Raises LlamaError where the numbers or the device don't fit.
+    port to choose, no environment variable. `model_parallel_size` defaults to the world size; a larger world is divided
+    into data-parallel copies of the model-parallel group. Raises LlamaError where numbers or device don't fit.
     """
-    rank, world_size, local_rank = env_rank()
+    _, world_size, local_rank = env_rank()
     if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        world_size = dist.get_world_size()
     chosen = choose_device(device, local_rank, world_size)
     mp_size = world_size if model_parallel_size is None else model_parallel_size
-    if mp_size < 1 or world_size % mp_size:
+    if not isinstance(mp_size, int) or mp_size < 1:
+        raise LlamaError(f"model_parallel_size is {mp_size!r}, expected a whole number of at least 1")
+    if world_size % mp_size:
         raise LlamaError(
             f"model_parallel_size is {mp_size} and {world_size} processes run: the processes must be a multiple of it; "
-            f"start with torchrun --nproc_per_node {max(mp_size, 1)}"
+            f"start with torchrun --nproc_per_node {mp_size}"
         )
     if not dist.is_initialized():
         if fs_init.model_parallel_is_initialized():  # of a world that was since destroyed
@@ -131,14 +136,14 @@ def initialize(
         else:
             dist.init_process_group("gloo")
     if not fs_init.model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
+        with contextlib.redirect_stdout(io.StringIO()):  # for a moment: fairscale prints three lines here
             fs_init.initialize_model_parallel(mp_size)
     elif fs_init.get_model_parallel_world_size() != mp_size:
         raise LlamaError(
             f"this process already runs model_parallel_size={fs_init.get_model_parallel_world_size()}, and "
             f"{mp_size} was asked for: build models of different sizes in different processes"
         )
-    return Place(chosen, choose_dtype(dtype, chosen), rank, world_size, fs_init.get_model_parallel_rank(), mp_size)
+    return Place(chosen, choose_dtype(dtype, chosen), world_size, fs_init.get_model_parallel_rank(), mp_size)
 
 
 def available_memory(device: torch.device) -> int:
@@ -161,22 +166,33 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def broadcast_object(value: T) -> T:
+def group() -> dist.ProcessGroup:
+    """The ranks that share one model with this one."""
+    return fs_init.get_model_parallel_group()
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """All ranks, in a group that waits for days: for a person at a keyboard, whom other groups take for a dead rank."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.get_world_size() > 1 else None
+
+
+def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
     """The `value` that rank 0 of the whole world has, on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A step that may fail on one rank alone: if it fails on any, all of them raise LlamaError with that message.
 
-    Without this, the others would wait in their next collective for a rank that has gone.
+    group: the ranks that take this step; None: the whole world. Without this, the others would wait in their next
+    collective for a rank that has gone.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
         yield
         return
     error: Exception | None = None
@@ -184,12 +200,14 @@ def together() -> Iterator[None]:
         yield
     except Exception as e:
         error = e
-    messages: list[str | None] = [None] * dist.get_world_size()
+    messages: list[str | None] = [None] * dist.get_world_size(group)
     own = error if error is None or isinstance(error, LlamaError) else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(messages, None if own is None else str(own))
+    dist.all_gather_object(messages, None if own is None else str(own), group=group)
     if error is not None and not isinstance(error, LlamaError):
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
-            everywhere = all(m == message for m in messages)
-            raise LlamaError(message if everywhere else f"rank {rank}: {message}") from error
+            alike = all(m == message for m in messages)
+            shared = LlamaError(message if alike else f"rank {rank}: {message}")
+            shared.everywhere = True
+            raise shared from error

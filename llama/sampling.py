@@ -14,9 +14,9 @@ def sample_top_p(probs: Tensor, p: float, *, uniform: Tensor | None = None) -> T
     renormalised. uniform: (..., 1), numbers in [0, 1) that make the draw (the token at that quantile of what is kept);
     torch's global generator gives them where None. Returns token ids (..., 1).
     """
-    sorted_probs, sorted_ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    sorted_probs, sorted_ids = torch.sort(probs.float(), dim=-1, descending=True, stable=True)
     mass = sorted_probs.cumsum(dim=-1)
-    kept = mass - sorted_probs <= p
+    kept = mass - sorted_probs <= p if p < 1 else torch.ones_like(mass, dtype=torch.bool)  # sums may round to over 1
     cdf = sorted_probs.where(kept, 0).cumsum(dim=-1)
     if uniform is None:
         uniform = torch.rand(*probs.shape[:-1], 1, device=probs.device)
@@ -30,9 +30,11 @@ def sample(logits: Tensor, temperature: float, top_p: float, uniform: Tensor | N
 
     logits: float32 (B, vocab_size); uniform: (B, 1) as in `sample_top_p`. Returns (B,).
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    likeliest = logits.amax(dim=-1, keepdim=True)  # taken off before the division, which may overflow
+    probs = torch.softmax((logits - likeliest) / temperature, dim=-1)
     return sample_top_p(probs, top_p, uniform=uniform).squeeze(-1)
 
 

@@ -50,6 +50,7 @@ def test_examples_take_metas_options(directory: str) -> None:
         (["--max_batch_size", "2"], "4 prompts were given, but max_batch_size is 2"),
         (["--max_seq_len", "8"], "max_seq_len is 8"),
         (["--temperature", "-1"], "temperature is -1"),
+        (["--temprature", "1"], "unknown option --temprature; known are --ckpt_dir,"),
     ],
 )
 def test_mistakes_get_one_line(options: list[str], message: str) -> None:
@@ -71,6 +72,12 @@ def test_complete_prints_what_generate_returns(directory: str) -> None:
     )
     assert done.stdout == run_program("-c", program, directory).stdout
     assert run_program(*command, ranks=2).stdout == done.stdout
+
+
+def test_an_empty_text_is_refused(directory: str) -> None:
+    done = run_program("-m", "llama", "complete", "", *arguments(directory))
+    assert done.returncode == 1
+    assert done.stderr == "error: prompt 0 is empty: give it at least one character\n"
 
 
 def test_no_command_and_unknown_options_show_the_usage() -> None:
@@ -166,11 +173,14 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, ranks: int)
     terminal = Terminal(*launcher, *command)
     try:
         for _ in range(2):
-            terminal.wait_for(r"\n> ")
+            terminal.wait_for(r"\n> $")
             terminal.type("hello\r")
             terminal.wait_for(r"hello\r\n.{20}")
             terminal.type("\x03")
             terminal.wait_for(r" \[stopped\]\r")
+            terminal.type("\x03")  # pressed once more, at the prompt
+            terminal.type("\r" if ranks else "")
+            terminal.wait_for(r"/quit leaves")
         terminal.wait_for(r"\n> ")
         terminal.type("/quit\r")
         assert terminal.process.wait(timeout=30) == 0

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -53,7 +54,7 @@ def test_greedy_equals_full_forwards(llama: Llama) -> None:
     assert any(tokens)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=90), min_size=1, max_size=4),
     max_gen_len=st.one_of(st.none(), st.integers(1, 30)),
@@ -228,6 +229,7 @@ def test_chat_is_generate_on_the_dialogs_prompt(tiny_dir: Path) -> None:
         ({"prompts": ["a" * 96]}, "prompt 0 has 97 tokens, but max_seq_len is 96"),
         ({"prompts": "abc"}, "prompts is 'abc', expected a list of strings"),
         ({"prompts": ["a", 3]}, "expected a list of strings"),
+        ({"prompts": None}, "prompts is None, expected a list of strings"),
         ({"prompts": ["a"], "temperature": -0.1}, "temperature is -0.1"),
         ({"prompts": ["a"], "temperature": float("nan")}, "temperature is nan"),
         ({"prompts": ["a"], "temperature": "hot"}, "temperature is 'hot'"),
@@ -248,6 +250,9 @@ def test_bad_arguments_are_refused_before_any_forward_pass(
 
 
 def test_bad_tokens_and_dialogs_are_refused(llama: Llama) -> None:
+    for flat in ([1, 2, 3], torch.tensor([[1, 2]]), None):
+        with pytest.raises(LlamaError, match="expected a list of"):
+            llama.generate(flat, 3)  # type: ignore[arg-type]
     for prompt, message in (([512], "token 512"), ([-1], "token -1"), (["a"], "token 'a'"), ([], "prompt 0 is empty")):
         with pytest.raises(LlamaError, match=message):
             llama.generate([prompt], 3)  # type: ignore[list-item]
@@ -268,11 +273,28 @@ def test_logits_that_are_not_finite_are_named(llama: Llama) -> None:
 
 
 def test_a_newer_call_ends_an_open_stream(llama: Llama) -> None:
-    stream = llama.stream([ids(llama, "hello")], 10)
-    next(stream)
-    llama.generate([ids(llama, "other")], 2)
+    """And leaves the newer one's cache alone: also where the next thing it would do is to move its rows together."""
+    llama.tokenizer.stop_tokens = set()
+    expected = greedy_by_hand(llama, [9, 8, 7], 6)
+    old = llama.stream([[1] * 96, [2] * 60], 4, temperature=0, echo=True)
+    next(old)
+    new = llama.stream([[9, 8, 7]], 6, temperature=0)
+    tokens = [next(new)[0].token]
     with pytest.raises(LlamaError, match="ended by a newer call"):
-        next(stream)
+        next(old)
+    tokens += [step.token for (step,) in new]
+    assert tokens == expected
+
+
+def test_numpys_integers_are_tokens_and_count(llama: Llama) -> None:
+    tokens, _ = llama.generate([list(np.arange(1, 5))], np.int64(3), temperature=0)
+    assert tokens == llama.generate([[1, 2, 3, 4]], 3, temperature=0)[0]
+
+
+def test_an_almost_frozen_temperature_is_the_likeliest_token(llama: Llama) -> None:
+    expected, _ = llama.generate([[1, 2, 3]], 9, temperature=0)
+    for temperature in (1e-5, 1e-30, 1e-38, 1e-42, 1e-300):
+        assert llama.generate([[1, 2, 3]], 9, temperature=temperature)[0] == expected
 
 
 def test_meta_programs_find_their_names(llama: Llama) -> None:

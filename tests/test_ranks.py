@@ -77,12 +77,45 @@ def test_a_larger_world_is_data_parallel(directory: Path, one: dict, tmp_path: P
         assert 0.4 * one["parameters"] < result["parameters"] < 0.6 * one["parameters"]
 
 
+def test_data_parallel_groups_may_do_different_work(directory: Path, one: dict, tmp_path: Path) -> None:
+    """One group asks three times, the other once and wrongly: neither waits for the other."""
+    program = tmp_path / "unequal.py"
+    program.write_text(
+        "import json, os, sys\n"
+        "from llama import Llama, LlamaError\n"
+        "rank = int(os.environ['RANK'])\n"
+        "llama = Llama.build(sys.argv[1], model_parallel_size=1, device='cpu', dtype='float32')\n"
+        "if rank == 0:\n"
+        "    said = [llama.text_completion(['a'], temperature=0, max_gen_len=40)[0]['generation'] for _ in range(3)]\n"
+        "else:\n"
+        "    try:\n"
+        "        llama.text_completion([''])\n"
+        "    except LlamaError as e:\n"
+        "        said = [str(e)]\n"
+        "open(f'{sys.argv[2]}.{rank}', 'w').write(json.dumps(said))\n"
+    )
+    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.0").read_text()) == [one["greedy"][1]] * 3
+    assert json.loads((tmp_path / "out.1").read_text()) == ["prompt 0 is empty: give it at least one character"]
+
+
+def test_shards_and_ranks_differ_and_the_command_that_works_is_told(directory: Path, tmp_path: Path) -> None:
+    source = split(directory, tmp_path / "split", 2)
+    done = run_program("example_text_completion.py", "--ckpt_dir", str(source), "--device", "cpu", ranks=3)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        f"error: {source} is split in 2 shards, but 3 model-parallel ranks run: start with torchrun --nproc_per_node 2"
+    ]
+
+
 def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
     done = run_program("example_text_completion.py", "--ckpt_dir", str(directory), "--device", "cpu", ranks=3)
     assert done.returncode != 0
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert ours == [
-        "error: n_heads = 8 cannot be divided by the model-parallel size = 3: choose sizes that divide evenly"
+        f"error: {directory} can't be divided over 3 model-parallel ranks (n_heads 8, n_kv_heads 4, hidden_dim 192, "
+        "vocab_size 512): start with torchrun --nproc_per_node 1 or 2 or 4"
     ]
 
 
@@ -96,7 +129,7 @@ def test_what_is_wrong_on_one_rank_ends_all(directory: Path, tmp_path: Path) -> 
     ours = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(ours) == 1
     assert ours[0].startswith(f"error: rank 1: {shard} is truncated or damaged")
-    assert time.monotonic() - started < 60, "no rank waits for the other"
+    assert time.monotonic() - started < 110, "no rank waits the half hour that a collective may take"
 
 
 def test_a_killed_rank_ends_the_others(directory: Path, tmp_path: Path) -> None:
@@ -121,10 +154,10 @@ def test_a_killed_rank_ends_the_others(directory: Path, tmp_path: Path) -> None:
         wait_until(lambda: all(p.exists() and p.read_text() for p in pids), 90)
         time.sleep(1)
         os.kill(int(pids[1].read_text()), signal.SIGKILL)
-        _, said = running.communicate(timeout=30)
+        _, said = running.communicate(timeout=90)
     assert running.returncode != 0
     assert "Signal 9 (SIGKILL)" in said, "the error that ended it is shown"
-    wait_until(lambda: not Path(f"/proc/{pids[0].read_text()}").exists(), 10)
+    wait_until(lambda: not Path(f"/proc/{pids[0].read_text()}").exists(), 30)
 
 
 def wait_until(holds: object, seconds: float) -> None:

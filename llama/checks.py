@@ -1,0 +1,96 @@
+"""Refuses what can't work before anything runs: each check raises LlamaError with what was found and expected.
+
+Knows numbers and sizes; knows no files and no tensors.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+from .checkpoint import Checkpoint, memory_needed
+from .errors import LlamaError
+from .model import ModelArgs
+from .parallel import Place, available_memory
+
+
+def check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
+
+
+def check_sampling(max_gen_len: int | None, temperature: float, top_p: float) -> None:
+    if max_gen_len is not None:
+        check_count("max_gen_len", max_gen_len)
+    if not is_number(temperature) or not 0 <= temperature < math.inf:
+        raise LlamaError(f"temperature is {temperature!r}, expected a number of at least 0")
+    if not is_number(top_p) or not 0 < top_p <= 1:
+        raise LlamaError(f"top_p is {top_p!r}, expected a number in (0, 1]")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_texts(prompts: Sequence[str]) -> None:
+    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
+        found = repr(prompts)
+        raise LlamaError(f"prompts is {found[:60]}{'...' * (len(found) > 60)}, expected a list of strings")
+    if "" in prompts:
+        raise LlamaError(f"prompt {list(prompts).index('')} is empty: give it at least one character")
+
+
+def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> None:
+    """Whether a batch of token ids fits the vocabulary and the KV cache."""
+    if not isinstance(prompt_tokens, list | tuple):
+        raise LlamaError(f"prompts is a {type(prompt_tokens).__name__}, expected a list of prompts")
+    if len(prompt_tokens) == 0:
+        raise LlamaError("no prompt was given: expected a list of at least one")
+    if len(prompt_tokens) > params.max_batch_size:
+        raise LlamaError(
+            f"{len(prompt_tokens)} prompts were given, but max_batch_size is {params.max_batch_size}: "
+            "build with a larger max_batch_size or pass fewer at a time"
+        )
+    for i, prompt in enumerate(prompt_tokens):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+            raise LlamaError(f"prompt {i} is a {type(prompt).__name__}, expected a list of token ids")
+        if len(prompt) == 0:
+            raise LlamaError(f"prompt {i} is empty: expected at least one token")
+        if bad := [t for t in prompt if not isinstance(t, Integral) or not 0 <= int(t) < params.vocab_size]:
+            raise LlamaError(f"prompt {i} has token {bad[0]!r}, expected whole numbers in [0, {params.vocab_size})")
+        if len(prompt) > params.max_seq_len:
+            raise LlamaError(
+                f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}: "
+                "shorten it or build with a larger max_seq_len"
+            )
+
+
+def check_ranks(checkpoint: Checkpoint, mp_size: int) -> None:
+    """Whether these shards run on so many ranks, before sizes are looked at; says what to start instead."""
+    shards = len(checkpoint.shards)
+    if shards not in (1, mp_size):
+        raise LlamaError(
+            f"{checkpoint.directory} is split in {shards} shards, but {mp_size} model-parallel "
+            f"rank{'s run' if mp_size > 1 else ' runs'}: start with torchrun --nproc_per_node {shards}"
+        )
+    args = ModelArgs(**checkpoint.params)
+    counts = [args.n_heads, args.n_kv_heads or args.n_heads, args.hidden_dim, args.vocab_size]
+    if any(count % mp_size for count in counts if count > 0):
+        fitting = [m for m in range(1, args.n_heads + 1) if not any(c % m for c in counts if c > 0)]
+        raise LlamaError(
+            f"{checkpoint.directory} can't be divided over {mp_size} model-parallel ranks (n_heads {counts[0]}, "
+            f"n_kv_heads {counts[1]}, hidden_dim {counts[2]}, vocab_size {counts[3]}): "
+            f"start with torchrun --nproc_per_node {' or '.join(map(str, fitting))}"
+        )
+
+
+def check_memory(args: ModelArgs, place: Place) -> None:
+    """Refuse, with the arithmetic, what can't fit: on a GPU a rank's share, on the CPU that of all ranks together."""
+    weights, cache = memory_needed(args, place.mp_size, place.dtype)
+    ranks = 1 if place.device.type == "cuda" else place.world_size
+    have = available_memory(place.device)
+    if ranks * (weights + cache) > have:
+        raise LlamaError(
+            f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache (max_batch_size="
+            f"{args.max_batch_size} x max_seq_len={args.max_seq_len}) in {place.dtype}, {ranks} x on {place.device}, "
+            f"do not fit its {have / 1e9:.2f} GB: lower max_seq_len or max_batch_size, or use more ranks"
+        )

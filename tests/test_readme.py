@@ -1,0 +1,35 @@
+"""README.md tells the truth: its Python runs, its tables of options are the programs' own, its files exist."""
+
+import re
+
+import pytest
+from tiny import ROOT, run_program
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_the_readme_runs() -> None:
+    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run_program("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The capital of France is Paris.") == 2
+
+
+def test_every_option_of_the_readme_is_an_option() -> None:
+    options = re.findall(r"^\| `(--\w+)`", README, re.MULTILINE)
+    assert len(options) >= 10
+    shown = run_program("example_chat_completion.py", "--help")
+    text = shown.stdout + shown.stderr
+    for option in options:
+        assert option in text
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:llama|demo|tests)/[\w/]*(?:\.\w+)?)`", README))))
+def test_every_file_of_the_readme_exists(name: str) -> None:
+    assert (ROOT / name).exists()
+
+
+def test_there_are_two_commands_and_they_use_the_tested_versions() -> None:
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert all("-c constraints.txt" in command for command in commands)
