@@ -134,7 +134,7 @@ def test_the_gradient_predicts_how_the_loss_changes(fresh: Transformer, grouped:
     for sign in (1, -2):  # one step up, and from there two down
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.data += sign * step * gradient / norm
-        values.append(float(next_token_loss(fresh(tokens), tokens)))
+        values.append(next_token_loss(fresh(tokens), tokens).item())
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(norm), rel=1e-2)
 
 
