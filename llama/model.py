@@ -57,8 +57,8 @@ def first_and_last(start_pos: StartPos, bsz: int) -> tuple[int, int]:
     """The smallest and the largest start position. Raises LlamaError unless there is one for all rows, or one a row."""
     if isinstance(start_pos, int):
         return start_pos, start_pos
-    if start_pos.shape != (bsz,):
-        raise LlamaError(f"start_pos has shape {tuple(start_pos.shape)}, expected one position for each of {bsz} rows")
+    if not isinstance(start_pos, Tensor) or start_pos.is_floating_point() or start_pos.shape != (bsz,):
+        raise LlamaError(f"start_pos is {start_pos!r}, expected an int, or a tensor of one for each of {bsz} rows")
     first, last = torch.stack(start_pos.aminmax()).tolist()
     return first, last
 
@@ -258,6 +258,10 @@ class Transformer(nn.Module):
 
     def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None) -> Tensor:
         """What `forward` computes before the output layer: (B, T, dim), normed."""
+        if tokens.ndim != 2 or tokens.numel() == 0:
+            raise LlamaError(
+                f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), at least one of each"
+            )
         if start_pos is None:
             return self._blocks(tokens, None, self._rotary(tokens.shape[1], tokens.device)[: tokens.shape[1]], None)
         with torch.no_grad():
