@@ -22,7 +22,7 @@ if sys.platform != "win32":
 Sampling = tuple[int | None, float, float]  # max_gen_len, temperature, top_p
 UNPRINTABLE = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 CTRL_C = "\x03"  # as a terminal writes it that doesn't send a signal for it
-HELP = "/system TEXT sets the system message, /reset forgets the dialog, /quit leaves; Ctrl-C stops an answer"
+HELP = "/system TEXT, /reset and /quit are commands; Ctrl-C stops an answer"
 
 
 class Keyboard:

@@ -1,9 +1,10 @@
-"""What the test files share: the process group of one CPU process, and a network beside transformers' of equal weights.
+"""What test files share: the process group of one CPU process, tokenizers, and networks equal to transformers'.
 
 The translation of weights and the rule of the hidden size are written here from the papers, not from `llama/`.
 """
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,13 +12,16 @@ from typing import TYPE_CHECKING
 
 import fairscale.nn.model_parallel.initialize as fs_init
 import pytest
+import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from vocabulary import BASE, SPECIALS, TOKENS, lines_of, write
 
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Place, initialize
+from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM  # seconds to import: only who makes a twin pays them
@@ -160,3 +164,27 @@ def fresh(grouped: Twin) -> Iterator[Transformer]:
     model = Transformer(replace(CASES["grouped"]))
     model.load_state_dict(grouped.ours.state_dict())
     yield model
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(write(tmp_path_factory.mktemp("vocabulary") / "tokenizer.model", lines_of(TOKENS)))
+
+
+@pytest.fixture(scope="session")
+def plain() -> tiktoken.Encoding:
+    """The small vocabulary in tiktoken as it comes."""
+    return tiktoken.Encoding(
+        "plain",
+        pat_str=Tokenizer.pat_str,
+        mergeable_ranks={token: rank for rank, token in enumerate(TOKENS)},
+        special_tokens={name: BASE + offset for name, offset in SPECIALS.items()},
+    )
+
+
+@pytest.fixture(scope="session")
+def published() -> Tokenizer:
+    path = os.environ.get("TOKENIZER_PATH")
+    if not path:
+        pytest.skip("TOKENIZER_PATH is unset")
+    return Tokenizer(path)
