@@ -20,7 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .errors import LlamaError
 from .model import ModelArgs, Transformer
 from .parallel import Place, together
+from .rotary import RopeScaling
 
+ROPE_KEYS = ("use_scaled_rope", "rope_scaling_factor", "rope_scaling")
 RUN_SIZES = {"max_batch_size", "max_seq_len"}  # fields of ModelArgs that a run sets and no checkpoint holds
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
 IGNORED = {"rope.freqs"}  # a table that Meta's older files carry and every reader computes itself
@@ -77,9 +79,10 @@ def read_params(path: Path) -> dict[str, Any]:
         raise LlamaError(f"{path} is not JSON ({e}): {describe_content(path)}; download it again") from None
     if not isinstance(params, dict):
         raise LlamaError(f"{path}: expected a JSON object of model sizes, found a {type(params).__name__}")
-    known = {f.name: f.default for f in fields(ModelArgs) if f.name not in RUN_SIZES}
+    scaling = rope_scaling(path, params)
+    known = {f.name: f.default for f in fields(ModelArgs) if f.name not in RUN_SIZES | {"rope_scaling"}}
     if unknown := sorted(params.keys() - known.keys()):
-        raise LlamaError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+        raise LlamaError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join([*known, *ROPE_KEYS])}")
     if missing := [key for key in REQUIRED if key not in params]:
         raise LlamaError(f"{path}: missing key {', '.join(missing)}; expected at least {', '.join(REQUIRED)}")
     for key, value in params.items():
@@ -89,7 +92,26 @@ def read_params(path: Path) -> dict[str, Any]:
         positive = number and (value > 0 or (key == "vocab_size" and value == -1))
         if not (optional and value is None) and not (whole and positive):
             raise LlamaError(f"{path}: {key} is {value!r}, expected a positive number")
-    return params
+    return {**params, "rope_scaling": scaling}
+
+
+def rope_scaling(path: Path, params: dict[str, Any]) -> RopeScaling | None:
+    """Take the keys of rotary scaling out of `params`: Meta's own two, or all fields of a RopeScaling in one.
+
+    Meta's flag says neither the factor nor the lengths: it is 8 for Llama 3.1 and 3.3, and 32 for the sizes of Llama
+    3.2 (dim 2048 and 3072), where no `rope_scaling_factor` says otherwise.
+    """
+    scaled, factor, whole = (params.pop(key, None) for key in ROPE_KEYS)
+    if scaled not in (None, True, False):
+        raise LlamaError(f"{path}: use_scaled_rope is {scaled!r}, expected true or false")
+    try:
+        if whole is not None:
+            return RopeScaling(**whole)
+        if scaled:
+            return RopeScaling("llama3", (32 if params.get("dim") in (2048, 3072) else 8) if factor is None else factor)
+    except (LlamaError, TypeError) as e:
+        raise LlamaError(f"{path}: {e}") from None
+    return None
 
 
 def describe_content(path: Path) -> str:
@@ -245,6 +267,8 @@ def save_checkpoint(directory: str | os.PathLike, args: ModelArgs, tensors: Mapp
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     params = {key: value for key, value in asdict(args).items() if key not in RUN_SIZES}
+    if params["rope_scaling"] is None:
+        del params["rope_scaling"]
     write_whole(directory / "consolidated.00.pth", lambda f: torch.save(dict(tensors), f))
     text = json.dumps(params, indent=2) + "\n"
     write_whole(directory / "params.json", lambda f: f.write(text.encode()))

@@ -14,6 +14,7 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallel
 from torch import Tensor, nn
 
 from .errors import LlamaError
+from .rotary import RopeScaling, frequencies
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
 StartPos = int | Tensor  # where a row's first token stands: one position for all rows, or (B,) of them
@@ -32,6 +33,7 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 500000
+    rope_scaling: RopeScaling | None = None
 
     max_batch_size: int = 32
     max_seq_len: int = 2048
@@ -85,14 +87,15 @@ class RMSNorm(nn.Module):
         return self._norm(x.float()).type_as(x) * self.weight
 
 
-def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0) -> Tensor:
-    """Rotary angles (arXiv:2104.09864) as unit complex numbers: complex64 of shape (end, dim / 2).
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
+    """Rotary angles (arXiv:2104.09864) as complex numbers: complex64 of shape (end, dim / 2).
 
-    Row t holds exp(i * t * theta^(-2j / dim)) for j in 0..dim/2. Built on torch's current default device.
+    Row t holds exp(i * t * theta^(-2j / dim)) for j in 0..dim/2, or what `scaling` makes of it. Built on torch's
+    current default device.
     """
-    freqs = 1.0 / (theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))  # (dim / 2)
+    freqs, length = frequencies(dim, theta, scaling)  # (dim / 2)
     angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs)  # (end, dim / 2)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.polar(torch.full_like(angles, length), angles)
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
@@ -297,7 +300,9 @@ class Transformer(nn.Module):
         if self.freqs_cis is None or self.freqs_cis.shape[0] < end:
             end = max(end, self.params.max_seq_len)
             with torch.inference_mode(False), torch.device("cpu"):
-                self.freqs_cis = precompute_freqs_cis(self.params.head_dim, end, self.params.rope_theta)
+                self.freqs_cis = precompute_freqs_cis(
+                    self.params.head_dim, end, self.params.rope_theta, self.params.rope_scaling
+                )
         self.freqs_cis = self.freqs_cis.to(device)
         return self.freqs_cis
 

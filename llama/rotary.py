@@ -1,0 +1,77 @@
+"""How fast each pair of a head turns with position, and how that is stretched for texts longer than those trained on.
+
+Knows numbers only. `model.precompute_freqs_cis` makes its table of angles from what `frequencies` returns.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .errors import LlamaError
+
+ScalingType = Literal["linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """A published way to stretch rotary embeddings; fields that a type doesn't name are not used by it.
+
+    linear: positions divided by `factor` (arXiv:2306.15595). llama3: pairs that turn slowly are stretched by `factor`,
+    fast ones are not, those between in part (arXiv:2407.21783). yarn: likewise, in a straight line from pair to pair,
+    and attention is sharpened (arXiv:2309.00071). Raises LlamaError for another type, or a value that it can't have.
+    """
+
+    type: ScalingType
+    factor: float
+    original_max_position_embeddings: int = 8192
+    low_freq_factor: float = 1.0  # llama3: pairs that turn less often than this in the original length are slow ...
+    high_freq_factor: float = 4.0  # ... and more often than this, fast
+    beta_slow: float = 1.0  # yarn: the same two bounds
+    beta_fast: float = 32.0
+    attention_factor: float | None = None  # yarn: multiplies the rotated queries and keys; None: 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        if self.type not in get_args(ScalingType):
+            raise LlamaError(f"rope scaling {self.type!r} is not known: expected {', '.join(get_args(ScalingType))}")
+        for name in ("factor", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
+                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least 1")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not getattr(self, low) < getattr(self, high):
+                found = f"{low} {getattr(self, low)} and {high} {getattr(self, high)}"
+                raise LlamaError(f"rope scaling has {found}, expected the first below the second")
+
+
+def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
+    """Angles a position, in radians: float32 (dim / 2), fastest pair first; and what multiplies queries and keys.
+
+    dim: head size. theta: the base, whose powers the unstretched angles are: theta^(-2j / dim).
+    """
+    plain = 1.0 / (theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))  # (dim / 2)
+    if scaling is None:
+        return plain, 1.0
+    stretched = plain / scaling.factor
+    if scaling.type == "linear":
+        return stretched, 1.0
+    if scaling.type == "llama3":
+        turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # in the original length
+        fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        return torch.lerp(stretched, plain, fast.clamp(0, 1)), 1.0
+    slow = _yarn_slowness(dim, theta, scaling)
+    attention = 0.1 * math.log(scaling.factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
+    return torch.lerp(plain, stretched, slow), attention
+
+
+def _yarn_slowness(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """For each pair 0 (fast: left alone) to 1 (slow: stretched), in a straight line between whole pairs (dim / 2)."""
+
+    def pair_that_turns(times: float) -> float:
+        return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    return ((torch.arange(dim // 2).float() - first) / max(last - first, 0.001)).clamp(0, 1)
