@@ -31,6 +31,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def check_list(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple):
+        raise LlamaError(f"{name} is a {type(value).__name__}, expected a list of one for each row of the batch")
+
+
 def check_texts(prompts: Sequence[str]) -> None:
     if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
         found = repr(prompts)
@@ -41,8 +46,7 @@ def check_texts(prompts: Sequence[str]) -> None:
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> None:
     """Whether a batch of token ids fits the vocabulary and the KV cache."""
-    if not isinstance(prompt_tokens, list | tuple):
-        raise LlamaError(f"prompts is a {type(prompt_tokens).__name__}, expected a list of prompts")
+    check_list("prompts", prompt_tokens)
     if len(prompt_tokens) == 0:
         raise LlamaError("no prompt was given: expected a list of at least one")
     if len(prompt_tokens) > params.max_batch_size:

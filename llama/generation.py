@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import parallel
 from .checkpoint import load_model, open_checkpoint
-from .checks import check_count, check_memory, check_prompts, check_ranks, check_sampling, check_texts
+from .checks import check_count, check_list, check_memory, check_prompts, check_ranks, check_sampling, check_texts
 from .errors import LlamaError
 from .model import ModelArgs, Transformer
 from .sampling import sample, sample_top_p, token_logprobs
@@ -196,8 +196,7 @@ class Llama:
         tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
         texts = [self.tokenizer.decode(t[1:] if echo else t) for t in tokens]  # without the prompt's begin_of_text
         results: list[CompletionPrediction] = [{"generation": text} for text in texts]
-        for i, row in enumerate(chances or ()):
-            results[i]["tokens"], results[i]["logprobs"] = self._token_texts(tokens[i]), row
+        self._add_logprobs(results, tokens, chances)
         return results
 
     def chat_completion(
@@ -210,13 +209,13 @@ class Llama:
     ) -> list[ChatPrediction]:
         """The assistant's next message in each dialog. With logprobs, "tokens" and "logprobs" come too."""
         with parallel.together(parallel.group()):
+            check_list("dialogs", dialogs)
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs)
         results: list[ChatPrediction] = [
             {"generation": {"role": "assistant", "content": self.tokenizer.decode(t)}} for t in tokens
         ]
-        for i, row in enumerate(chances or ()):
-            results[i]["tokens"], results[i]["logprobs"] = self._token_texts(tokens[i]), row
+        self._add_logprobs(results, tokens, chances)
         return results
 
     # --- how it is done ---------------------------------------------------------------------------------------------
@@ -333,8 +332,15 @@ class Llama:
         left = room if max_gen_len is None else min(room, max_gen_len)
         return _Row(index, len(prompt), left, StreamDecoder(self.tokenizer), generator)
 
-    def _token_texts(self, tokens: list[int]) -> list[str]:
-        return [self.tokenizer.decode([token]) for token in tokens]
+    def _add_logprobs(
+        self,
+        results: Sequence[CompletionPrediction | ChatPrediction],
+        tokens: list[list[int]],
+        chances: list[list[float]] | None,
+    ) -> None:
+        for result, row, logprobs in zip(results, tokens, chances or (), strict=False):
+            result["tokens"] = [self.tokenizer.decode([token]) for token in row]
+            result["logprobs"] = logprobs
 
     @property
     def _device(self) -> torch.device:
