@@ -254,7 +254,7 @@ def test_bad_tokens_and_dialogs_are_refused(llama: Llama) -> None:
         with pytest.raises(LlamaError, match="expected a list of"):
             llama.generate(flat, 3)  # type: ignore[arg-type]
     for dialogs in (None, {"role": "user", "content": "hi"}, "hi"):
-        with pytest.raises(LlamaError, match="dialogs is a .*, expected a list"):
+        with pytest.raises(LlamaError, match=r"dialogs is a .*, expected a list"):
             llama.chat_completion(dialogs)  # type: ignore[arg-type]
     for prompt, message in (([512], "token 512"), ([-1], "token -1"), (["a"], "token 'a'"), ([], "prompt 0 is empty")):
         with pytest.raises(LlamaError, match=message):
