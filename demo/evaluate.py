@@ -8,11 +8,11 @@ Knows nothing of training: it goes through `Llama.chat_completion`, as any calle
 from collections import defaultdict
 from pathlib import Path
 
-import fire
 from tqdm import tqdm
 
 from demo.corpus import held_out_questions
 from llama import Llama
+from llama.cli import run
 
 BATCH = 16
 
@@ -49,4 +49,4 @@ def main(ckpt_dir: str = str(Path(__file__).parent / "model"), device: str | Non
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import fire
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -26,6 +25,7 @@ from demo.corpus import Document, training_documents
 from demo.evaluate import evaluate
 from llama import LlamaError, parallel
 from llama.checkpoint import save_checkpoint, write_whole
+from llama.cli import run
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Tokenizer
 
@@ -191,4 +191,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main)

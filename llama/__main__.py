@@ -3,7 +3,7 @@
 import argparse
 
 from .chat import say, talk
-from .checks import check_texts
+from .checks import check_room, check_sampling, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
 from .generation import Llama
 
@@ -49,14 +49,17 @@ def build(options: argparse.Namespace) -> Llama:
 
 
 def chat(options: argparse.Namespace) -> None:
+    check_sampling(options.max_gen_len, options.temperature, options.top_p)
     talk(build(options), options.system, (options.max_gen_len, options.temperature, options.top_p))
 
 
 def complete(options: argparse.Namespace) -> None:
     """Show what follows the text, piece by piece as it is generated."""
     check_texts([options.text])
+    check_sampling(options.max_gen_len, options.temperature, options.top_p)
     llama = build(options)
     prompt = llama.tokenizer.encode(options.text, bos=True, eos=False)
+    check_room(prompt, options.max_seq_len)
     for (step,) in llama.stream([prompt], options.max_gen_len, options.temperature, options.top_p):
         say(step.text, end="")
     say("")

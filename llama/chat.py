@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
+from .checks import check_room
 from .errors import LlamaError
 from .generation import Llama
 from .parallel import broadcast_object, is_printer, patient_group
@@ -33,6 +34,8 @@ class Keyboard:
     """
 
     def __init__(self) -> None:
+        if is_printer() and None in (sys.stdin, sys.stdout):
+            raise LlamaError("chat needs standard input and output, and one of them is closed")
         self._ranks = patient_group()
         self._stop = self._reading = False
         self._watched = is_printer() and self._ranks is not None and sys.stdin.isatty()
@@ -43,6 +46,7 @@ class Keyboard:
         self._handler = signal.signal(signal.SIGINT, self._hear)
         if self._watched:
             self._found = termios.tcgetattr(sys.stdin)
+            self._found[3] |= termios.ISIG | termios.ICANON | termios.ECHO  # a killed chat may have left them off
             self._set_terminal(termios.ISIG)
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what torchrun sends when another rank has died
         return self
@@ -50,6 +54,7 @@ class Keyboard:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         signal.signal(signal.SIGINT, self._handler)
         if self._watched:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self._set_terminal(0)
 
     def _set_terminal(self, off: int) -> None:
@@ -67,6 +72,8 @@ class Keyboard:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except EOFError:
                 line = None
+                if sys.stdin.isatty():
+                    print()
             except KeyboardInterrupt:
                 line = CTRL_C
             finally:
@@ -103,13 +110,14 @@ class Keyboard:
 
 def say(text: str, end: str = "\n") -> None:
     """Print, on the one rank that does; a terminal gets no control characters that a model may have made up."""
-    if is_printer():
+    if is_printer() and sys.stdout is not None:
         print(text.translate(UNPRINTABLE) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def answer(keyboard: Keyboard, llama: Llama, dialog: list[Message], sampling: Sampling) -> str:
     """Generate and show the assistant's next message, up to its end or Ctrl-C."""
     prompt = llama.formatter.encode_dialog_prompt(dialog)
+    check_room(prompt, llama.model.params.max_seq_len)
     text = ""
     with keyboard.listening():
         for (step,) in llama.stream([prompt], *sampling):
@@ -145,7 +153,7 @@ def talk(llama: Llama, system: str | None, sampling: Sampling) -> None:
                 asked: list[Message] = [*history, {"role": "user", "content": line}]
                 try:
                     text = answer(keyboard, llama, first + asked, sampling)
-                except LlamaError as e:  # most likely a dialog that has outgrown max_seq_len
+                except LlamaError as e:  # a dialog that has outgrown max_seq_len
                     say(f"(error: {e}; /reset starts anew)")
                 else:
                     history = [*asked, {"role": "assistant", "content": text}]

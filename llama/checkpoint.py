@@ -45,7 +45,7 @@ def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
 
     Raises LlamaError: no such directory, no checkpoint in it, `params.json` that can't be used, a shard missing.
     """
-    if not isinstance(ckpt_dir, (str, os.PathLike)):
+    if not isinstance(ckpt_dir, (str, os.PathLike)) or ckpt_dir == "":
         raise LlamaError(f"ckpt_dir is {ckpt_dir!r}, expected the path of a checkpoint's directory")
     directory = Path(ckpt_dir)
     if not directory.is_dir():

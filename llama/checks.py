@@ -18,6 +18,20 @@ def check_count(name: str, value: object) -> None:
         raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
+def check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise LlamaError(f"seed is {seed!r}, expected a whole number")
+
+
+def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
+    """For one prompt of a person's: whether an answer can follow it."""
+    if len(prompt_tokens) >= max_seq_len:
+        raise LlamaError(
+            f"the text has {len(prompt_tokens)} tokens, which leaves no room for an answer within {max_seq_len}: "
+            "shorten it, or start with a larger --max_seq_len"
+        )
+
+
 def check_sampling(max_gen_len: int | None, temperature: float, top_p: float) -> None:
     if max_gen_len is not None:
         check_count("max_gen_len", max_gen_len)

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from . import parallel
 from .checkpoint import load_model, open_checkpoint
-from .checks import check_count, check_list, check_memory, check_prompts, check_ranks, check_sampling, check_texts
+from .checks import (
+    check_count,
+    check_list,
+    check_memory,
+    check_prompts,
+    check_ranks,
+    check_sampling,
+    check_seed,
+    check_texts,
+)
 from .errors import LlamaError
 from .model import ModelArgs, Transformer
 from .sampling import sample, sample_top_p, token_logprobs
@@ -109,6 +118,7 @@ class Llama:
         with parallel.together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
+            check_seed(seed)
             checkpoint = open_checkpoint(ckpt_dir)
             check_ranks(checkpoint, place.mp_size)
             tokenizer = Tokenizer(str(tokenizer_path or checkpoint.directory / "tokenizer.model"))
@@ -118,7 +128,7 @@ class Llama:
             if args.vocab_size != tokenizer.n_words:
                 raise LlamaError(
                     f"the model has vocab_size {args.vocab_size} and the tokenizer {tokenizer.n_words} words: "
-                    "pass the tokenizer_path that belongs to this checkpoint"
+                    "is its file whole? Otherwise pass the tokenizer_path that belongs to this checkpoint"
                 )
             check_memory(args, place)
         return Llama(load_model(checkpoint, args, place), tokenizer, seed=seed)

@@ -54,6 +54,10 @@ def test_examples_take_metas_options(directory: str) -> None:
         (["--max_seq_len", "8"], "max_seq_len is 8"),
         (["--temperature", "-1"], "temperature is -1"),
         (["--temprature", "1"], "unknown option --temprature; known are --ckpt_dir,"),
+        (["-x", "1"], "unknown option -x"),
+        (["--seed", "foo"], "seed is 'foo'"),
+        (["--ckpt_dir"], "--ckpt_dir has no value"),
+        (["--ckpt_dir="], "ckpt_dir is '', expected the path"),
     ],
 )
 def test_mistakes_get_one_line(options: list[str], message: str) -> None:
@@ -81,6 +85,43 @@ def test_an_empty_text_is_refused(directory: str) -> None:
     done = run_program("-m", "llama", "complete", "", *arguments(directory))
     assert done.returncode == 1
     assert done.stderr == "error: prompt 0 is empty: give it at least one character\n"
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_bad_sampling_is_refused_at_once(command: str) -> None:
+    text = ["hello"] if command == "complete" else []
+    done = run_program("-m", "llama", command, *text, "--top_p", "5", input="hi\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: top_p is 5.0, expected a number in (0, 1]\n"
+
+
+def test_a_text_that_leaves_no_room_is_refused() -> None:
+    done = run_program("-m", "llama", "complete", "hello", "--max_seq_len", "2")
+    assert done.returncode == 1
+    assert "leaves no room for an answer within 2" in done.stderr
+
+
+@pytest.mark.parametrize("redirection", [">&-", "<&-", "> /dev/full"])
+def test_closed_and_full_streams_are_no_crash(directory: str, redirection: str) -> None:
+    command = f"{sys.executable} -m llama chat {' '.join(arguments(directory))} --max_gen_len 3 {redirection}"
+    done = subprocess.run(["bash", "-c", command], input="hi\n", cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 1
+
+
+def test_a_terminal_of_few_characters_gets_question_marks() -> None:
+    program = "example_chat_completion.py --device cpu"
+    done = subprocess.run(
+        ["bash", "-c", f"PYTHONIOENCODING=ascii {sys.executable} {program}"], cwd=ROOT, capture_output=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"> Assistant: ?" in done.stdout
+
+
+def test_the_demos_programs_say_mistakes_in_a_line_too() -> None:
+    done = run_program("-m", "demo.evaluate", "--ckpt_dir", "nope")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ckpt_dir nope: found nothing there")
 
 
 def test_no_command_and_unknown_options_show_the_usage() -> None:
@@ -118,7 +159,7 @@ def test_chat_goes_on_after_a_dialog_that_is_too_long(directory: str) -> None:
     lines = "x" * 600 + "\nhello\n"
     done = run_program("-m", "llama", "chat", *arguments(directory), "--max_gen_len", "4", input=lines)
     assert done.returncode == 0, done.stderr
-    assert "(error: prompt 0 has 6" in done.stdout and "/reset starts anew)" in done.stdout
+    assert "(error: the text has 6" in done.stdout and "--max_seq_len; /reset starts anew)" in done.stdout
     assert len(done.stdout.splitlines()) >= 2
 
 
