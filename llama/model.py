@@ -22,7 +22,7 @@ StartPos = int | Tensor  # where a row's first token stands: one position for al
 
 @dataclass
 class ModelArgs:
-    """The sizes that make a model. Those of a checkpoint are its `params.json`; the last two size the KV cache."""
+    """The sizes that make a model. Those of a checkpoint are its `params.json`; two, max_*, size the KV cache."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -33,10 +33,11 @@ class ModelArgs:
     ffn_dim_multiplier: float | None = None
     norm_eps: float = 1e-5
     rope_theta: float = 500000
-    rope_scaling: RopeScaling | None = None
 
     max_batch_size: int = 32
     max_seq_len: int = 2048
+
+    rope_scaling: RopeScaling | None = None  # what Meta's first reference had not comes after what it had
 
     @property
     def head_dim(self) -> int:

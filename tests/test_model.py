@@ -30,6 +30,13 @@ few = settings(deadline=None, max_examples=12)
 many = settings(deadline=None, max_examples=40)
 
 
+def test_sizes_keep_the_order_of_metas_reference() -> None:
+    args = ModelArgs(1, 2, 3, 4, 5, 6, 7.0, 8.0, 9.0, 10, 11)
+    assert (args.dim, args.n_layers, args.n_heads, args.n_kv_heads, args.vocab_size) == (1, 2, 3, 4, 5)
+    assert (args.multiple_of, args.ffn_dim_multiplier, args.norm_eps, args.rope_theta) == (6, 7.0, 8.0, 9.0)
+    assert (args.max_batch_size, args.max_seq_len) == (10, 11)
+
+
 def test_logits_without_a_cache(twin: Twin) -> None:
     tokens = twin.tokens(3, 75)  # longer than a cache would be
     for length in (1, 20, 75):
