@@ -74,7 +74,7 @@ def read_params(path: Path) -> dict[str, Any]:
     try:
         params = json.loads(path.read_bytes())
     except OSError as e:
-        raise LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read") from e
+        raise unreadable(path, e) from e
     except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
         raise LlamaError(f"{path} is not JSON ({e}): {describe_content(path)}; download it again") from None
     if not isinstance(params, dict):
@@ -114,6 +114,10 @@ def rope_scaling(path: Path, params: dict[str, Any]) -> RopeScaling | None:
     return None
 
 
+def unreadable(path: Path, e: OSError) -> LlamaError:
+    return LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read")
+
+
 def describe_content(path: Path) -> str:
     """What a file that isn't what its name says seems to be, for an error message."""
     with path.open("rb") as f:
@@ -137,7 +141,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as f:
             is_zip = f.read(4) == b"PK\x03\x04"
     except OSError as e:
-        raise LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read") from e
+        raise unreadable(path, e) from e
     if not is_zip:
         raise LlamaError(f"{path}: expected a file written by torch.save; {describe_content(path)}")
     try:
@@ -240,11 +244,10 @@ def load_model(checkpoint: Checkpoint, args: ModelArgs, place: Place) -> Transfo
 
 def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that one model-parallel rank takes for (weights, KV cache)."""
-    n_kv_heads = args.n_heads if args.n_kv_heads is None else args.n_kv_heads
-    attention = 2 * args.dim * args.dim + 2 * args.dim * n_kv_heads * args.head_dim
+    attention = 2 * args.dim * args.dim + 2 * args.dim * args.kv_heads * args.head_dim
     matrices = args.n_layers * (attention + 3 * args.dim * args.hidden_dim) + 2 * args.vocab_size * args.dim
     norms = (2 * args.n_layers + 1) * args.dim
-    cache = 2 * args.n_layers * args.max_batch_size * args.max_seq_len * n_kv_heads * args.head_dim
+    cache = 2 * args.n_layers * args.max_batch_size * args.max_seq_len * args.kv_heads * args.head_dim
     return (matrices // mp_size + norms) * dtype.itemsize, cache // mp_size * dtype.itemsize
 
 

@@ -6,6 +6,7 @@ Knows numbers and sizes; knows no files and no tensors.
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from typing import Any
 
 from .checkpoint import Checkpoint, memory_needed
 from .errors import LlamaError
@@ -13,13 +14,17 @@ from .model import ModelArgs
 from .parallel import Place, available_memory
 
 
-def check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+def is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> None:
+    if not is_number(value, Integral) or value < 1:
         raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
 def check_seed(seed: object) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, Integral):
+    if not is_number(seed, Integral):
         raise LlamaError(f"seed is {seed!r}, expected a whole number")
 
 
@@ -39,10 +44,6 @@ def check_sampling(max_gen_len: int | None, temperature: float, top_p: float) ->
         raise LlamaError(f"temperature is {temperature!r}, expected a number of at least 0")
     if not is_number(top_p) or not 0 < top_p <= 1:
         raise LlamaError(f"top_p is {top_p!r}, expected a number in (0, 1]")
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_list(name: str, value: object) -> None:
@@ -91,7 +92,7 @@ def check_ranks(checkpoint: Checkpoint, mp_size: int) -> None:
             f"rank{'s run' if mp_size > 1 else ' runs'}: start with torchrun --nproc_per_node {shards}"
         )
     args = ModelArgs(**checkpoint.params)
-    counts = [args.n_heads, args.n_kv_heads or args.n_heads, args.hidden_dim, args.vocab_size]
+    counts = [args.n_heads, args.kv_heads, args.hidden_dim, args.vocab_size]
     if any(count % mp_size for count in counts if count > 0):
         fitting = [m for m in range(1, args.n_heads + 1) if not any(c % m for c in counts if c > 0)]
         raise LlamaError(

@@ -40,11 +40,9 @@ def errors_in_one_line() -> Iterator[None]:
         if is_printer() or not e.everywhere:
             print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+        if not isinstance(e, BrokenPipeError):  # the reader of our output has gone, as in `... | head`
+            print(f"error: {e}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as e:

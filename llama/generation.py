@@ -270,9 +270,7 @@ class Llama:
     def _decode(self, live: list[_Row]) -> Tensor:
         """One forward pass over the last token of each row: hidden states (B, dim)."""
         tokens = torch.tensor([[row.last] for row in live], device=self._device)  # (B, 1)
-        positions = [row.position - 1 for row in live]
-        even = min(positions) == max(positions)
-        start_pos = positions[0] if even else torch.tensor(positions, device=self._device)
+        start_pos = torch.tensor([row.position - 1 for row in live], device=self._device)  # (B)
         return self.model.hidden_states(tokens, start_pos)[:, -1]
 
     def _choose(

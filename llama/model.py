@@ -40,6 +40,10 @@ class ModelArgs:
     rope_scaling: RopeScaling | None = None  # what Meta's first reference had not comes after what it had
 
     @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
@@ -133,7 +137,7 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         mp_size = fs_init.get_model_parallel_world_size()
-        n_kv_heads = args.n_heads if args.n_kv_heads is None else args.n_kv_heads
+        n_kv_heads = args.kv_heads
         self.head_dim = divide("dim", args.dim, "n_heads", args.n_heads)
         divide("head_dim", self.head_dim, "the size of a rotary pair", 2)
         self.n_local_heads = divide("n_heads", args.n_heads, MP_SIZE, mp_size)
