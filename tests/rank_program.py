@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny import PROMPTS
 
 from llama import Llama, parallel
-
-PROMPTS = ["hello there", "a", "the quick brown fox jumps over the lazy dog", "é漢字🙂"]
 
 
 def main(ckpt_dir: str, output: str, model_parallel_size: str | None = None) -> None:

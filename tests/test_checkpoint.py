@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARGS, write_checkpoint, write_tokenizer
+from tiny import ARGS, split_checkpoint, write_checkpoint, write_tokenizer
 
 from llama import Llama, LlamaError, ModelArgs, Transformer
-from llama.checkpoint import SPLIT_DIM, memory_needed, save_checkpoint, split_dim
+from llama.checkpoint import SPLIT_DIM, memory_needed, save_checkpoint
 from llama.parallel import Place
 
 SHARD = "consolidated.00.pth"
@@ -214,30 +214,21 @@ def test_tensors_that_do_not_fit_are_listed(directory: Path) -> None:
         assert part in message
 
 
-def split(directory: Path, shards: int) -> None:
-    tensors = torch.load(directory / SHARD, weights_only=True)
-    for rank in range(shards):
-        part = {
-            n: t if split_dim(n) is None else t.chunk(shards, split_dim(n))[rank].clone() for n, t in tensors.items()
-        }
-        torch.save(part, directory / f"consolidated.{rank:02d}.pth")
-
-
 def test_shards_and_ranks_differ(directory: Path) -> None:
-    split(directory, 2)
+    split_checkpoint(directory, directory, 2)
     message = refusal(directory)
     assert "split in 2 shards, but 1 model-parallel rank runs" in message
     assert "torchrun --nproc_per_node 2" in message
 
 
 def test_a_shard_is_missing(directory: Path) -> None:
-    split(directory, 4)
+    split_checkpoint(directory, directory, 4)
     (directory / "consolidated.01.pth").unlink()
     assert "consolidated.01.pth is missing" in refusal(directory)
 
 
 def test_all_shards_but_the_first_are_missing(directory: Path) -> None:
-    split(directory, 4)
+    split_checkpoint(directory, directory, 4)
     for rank in (1, 2, 3):
         (directory / f"consolidated.{rank:02d}.pth").unlink()
     message = refusal(directory)

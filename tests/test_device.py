@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import write_checkpoint
+from tiny import PROMPTS, greedy_by_hand, write_checkpoint
 
 from llama import Llama, parallel
 
@@ -13,7 +13,6 @@ DEVICES = [
     *(["cuda"] if torch.cuda.is_available() else []),
     *(["mps"] if torch.backends.mps.is_available() else []),
 ]
-PROMPTS = ["hello there", "a", "the quick brown fox jumps over the lazy dog", "é漢字🙂"]
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +20,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("device"))
 
 
-def full_forwards(directory: Path, prompt: str, steps: int) -> list[int]:
-    """The slow plain version, on the CPU: everything again for every token."""
-    llama = Llama.build(directory, device="cpu", dtype="float32")
-    tokens = llama.tokenizer.encode(prompt, bos=True, eos=False)
-    start = len(tokens)
-    for _ in range(steps):
-        tokens.append(int(llama.model(torch.tensor([tokens]))[0, -1].argmax()))
-        if tokens[-1] in llama.tokenizer.stop_tokens:
-            return tokens[start:-1]
-    return tokens[start:]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_text_is_the_same(directory: Path, device: str) -> None:
     llama = Llama.build(directory, device=device, dtype="float32")
     prompts = [llama.tokenizer.encode(p, bos=True, eos=False) for p in PROMPTS]
     greedy, _ = llama.generate(prompts, 25, temperature=0)
-    assert greedy == [full_forwards(directory, p, 25) for p in PROMPTS]
     here, cpu = (Llama.build(directory, device=d, dtype="float32") for d in (device, "cpu"))
+    assert greedy == [greedy_by_hand(cpu, p, 25) for p in prompts]
     sampled = here.text_completion(PROMPTS, temperature=1.0, max_gen_len=25)
     assert sampled == cpu.text_completion(PROMPTS, temperature=1.0, max_gen_len=25)
 

@@ -7,13 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import write_checkpoint
+from tiny import PROMPTS, greedy_by_hand, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.generation import sample_top_p as reexported
 from llama.sampling import sample_top_p
-
-PROMPTS = ["hello there", "a", "the quick brown fox jumps over the lazy dog", "é漢字🙂"]
 
 
 @pytest.fixture(scope="session")
@@ -32,18 +30,6 @@ def llama(tiny_dir: Path) -> Llama:
 
 def ids(llama: Llama, text: str) -> list[int]:
     return llama.tokenizer.encode(text, bos=True, eos=False)
-
-
-def greedy_by_hand(llama: Llama, prompt: list[int], steps: int) -> list[int]:
-    """The slow plain version: a full forward over everything for every token, no cache."""
-    tokens = list(prompt)
-    for _ in range(steps):
-        with torch.no_grad():
-            token = int(llama.model(torch.tensor([tokens]))[0, -1].argmax())
-        if token in llama.tokenizer.stop_tokens:
-            break
-        tokens.append(token)
-    return tokens[len(prompt) :]
 
 
 def test_greedy_equals_full_forwards(llama: Llama) -> None:

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, run_program, write_checkpoint
-
-from llama.checkpoint import split_dim
+from tiny import ROOT, run_program, split_checkpoint, write_checkpoint
 
 PROGRAM = "tests/rank_program.py"
 
@@ -40,24 +38,9 @@ def close(a: list, b: list, tolerance: float) -> bool:
     return bool((x - y).abs().max() <= tolerance * (y.max() - y.min()))
 
 
-def split(directory: Path, target: Path, shards: int) -> Path:
-    """The checkpoint as Meta would publish it for `shards` GPUs."""
-    target.mkdir()
-    tensors = torch.load(directory / "consolidated.00.pth", weights_only=True)
-    for rank in range(shards):
-        part = {}
-        for name, tensor in tensors.items():
-            dim = split_dim(name)
-            part[name] = tensor if dim is None else tensor.chunk(shards, dim)[rank].clone()
-        torch.save(part, target / f"consolidated.{rank:02d}.pth")
-    for name in ("params.json", "tokenizer.model"):
-        (target / name).write_bytes((directory / name).read_bytes())
-    return target
-
-
 @pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, False), (2, True), (4, False)])
 def test_ranks_agree_with_one_process(directory: Path, one: dict, tmp_path: Path, ranks: int, sharded: bool) -> None:
-    source = split(directory, tmp_path / "split", ranks) if sharded else directory
+    source = split_checkpoint(directory, tmp_path / "split", ranks) if sharded else directory
     found = results(source, tmp_path / "out", ranks)
     for result in found:
         assert close(result["logits"], one["logits"], 1e-5)
@@ -101,7 +84,7 @@ def test_data_parallel_groups_may_do_different_work(directory: Path, one: dict, 
 
 
 def test_shards_and_ranks_differ_and_the_command_that_works_is_told(directory: Path, tmp_path: Path) -> None:
-    source = split(directory, tmp_path / "split", 2)
+    source = split_checkpoint(directory, tmp_path / "split", 2)
     done = run_program("example_text_completion.py", "--ckpt_dir", str(source), "--device", "cpu", ranks=3)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
@@ -120,7 +103,7 @@ def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
 
 
 def test_what_is_wrong_on_one_rank_ends_all(directory: Path, tmp_path: Path) -> None:
-    source = split(directory, tmp_path / "split", 2)
+    source = split_checkpoint(directory, tmp_path / "split", 2)
     shard = source / "consolidated.01.pth"
     shard.write_bytes(shard.read_bytes()[:-100])
     started = time.monotonic()

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from llama import ModelArgs, Transformer, parallel
-from llama.checkpoint import save_checkpoint
+from llama import Llama, ModelArgs, Transformer, parallel
+from llama.checkpoint import save_checkpoint, split_dim
 
 ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["hello there", "a", "the quick brown fox jumps over the lazy dog", "é漢字🙂"]
 ARGS = ModelArgs(dim=64, n_layers=2, n_heads=8, n_kv_heads=4, vocab_size=512, multiple_of=32)
 
 
@@ -35,6 +36,33 @@ def write_checkpoint(directory: Path, args: ModelArgs = ARGS, endless: bool = Fa
     save_checkpoint(directory, args, model.state_dict())
     write_tokenizer(directory / "tokenizer.model")
     return directory
+
+
+def split_checkpoint(directory: Path, target: Path, shards: int) -> Path:
+    """The checkpoint of one shard as Meta would publish it for `shards` GPUs."""
+    target.mkdir(exist_ok=True)
+    tensors = torch.load(directory / "consolidated.00.pth", weights_only=True)
+    for name in ("params.json", "tokenizer.model"):
+        (target / name).write_bytes((directory / name).read_bytes())
+    for rank in range(shards):
+        part = {}
+        for name, tensor in tensors.items():
+            dim = split_dim(name)
+            part[name] = tensor if dim is None else tensor.chunk(shards, dim)[rank].clone()
+        torch.save(part, target / f"consolidated.{rank:02d}.pth")
+    return target
+
+
+def greedy_by_hand(llama: Llama, prompt: list[int], steps: int) -> list[int]:
+    """The slow plain version: a full forward over everything for every token, no cache."""
+    tokens = list(prompt)
+    for _ in range(steps):
+        with torch.no_grad():
+            token = int(llama.model(torch.tensor([tokens]))[0, -1].argmax())
+        if token in llama.tokenizer.stop_tokens:
+            break
+        tokens.append(token)
+    return tokens[len(prompt) :]
 
 
 def run_program(*command: str, ranks: int = 0, timeout: float = 120, **options: object) -> subprocess.CompletedProcess:
