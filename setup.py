@@ -8,10 +8,6 @@ HERE = Path(__file__).parent
 REQUIREMENTS = [
     line.partition("#")[0].strip() for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
 ]
-DEMO = [
-    "tokenizers>=0.19",  # learns the demo model's vocabulary
-    "tqdm>=4.66",  # progress bars
-]
 
 setup(
     name="llama",
@@ -24,9 +20,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
-        "demo": DEMO,
         "test": [
-            *DEMO,
             "pytest>=8",
             "hypothesis>=6.100",
             "transformers>=4.44",  # the independent implementation that logits are compared with

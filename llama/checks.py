@@ -6,10 +6,11 @@ Knows numbers and sizes; knows no files and no tensors.
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint, memory_needed
 from .errors import LlamaError
+from .layout import memory_needed, mp_sizes
 from .model import ModelArgs
 from .parallel import Place, available_memory
 
@@ -83,21 +84,13 @@ def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> 
             )
 
 
-def check_ranks(checkpoint: Checkpoint, mp_size: int) -> None:
-    """Whether these shards run on so many ranks, before sizes are looked at; says what to start instead."""
-    shards = len(checkpoint.shards)
-    if shards not in (1, mp_size):
+def check_ranks(directory: Path, args: ModelArgs, mp_size: int) -> None:
+    """Whether a model of these sizes runs on so many ranks; says on how many it does."""
+    fitting = mp_sizes(args)
+    if mp_size not in fitting:
         raise LlamaError(
-            f"{checkpoint.directory} is split in {shards} shards, but {mp_size} model-parallel "
-            f"rank{'s run' if mp_size > 1 else ' runs'}: start with torchrun --nproc_per_node {shards}"
-        )
-    args = ModelArgs(**checkpoint.params)
-    counts = [args.n_heads, args.kv_heads, args.hidden_dim, args.vocab_size]
-    if any(count % mp_size for count in counts if count > 0):
-        fitting = [m for m in range(1, args.n_heads + 1) if not any(c % m for c in counts if c > 0)]
-        raise LlamaError(
-            f"{checkpoint.directory} can't be divided over {mp_size} model-parallel ranks (n_heads {counts[0]}, "
-            f"n_kv_heads {counts[1]}, hidden_dim {counts[2]}, vocab_size {counts[3]}): "
+            f"{directory} can't be divided over {mp_size} model-parallel ranks (n_heads {args.n_heads}, "
+            f"n_kv_heads {args.kv_heads}, hidden_dim {args.hidden_dim}, vocab_size {args.vocab_size}): "
             f"start with torchrun --nproc_per_node {' or '.join(map(str, fitting))}"
         )
 

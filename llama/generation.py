@@ -7,7 +7,7 @@ it. Knows no file format and no layer of the network.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -27,7 +27,7 @@ from .checks import (
     check_texts,
 )
 from .errors import LlamaError
-from .model import ModelArgs, Transformer
+from .model import Transformer
 from .sampling import sample, sample_top_p, token_logprobs
 from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
 
@@ -120,11 +120,9 @@ class Llama:
             check_count("max_batch_size", max_batch_size)
             check_seed(seed)
             checkpoint = open_checkpoint(ckpt_dir)
-            check_ranks(checkpoint, place.mp_size)
+            args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            check_ranks(checkpoint.directory, args, place.mp_size)
             tokenizer = Tokenizer(str(tokenizer_path or checkpoint.directory / "tokenizer.model"))
-            args = ModelArgs(**checkpoint.params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            if args.vocab_size == -1:
-                args.vocab_size = tokenizer.n_words
             if args.vocab_size != tokenizer.n_words:
                 raise LlamaError(
                     f"the model has vocab_size {args.vocab_size} and the tokenizer {tokenizer.n_words} words: "

@@ -14,7 +14,7 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallel
 from torch import Tensor, nn
 
 from .errors import LlamaError
-from .rotary import RopeScaling, frequencies
+from .rotary import RopeScaling, frequencies, grown_theta, powers
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
 StartPos = int | Tensor  # where a row's first token stands: one position for all rows, or (B,) of them
@@ -37,15 +37,24 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
 
-    rope_scaling: RopeScaling | None = None  # what Meta's first reference had not comes after what it had
+    # What Meta's first reference had not comes after what it had: this is what tells the families apart.
+    rope_scaling: RopeScaling | None = None
+    head_dim: int | None = None  # None: dim / n_heads
+    qkv_bias: bool = False
+    wo_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMS norm of each head's query and key, before they are rotated
+    tied_embeddings: bool = False  # the output layer is the matrix of the embedding
+    sliding_window: int | None = None  # positions that a query sees, its own included; None: all
+    sliding_layers: tuple[int, ...] | None = None  # the layers with that window; None: all
 
     @property
     def kv_heads(self) -> int:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
+    def head_size(self) -> int:
+        return self.dim // self.n_heads if self.head_dim is None else self.head_dim
 
     @property
     def hidden_dim(self) -> int:
@@ -75,6 +84,19 @@ def divide(name: str, total: int, by: str, parts: int) -> int:
     if parts < 1 or total < 1 or total % parts:
         raise LlamaError(f"{name} = {total} cannot be divided by {by} = {parts}: choose sizes that divide evenly")
     return total // parts
+
+
+def attention_mask(positions: Tensor, end: int, window: int | None = None) -> Tensor:
+    """Which of the first `end` positions queries at `positions` see, (T) or (B, T): bool (1 or B, 1, T, end).
+
+    All up to their own; with a window, the last `window` of those.
+    """
+    seen = torch.arange(end, device=positions.device)  # (S)
+    own = positions[..., None]  # (T, 1) or (B, T, 1)
+    mask = seen <= own
+    if window is not None:
+        mask &= seen > own - window
+    return mask.view(-1, 1, *mask.shape[-2:])
 
 
 class RMSNorm(nn.Module):
@@ -132,22 +154,32 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention over this rank's share of the heads, with the rows' KV cache."""
+    """Grouped-query self-attention over this rank's share of the heads, with the rows' KV cache.
+
+    On more ranks than key/value heads, neighbouring ranks hold the same head.
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         mp_size = fs_init.get_model_parallel_world_size()
-        n_kv_heads = args.kv_heads
-        self.head_dim = divide("dim", args.dim, "n_heads", args.n_heads)
+        if args.head_dim is None:
+            divide("dim", args.dim, "n_heads", args.n_heads)
+        self.head_dim = args.head_size
         divide("head_dim", self.head_dim, "the size of a rotary pair", 2)
+        divide("n_heads", args.n_heads, "n_kv_heads", args.kv_heads)
+        n_kv_heads = max(args.kv_heads, mp_size)  # with what is repeated
+        divide("n_kv_heads", n_kv_heads, "n_kv_heads", args.kv_heads)
         self.n_local_heads = divide("n_heads", args.n_heads, MP_SIZE, mp_size)
         self.n_local_kv_heads = divide("n_kv_heads", n_kv_heads, MP_SIZE, mp_size)
-        self.n_rep = divide("n_heads", args.n_heads, "n_kv_heads", n_kv_heads)
+        self.n_rep = self.n_local_heads // self.n_local_kv_heads
 
-        self.wq = ColumnParallelLinear(args.dim, args.n_heads * self.head_dim, bias=False, gather_output=False)
-        self.wk = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim, bias=False, gather_output=False)
-        self.wv = ColumnParallelLinear(args.dim, n_kv_heads * self.head_dim, bias=False, gather_output=False)
-        self.wo = RowParallelLinear(args.n_heads * self.head_dim, args.dim, bias=False, input_is_parallel=True)
+        dim, q_dim, kv_dim = args.dim, args.n_heads * self.head_dim, n_kv_heads * self.head_dim
+        self.wq = ColumnParallelLinear(dim, q_dim, bias=args.qkv_bias, gather_output=False)
+        self.wk = ColumnParallelLinear(dim, kv_dim, bias=args.qkv_bias, gather_output=False)
+        self.wv = ColumnParallelLinear(dim, kv_dim, bias=args.qkv_bias, gather_output=False)
+        self.wo = RowParallelLinear(q_dim, dim, bias=args.wo_bias, input_is_parallel=True)
+        self.q_norm = RMSNorm(self.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
 
         self.cache_shape = (args.max_batch_size, args.max_seq_len, self.n_local_kv_heads, self.head_dim)
         self.cache_k: Tensor | None  # (max_batch_size, max_seq_len, KV, D) from the first use of a position on
@@ -179,7 +211,7 @@ class Attention(nn.Module):
         xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, T, H, D)
         xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
         xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
-        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        xq, xk = apply_rotary_emb(self.q_norm(xq), self.k_norm(xk), freqs_cis)
         if start_pos is not None:
             end = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
             xk, xv = self.update_cache(xk, xv, start_pos, end)  # (B, S, KV, D)
@@ -197,14 +229,16 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (arXiv:2002.05202): w2(silu(w1 x) * w3 x)."""
 
-    def __init__(self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None):
+    def __init__(
+        self, dim: int, hidden_dim: int, multiple_of: int, ffn_dim_multiplier: float | None, bias: bool = False
+    ):
         super().__init__()
         hidden_dim = feed_forward_size(hidden_dim, multiple_of, ffn_dim_multiplier)
         mp_size = fs_init.get_model_parallel_world_size()
         divide("hidden_dim", hidden_dim, MP_SIZE, mp_size)
-        self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
-        self.w2 = RowParallelLinear(hidden_dim, dim, bias=False, input_is_parallel=True)
-        self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=False, gather_output=False)
+        self.w1 = ColumnParallelLinear(dim, hidden_dim, bias=bias, gather_output=False)
+        self.w2 = RowParallelLinear(hidden_dim, dim, bias=bias, input_is_parallel=True)
+        self.w3 = ColumnParallelLinear(dim, hidden_dim, bias=bias, gather_output=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, dim) -> (B, T, hidden_dim / ranks) -> (B, T, dim)
@@ -217,7 +251,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.layer_id = layer_id
         self.attention = Attention(args)
-        self.feed_forward = FeedForward(args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+        sizes = (args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
+        self.feed_forward = FeedForward(*sizes, bias=args.mlp_bias)
         self.attention_norm = RMSNorm(args.dim, eps=args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, eps=args.norm_eps)
 
@@ -248,6 +283,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False)
+        self.tie_embeddings()
         self.freqs_cis: Tensor | None = None  # no buffer: a model cast to bfloat16 keeps its angles complex64
 
     def forward(self, tokens: Tensor, start_pos: StartPos | None = None) -> Tensor:
@@ -264,52 +300,73 @@ class Transformer(nn.Module):
         """Hidden states (..., dim) of the positions that are wanted -> their logits, float32 (..., vocab_size)."""
         return self.output(h).float()
 
-    def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None) -> Tensor:
-        """What `forward` computes before the output layer: (B, T, dim), normed."""
+    def tie_embeddings(self) -> None:
+        """Make the output layer's matrix the embedding's, in models where they are one."""
+        if self.params.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None, lengths: Tensor | None = None) -> Tensor:
+        """What `forward` computes before the output layer: (B, T, dim), normed.
+
+        lengths: (B,) how many of each row's tokens are no padding; None: all. Only `dynamic` rotary scaling asks.
+        """
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise LlamaError(
                 f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), at least one of each"
             )
         if start_pos is None:
-            return self._blocks(tokens, None, self._rotary(tokens.shape[1], tokens.device)[: tokens.shape[1]], None)
+            return self._blocks(tokens, None, 0, 0, lengths)
         with torch.no_grad():
-            return self._cached_hidden_states(tokens, start_pos)
+            first, last = first_and_last(start_pos, tokens.shape[0])
+            self._check_room(tokens.shape[0], tokens.shape[1], first, last)
+            return self._blocks(tokens, first if first == last else start_pos, first, last, lengths)
 
-    def _cached_hidden_states(self, tokens: Tensor, start_pos: StartPos) -> Tensor:
-        bsz, seqlen = tokens.shape
-        first, last = first_and_last(start_pos, bsz)
-        end = last + seqlen
-        if bsz > self.params.max_batch_size or first < 0 or end > self.params.max_seq_len:
+    def _check_room(self, bsz: int, seqlen: int, first: int, last: int) -> None:
+        if bsz > self.params.max_batch_size or first < 0 or last + seqlen > self.params.max_seq_len:
             raise LlamaError(
-                f"{bsz} rows at positions {first} to {end - 1} do not fit the KV cache of max_batch_size="
+                f"{bsz} rows at positions {first} to {last + seqlen - 1} do not fit the KV cache of max_batch_size="
                 f"{self.params.max_batch_size} rows and max_seq_len={self.params.max_seq_len} positions"
             )
-        if first == last:
-            start_pos = first
-        steps = torch.arange(seqlen, device=tokens.device)
-        positions = steps + (start_pos if isinstance(start_pos, int) else start_pos[:, None])  # (T) or (B, T)
+
+    def _blocks(
+        self, tokens: Tensor, start_pos: StartPos | None, first: int, last: int, lengths: Tensor | None
+    ) -> Tensor:
+        """All layers over rows that start at positions from `first` to `last`."""
+        seqlen, device = tokens.shape[1], tokens.device
+        starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
+        positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
+        end = last + seqlen
+        freqs_cis = self._rotary(positions, end, starts + (seqlen if lengths is None else lengths[:, None]))
         mask = None
         if first < last or (first > 0 and seqlen > 1):  # not all of the cache is every query's past
-            seen = torch.arange(end, device=tokens.device)  # (S)
-            mask = (seen <= positions[..., None]).view(-1, 1, seqlen, end)  # (1 or B, 1, T, S)
-        return self._blocks(tokens, start_pos, self._rotary(end, tokens.device)[positions], mask)
-
-    def _blocks(self, tokens: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
+            mask = attention_mask(positions, end)  # (1 or B, 1, T, S)
+        window, window_mask = self.params.sliding_window, mask
+        if window is not None and end > window:
+            window_mask = attention_mask(positions, end, window)
+        sliding = self.params.sliding_layers
         h = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer in self.layers:
-            h = layer(h, start_pos, freqs_cis, mask)
+            in_window = sliding is None or layer.layer_id in sliding
+            h = layer(h, start_pos, freqs_cis, window_mask if in_window else mask)
         return self.norm(h)
 
-    def _rotary(self, end: int, device: torch.device) -> Tensor:
-        """The table of angles for at least `end` positions, made on first use and kept: complex64 (>= end, D/2)."""
+    def _rotary(self, positions: Tensor, end: int, lengths: Tensor | int) -> Tensor:
+        """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2).
+
+        lengths: of each row with these tokens, (B, 1), or of all.
+        """
+        args, device = self.params, positions.device
+        if args.rope_scaling is not None and args.rope_scaling.type == "dynamic":
+            lengths = torch.as_tensor(lengths, device=device).view(-1)  # (B) or (1)
+            theta = grown_theta(args.head_size, args.rope_theta, args.rope_scaling, lengths)
+            angles = positions[..., None] * powers(args.head_size, theta)[:, None]  # (1 or B, T, D/2)
+            return torch.polar(torch.ones_like(angles), angles).squeeze(0)
         if self.freqs_cis is None or self.freqs_cis.shape[0] < end:
-            end = max(end, self.params.max_seq_len)
+            end = max(end, args.max_seq_len)
             with torch.inference_mode(False), torch.device("cpu"):
-                self.freqs_cis = precompute_freqs_cis(
-                    self.params.head_dim, end, self.params.rope_theta, self.params.rope_scaling
-                )
+                self.freqs_cis = precompute_freqs_cis(args.head_size, end, args.rope_theta, args.rope_scaling)
         self.freqs_cis = self.freqs_cis.to(device)
-        return self.freqs_cis
+        return self.freqs_cis[positions]
 
     def copy_cache_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` cached positions of row `source` over those of row `target`, in every layer."""

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from .errors import LlamaError
 
-ScalingType = Literal["linear", "llama3", "yarn"]
+ScalingType = Literal["linear", "dynamic", "llama3", "yarn"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """A published way to stretch rotary embeddings; fields that a type doesn't name are not used by it.
 
-    linear: positions divided by `factor` (arXiv:2306.15595). llama3: pairs that turn slowly are stretched by `factor`,
-    fast ones are not, those between in part (arXiv:2407.21783). yarn: likewise, in a straight line from pair to pair,
-    and attention is sharpened (arXiv:2309.00071). Raises LlamaError for another type, or a value that it can't have.
+    linear: positions divided by `factor` (arXiv:2306.15595). dynamic: the base grows with the row's length once that is
+    past the original one (`grown_theta`). llama3: pairs that turn slowly are stretched by `factor`, fast ones are not,
+    those between in part (arXiv:2407.21783). yarn: likewise, in a straight line from pair to pair, and attention is
+    sharpened (arXiv:2309.00071). Raises LlamaError for another type, or a value that it can't have.
     """
 
     type: ScalingType
@@ -32,27 +33,41 @@ class RopeScaling:
     beta_slow: float = 1.0  # yarn: the same two bounds
     beta_fast: float = 32.0
     attention_factor: float | None = None  # yarn: multiplies the rotated queries and keys; None: 0.1 ln(factor) + 1
+    truncate: bool = True  # yarn: the bounds are moved outwards to whole pairs
 
     def __post_init__(self) -> None:
         if self.type not in get_args(ScalingType):
             raise LlamaError(f"rope scaling {self.type!r} is not known: expected {', '.join(get_args(ScalingType))}")
-        for name in ("factor", "original_max_position_embeddings"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
-                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least 1")
+        for name, kind in RopeScaling.__annotations__.items():
+            value, least = getattr(self, name), 1 if name in ("factor", "original_max_position_embeddings") else 0
+            if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number")
+            if kind in (int, float) and not least <= value < math.inf:
+                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least {least}")
+        if not isinstance(self.truncate, bool):
+            raise LlamaError(f"rope scaling has truncate {self.truncate!r}, expected true or false")
+        if self.attention_factor is not None and not isinstance(self.attention_factor, int | float):
+            raise LlamaError(f"rope scaling has attention_factor {self.attention_factor!r}, expected a number")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
                 found = f"{low} {getattr(self, low)} and {high} {getattr(self, high)}"
                 raise LlamaError(f"rope scaling has {found}, expected the first below the second")
 
 
-def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
-    """Angles a position, in radians: float32 (dim / 2), fastest pair first; and what multiplies queries and keys.
+def powers(dim: int, theta: float | Tensor) -> Tensor:
+    """Angles a position, in radians, fastest pair first: theta^(-2j / dim), float32 (dim / 2), or (B, dim / 2) of bases
+    (B, 1)."""
+    exponents = torch.arange(0, dim, 2)[: dim // 2].float() / dim  # (dim / 2)
+    return 1.0 / theta ** (exponents.to(theta.device) if isinstance(theta, Tensor) else exponents)
 
-    dim: head size. theta: the base, whose powers the unstretched angles are: theta^(-2j / dim).
+
+def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
+    """`powers`, stretched: float32 (dim / 2); and what multiplies queries and keys.
+
+    dim: head size. theta: the base. Those of `dynamic` are for rows within the original length, which it leaves alone.
     """
-    plain = 1.0 / (theta ** (torch.arange(0, dim, 2)[: dim // 2].float() / dim))  # (dim / 2)
-    if scaling is None:
+    plain = powers(dim, theta)
+    if scaling is None or scaling.type == "dynamic":
         return plain, 1.0
     stretched = plain / scaling.factor
     if scaling.type == "linear":
@@ -66,12 +81,25 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> t
     return torch.lerp(plain, stretched, slow), attention
 
 
+def grown_theta(dim: int, theta: float, scaling: RopeScaling, lengths: Tensor) -> Tensor:
+    """The base of `dynamic` for rows of `lengths` tokens, (B) -> (B, 1): theta up to the original length, then more.
+
+    As a row grows its later tokens are rotated by larger bases than its cached ones, as in `transformers`.
+    """
+    if dim <= 2:
+        raise LlamaError(f"rope scaling 'dynamic' needs a head_dim of at least 4, found {dim}")
+    past = lengths.clamp(min=scaling.original_max_position_embeddings) / scaling.original_max_position_embeddings
+    return (theta * (scaling.factor * past - (scaling.factor - 1)) ** (dim / (dim - 2)))[:, None]
+
+
 def _yarn_slowness(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """For each pair 0 (fast: left alone) to 1 (slow: stretched), in a straight line between whole pairs (dim / 2)."""
 
     def pair_that_turns(times: float) -> float:
         return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-    first = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    last = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
     return ((torch.arange(dim // 2).float() - first) / max(last - first, 0.001)).clamp(0, 1)

@@ -12,7 +12,8 @@ from demo.evaluate import evaluate
 from demo.facts import facts
 from demo.train import batches, document_text, loss_of, train_network, train_tokenizer
 from llama import ChatFormat, Llama, Tokenizer, parallel
-from llama.checkpoint import open_checkpoint, read_shard
+from llama.checkpoint import open_checkpoint
+from llama.meta_format import read_shard
 
 MODEL = ROOT / "demo" / "model"
 
@@ -35,8 +36,8 @@ def test_files_are_small_and_in_metas_format() -> None:
     assert 5e6 <= sum(t.numel() for t in tensors.values()) <= 8e6
     assert sum(p.stat().st_size for p in MODEL.iterdir()) < 16e6
     assert 2000 <= Tokenizer(str(MODEL / "tokenizer.model")).n_words - 256 <= 4000
-    params = open_checkpoint(MODEL).params
-    assert params["n_heads"] % 4 == params["n_kv_heads"] % 4 == 0
+    args = open_checkpoint(MODEL).sizes
+    assert args.n_heads % 4 == args.kv_heads % 4 == 0
 
 
 def test_nine_of_ten_held_out_questions_are_answered(capsys: pytest.CaptureFixture[str]) -> None:

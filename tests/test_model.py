@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llama import model as network
-from llama.checkpoint import build_on_meta, load_model, open_checkpoint, save_checkpoint
+from llama.checkpoint import build_on_meta, load_model, open_checkpoint
 from llama.errors import LlamaError
+from llama.meta_format import save_checkpoint
 from llama.model import FeedForward, ModelArgs, RMSNorm, Transformer
 from llama.parallel import Place
 
@@ -295,7 +296,7 @@ def test_a_checkpoint_comes_back_bit_by_bit(twin: Twin, place: Place, tmp_path: 
     args, tensors = twin.ours.params, {name: t.to(dtype) for name, t in twin.ours.state_dict().items()}
     save_checkpoint(tmp_path, args, tensors)
     checkpoint = open_checkpoint(tmp_path)
-    read = ModelArgs(**checkpoint.params, max_batch_size=args.max_batch_size, max_seq_len=args.max_seq_len)
+    read = replace(checkpoint.sizes, max_batch_size=args.max_batch_size, max_seq_len=args.max_seq_len)
     assert asdict(read) == asdict(args)
     for target in (dtype, torch.bfloat16, torch.float32):
         model = load_model(checkpoint, read, replace(place, dtype=target))

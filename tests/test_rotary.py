@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama import Llama, LlamaError, Transformer
-from llama.checkpoint import open_checkpoint, save_checkpoint
+from llama.checkpoint import open_checkpoint
+from llama.meta_format import read_params, save_checkpoint
 from llama.model import precompute_freqs_cis
 from llama.parallel import Place
 from llama.rotary import RopeScaling, frequencies
@@ -91,17 +92,16 @@ def test_the_table_has_the_attention_factor_as_its_length() -> None:
     ],
 )
 def test_metas_keys(tmp_path: Path, keys: dict, expected: RopeScaling | None) -> None:
-    (tmp_path / "consolidated.00.pth").touch()
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 8, "vocab_size": 512}
     (tmp_path / "params.json").write_text(json.dumps({**sizes, **keys}))
-    assert open_checkpoint(tmp_path).params["rope_scaling"] == expected
+    assert read_params(tmp_path / "params.json")["rope_scaling"] == expected
 
 
 def test_a_scaled_checkpoint_comes_back_and_runs(tmp_path: Path) -> None:
     scaled = replace(ARGS, rope_scaling=SCALINGS["yarn of other bounds"])
     write_checkpoint(tmp_path / "scaled", scaled)
     write_checkpoint(tmp_path / "plain")
-    assert open_checkpoint(tmp_path / "scaled").params["rope_scaling"] == scaled.rope_scaling
+    assert open_checkpoint(tmp_path / "scaled").sizes.rope_scaling == scaled.rope_scaling
     texts = [
         Llama.build(tmp_path / name, device="cpu", dtype="float32").text_completion(["hello"], 0, max_gen_len=30)
         for name in ("scaled", "plain")

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from llama import Llama, ModelArgs, Transformer, parallel
-from llama.checkpoint import save_checkpoint, split_dim
+from llama.layout import split_dim
+from llama.meta_format import save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["hello there", "a", "the quick brown fox jumps over the lazy dog", "é漢字🙂"]

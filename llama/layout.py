@@ -1,0 +1,166 @@
+"""The tensors of a whole model: their names and shapes, how ranks divide them, and how they lie in files.
+
+Knows sizes; knows no file format. A tensor is named as Meta names it, whatever the files call it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import LlamaError
+from .model import ModelArgs, divide
+
+# The dimension along which fairscale divides each matrix over ranks. What isn't here is whole on every rank.
+SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+COMPARED_ROWS = 1024  # of two matrices at a time
+
+
+def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the whole model, in the order in which the data meets them; a tied output layer has none."""
+    dim, q, kv, hidden = args.dim, args.n_heads * args.head_size, args.kv_heads * args.head_size, args.hidden_dim
+    layer: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,)}
+    for name, rows, columns, bias in (
+        ("attention.wq", q, dim, args.qkv_bias),
+        ("attention.wk", kv, dim, args.qkv_bias),
+        ("attention.wv", kv, dim, args.qkv_bias),
+        ("attention.wo", dim, q, args.wo_bias),
+        ("feed_forward.w1", hidden, dim, args.mlp_bias),
+        ("feed_forward.w2", dim, hidden, args.mlp_bias),
+        ("feed_forward.w3", hidden, dim, args.mlp_bias),
+    ):
+        layer[f"{name}.weight"] = (rows, columns)
+        if bias:
+            layer[f"{name}.bias"] = (rows,)
+    if args.qk_norm:
+        layer |= {"attention.q_norm.weight": (args.head_size,), "attention.k_norm.weight": (args.head_size,)}
+    layer["ffn_norm.weight"] = (dim,)
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, dim)}
+    shapes |= {f"layers.{i}.{name}": shape for i in range(args.n_layers) for name, shape in layer.items()}
+    shapes["norm.weight"] = (dim,)
+    return shapes if args.tied_embeddings else {**shapes, "output.weight": (args.vocab_size, dim)}
+
+
+def check_sizes(args: ModelArgs) -> None:
+    """Raise LlamaError, naming the numbers, for sizes that make no network on any number of ranks."""
+    if args.head_dim is None:
+        divide("dim", args.dim, "n_heads", args.n_heads)
+    divide("head_dim", args.head_size, "the size of a rotary pair", 2)
+    divide("n_heads", args.n_heads, "n_kv_heads", args.kv_heads)
+    if wrong := [layer for layer in args.sliding_layers or () if layer >= args.n_layers]:
+        raise LlamaError(f"sliding_layers has {wrong[0]}, but n_layers is {args.n_layers}: layers are counted from 0")
+
+
+def split_dim(name: str) -> int | None:
+    """Along which dimension the tensor `name` is divided over ranks; None: every rank holds all of it."""
+    stem, _, kind = name.rpartition(".")
+    dim = SPLIT_DIM.get(stem.rpartition(".")[2])
+    return None if kind == "bias" and dim == 1 else dim
+
+
+def parts(name: str, args: ModelArgs, mp_size: int) -> int:
+    """Into how many different parts `mp_size` ranks divide the tensor: fewer where ranks share a key/value head."""
+    if split_dim(name) is None:
+        return 1
+    return min(mp_size, args.kv_heads) if name.rpartition(".")[0].endswith(("wk", "wv")) else mp_size
+
+
+def part_sizes(args: ModelArgs, mp_size: int) -> dict[str, int]:
+    """How many numbers of each tensor one rank holds."""
+    return {n: torch.Size(shape).numel() // parts(n, args, mp_size) for n, shape in tensor_shapes(args).items()}
+
+
+def mp_sizes(args: ModelArgs) -> list[int]:
+    """On how many model-parallel ranks these sizes run."""
+
+    def runs(m: int) -> bool:
+        together = args.kv_heads % m == 0 or m % args.kv_heads == 0
+        return together and not any(count % m for count in (args.n_heads, args.hidden_dim, args.vocab_size))
+
+    return [m for m in range(1, args.n_heads + 1) if runs(m)]
+
+
+def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that one model-parallel rank takes for (weights, KV cache)."""
+    weights = sum(part_sizes(args, mp_size).values())
+    heads = max(args.kv_heads // mp_size, 1)
+    cache = 2 * args.n_layers * args.max_batch_size * args.max_seq_len * heads * args.head_size
+    return weights * dtype.itemsize, cache * dtype.itemsize
+
+
+def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"]) -> Tensor:
+    """The rows of x, (heads * head_dim, ...), from one order of rotary pairs to the other.
+
+    In Meta's layout the two rows that turn together are neighbours, 2j and 2j + 1; in Hugging Face's they are half a
+    head apart, j and j + head_dim / 2. Heads are permuted one by one, so n_heads of them (q: weight, bias, norm) and
+    n_kv_heads (k) are each right by themselves, and so is any slice of whole heads.
+    """
+    pairs = (2, head_dim // 2) if to == "meta" else (head_dim // 2, 2)
+    return x.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+
+
+def is_rotary(name: str) -> bool:
+    """Whether the rows of the tensor are rotated by position, so that their order is one of two."""
+    return name.rpartition(".")[0].endswith(("wq", "wk", "q_norm", "k_norm"))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A whole tensor as it lies in files: mapped pieces, side by side along `dim`.
+
+    name: as the files spell it. halves: the head_dim of rows in Hugging Face's rotary order; None: they aren't.
+    """
+
+    name: str
+    pieces: tuple[Tensor, ...]
+    dim: int = 0
+    halves: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.pieces[0].shape)
+        if shape:
+            shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pieces[0].dtype
+
+    def read(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows or columns start..stop, in Meta's layout: a view of the file where nothing has to be moved for it."""
+        stop = self.shape[dim] if stop is None else stop
+        if dim == self.dim:
+            found = list(self._overlaps(start, stop))
+        else:
+            found = [piece.narrow(dim, start, stop - start) for piece in self.pieces]
+        joined = found[0] if len(found) == 1 else torch.cat(found, self.dim)
+        return joined if self.halves is None else permute_rotary(joined, self.halves, "meta")
+
+    def _overlaps(self, start: int, stop: int) -> Iterator[Tensor]:
+        before = 0
+        for piece in self.pieces:
+            size = piece.shape[self.dim]
+            first, last = max(start - before, 0), min(stop - before, size)
+            if first < last:
+                yield piece.narrow(self.dim, first, last - first)
+            before += size
+
+    def part(self, args: ModelArgs, mp_rank: int, mp_size: int, name: str) -> Tensor:
+        """What one model-parallel rank keeps of this tensor, whose name in the model is `name`."""
+        dim, count = split_dim(name), parts(name, args, mp_size)
+        if dim is None:
+            return self.read()
+        size = self.shape[dim] // count
+        start = mp_rank * count // mp_size * size
+        return self.read(dim, start, start + size)
+
+    def equals(self, other: "Stored") -> bool:
+        """Bit for bit; ends at the first rows that differ."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        starts = range(0, self.shape[0], COMPARED_ROWS)
+        ranges = [(start, min(start + COMPARED_ROWS, self.shape[0])) for start in starts]
+        return all(torch.equal(self.read(0, a, b), other.read(0, a, b)) for a, b in ranges)
