@@ -155,6 +155,10 @@ class Tokenizer:
             raise LlamaError(f"token id {token} is outside 0..{self.n_words - 1}")
         return self.model.decode_single_token_bytes(token)
 
+    def stream_decoder(self) -> "StreamDecoder":
+        """What turns ids that come one at a time into text."""
+        return StreamDecoder(self)
+
     def _names(self, names: Literal["all"] | Collection[str], argument: str) -> Set[str]:
         if isinstance(names, str):
             if names != "all":  # a bare name would be taken for a collection of letters
@@ -303,6 +307,11 @@ def _parse_vocabulary(path: str, data: bytes) -> dict[bytes, int]:
         raise LlamaError(f"{path}: found a web page (it starts with '<'), not a download of the file; {_EXPECTED}")
     if data.startswith(b"version https://git-lfs"):
         raise LlamaError(f"{path}: found a Git LFS pointer, not the file; fetch the file with `git lfs pull`")
+    if _is_sentencepiece(data):
+        raise LlamaError(
+            f"{path}: found a SentencePiece model, as Llama 2's tokenizer.model is, which isn't read here; pass the "
+            "tokenizer.json of the same model as tokenizer_path"
+        )
 
     ranks: dict[bytes, int] = {}
     line_of_rank: dict[int, int] = {}
@@ -332,6 +341,15 @@ def _parse_vocabulary(path: str, data: bytes) -> dict[bytes, int]:
             "expected all, so that any text can be encoded: get the file anew"
         )
     return ranks
+
+
+def _is_sentencepiece(data: bytes) -> bool:
+    """Whether `data` begins with one whole piece (a message of text and score) and another: protocol buffers' form."""
+    match list(data[:4]):
+        case [0x0A, length, 0x0A, text_length]:
+            score, following = 4 + text_length, 2 + length
+            return data[score : score + 1] == b"\x15" and data[following : following + 1] == b"\n"
+    return False
 
 
 def _parse_line(line: bytes) -> tuple[bytes, int]:
