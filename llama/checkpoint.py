@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from . import hf_format, meta_format
+from . import hf_config, hf_format, meta_format
 from .errors import LlamaError
 from .layout import Stored, check_sizes, part_sizes, tensor_shapes
 from .model import ModelArgs, Transformer
@@ -24,6 +24,7 @@ from .parallel import DTYPES, Place, is_printer, together
 Format = Literal["meta", "hf"]
 CONFIG = {"meta": "params.json", "hf": "config.json"}
 SECONDS_BEFORE_BAR = 2
+END_OF_ZIP, END_OF_ZIP_SIZE = b"PK\x05\x06", 22
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Checkpoint:
     """What a directory was found to hold. With problems, what they left unknown is missing.
 
     directory: where the files lie, which may be the `original/` folder of the one that was asked for. tensors: by
-    Meta's names. problems: what is wrong with files; misfits: what is wrong with the tensors in them.
+    Meta's names. problems: what is wrong with files; faults: those of them that are of one file, by its path; misfits:
+    what is wrong with the tensors in whole files.
     """
 
     directory: Path
@@ -40,7 +42,12 @@ class Checkpoint:
     files: list[Path] = field(default_factory=list)
     tensors: dict[str, Stored] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    faults: dict[Path, str] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
+
+    def blame(self, path: Path, problem: str) -> None:
+        self.problems.append(problem)
+        self.faults[path] = problem
 
     @property
     def config(self) -> Path:
@@ -85,6 +92,28 @@ def find(ckpt_dir: str | os.PathLike) -> tuple[Path, Format]:
     )
 
 
+def settings_places(checkpoint: Checkpoint) -> list[Path]:
+    """The directories of a download that may hold the files around the tensors; the nearest first."""
+    directory = checkpoint.directory
+    return [directory, directory.parent if directory.name == "original" else directory / "original"]
+
+
+def find_tokenizer(checkpoint: Checkpoint) -> Path:
+    """The tokenizer's file that belongs to the layout, else the other's; where there is none, the one to expect."""
+    names = ["tokenizer.model", "tokenizer.json"]
+    if checkpoint.format == "hf":
+        names.reverse()
+    found = [d / name for d in settings_places(checkpoint) for name in names if (d / name).is_file()]
+    usable = [path for path in found if not is_sentencepiece(path)]
+    return (usable or found or [checkpoint.directory / names[0]])[0]
+
+
+def is_sentencepiece(path: Path) -> bool:
+    """Whether it is a binary `tokenizer.model`, which isn't read: there is a tokenizer.json beside it in most cases."""
+    with path.open("rb") as f:
+        return path.name == "tokenizer.model" and b"\0" in f.read(4096)
+
+
 def survey(ckpt_dir: str | os.PathLike) -> Checkpoint:
     """Look at all files of a checkpoint, whole or not; reads their headers only.
 
@@ -93,76 +122,104 @@ def survey(ckpt_dir: str | os.PathLike) -> Checkpoint:
     checkpoint = Checkpoint(*find(ckpt_dir))
     look = meta_contents if checkpoint.format == "meta" else hf_contents
     contents = look(checkpoint)
-    if checkpoint.problems or checkpoint.args is None:
+    if checkpoint.args is None:
         return checkpoint
     try:
         check_sizes(checkpoint.args)
+        if checkpoint.args.vocab_size < 1:
+            raise LlamaError("vocab_size is -1, and no tok_embeddings.weight or output.weight tells how many words")
     except LlamaError as e:
-        checkpoint.problems.append(f"{checkpoint.config}: {e}")
+        checkpoint.blame(checkpoint.config, f"{checkpoint.config}: {e}")
+        checkpoint.args = None
         return checkpoint
     gather = meta_format.gather if checkpoint.format == "meta" else hf_format.gather
     checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args)
-    spell = str if checkpoint.format == "meta" else hf_format.hf_name
-    checkpoint.misfits += misfits(checkpoint.tensors, checkpoint.args, spell)
+    if not checkpoint.problems:  # else what is missing may lie in a file that is broken
+        spell = str if checkpoint.format == "meta" else hf_format.hf_name
+        absent = [name for name in tensor_shapes(checkpoint.args) if name not in checkpoint.tensors]
+        checkpoint.misfits += [f"missing {spell(name)}" for name in absent]
+    checkpoint.misfits += misfits(checkpoint.tensors, checkpoint.args)
     return checkpoint
 
 
 def meta_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
-    params = attempt(checkpoint, lambda: meta_format.read_params(checkpoint.config))
-    checkpoint.files = attempt(checkpoint, lambda: meta_format.shard_paths(checkpoint.directory)) or []
-    shards = [attempt(checkpoint, meta_format.read_shard, path) or {} for path in checkpoint.files]
-    if params is not None and all(shards) and shards:
-        checkpoint.args = meta_format.complete_args(params, shards)
-        split = meta_format.ranks_by_shape(shards[0], checkpoint.args)
-        if split > len(shards):
-            here = f"{len(shards)} {'is' if len(shards) == 1 else 'are'} here"
-            checkpoint.problems.append(
-                f"{checkpoint.directory}: by the shape of its tensors the checkpoint was split in {split} shards, but "
-                f"{here}: download the missing ones"
-            )
+    directory = checkpoint.directory
+    params = attempt(checkpoint, meta_format.read_params, checkpoint.config)
+    attempt(checkpoint, meta_format.shard_paths, directory)  # which counts them
+    checkpoint.files = sorted(directory.glob("consolidated.*.pth"))
+    shards = [attempt(checkpoint, read_whole_shard, path) for path in checkpoint.files]
+    if checkpoint.problems:
+        return []
+    args = meta_format.complete_args(params, shards)
+    split = meta_format.ranks_by_shape(shards[0], args)
+    if split > len(shards):
+        here = f"{len(shards)} {'is' if len(shards) == 1 else 'are'} here"
+        checkpoint.problems.append(
+            f"{directory}: by the shape of its tensors the checkpoint was split in {split} shards, but "
+            f"{here}: download the missing ones"
+        )
+        return []
+    checkpoint.args = args
     return shards
 
 
+def read_whole_shard(path: Path) -> dict[str, Tensor]:
+    """As `read_shard`, which reads over what follows the archive, if that isn't much."""
+    tensors = meta_format.read_shard(path)
+    with path.open("rb") as f:
+        f.seek(-min(path.stat().st_size, END_OF_ZIP_SIZE + 0x10000), os.SEEK_END)
+        _, found, end = f.read().rpartition(END_OF_ZIP)
+    surplus = len(found + end) - END_OF_ZIP_SIZE
+    if surplus:
+        raise LlamaError(f"{path} is {surplus} bytes longer than the archive that it holds: download it again")
+    return tensors
+
+
 def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
-    directory = checkpoint.directory
-    if not checkpoint.config.is_file():
-        checkpoint.problems.append(f"{checkpoint.config} is missing: it comes with the checkpoint, download it too")
+    directory, config = checkpoint.directory, checkpoint.config
+    if not config.is_file():
+        checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
     else:
-        checkpoint.args = attempt(checkpoint, hf_format.read_config, checkpoint.config)
-    found = attempt(checkpoint, hf_format.tensor_files, directory)
-    if found is None:
-        return []
-    checkpoint.files, places = found
+        checkpoint.args = attempt(checkpoint, hf_config.read_config, config)
+    files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
+    if not any(path.exists() for path in files):  # there are others, or `find` had found nothing
+        files = sorted({*files, *directory.glob("*.safetensors")})
+    checkpoint.files = files
     contents = []
-    for path in checkpoint.files:
+    for path in files:
         if not path.exists():
             why = f"which {hf_format.INDEX} names" if places else f"and there is no {hf_format.INDEX} that names others"
-            checkpoint.problems.append(f"{path} is missing, {why}: download it")
+            checkpoint.blame(path, f"{path} is missing, {why}: download it")
             continue
         tensors = attempt(checkpoint, hf_format.read_file, path)
-        contents.append(tensors or {})
-        absent = [name for name, place in places.items() if place == path.name and name not in (tensors or {})]
-        if absent and tensors is not None:
-            checkpoint.problems.append(
+        if tensors is None:
+            continue
+        contents.append(tensors)
+        if absent := [name for name, place in places.items() if place == path.name and name not in tensors]:
+            checkpoint.blame(
+                path,
                 f"{path} has no {absent[0]}, where {hf_format.INDEX} places it ({len(absent)} such): "
-                "are both of the same download?"
+                "are both of the same download?",
             )
     return contents
 
 
-def attempt(checkpoint: Checkpoint, read: Callable[..., Any], *arguments: Any) -> Any:
+def attempt(checkpoint: Checkpoint, read: Callable[[Path], Any], path: Path) -> Any:
     """The result of reading, or None and a problem more."""
     try:
-        return read(*arguments)
+        return read(path)
     except LlamaError as e:
-        checkpoint.problems.append(str(e))
-        return None
+        checkpoint.blame(path, str(e))
+    except RuntimeError as e:  # torch's, where the system won't map a file that is larger than all memory
+        reason = " ".join(str(e).split())
+        checkpoint.blame(path, f"{path} can't be mapped ({reason}): is it larger than the memory here?")
+    return None
 
 
-def misfits(found: dict[str, Stored], args: ModelArgs, spell: Callable[[str], str]) -> list[str]:
-    """What is missing, misshapen or of no use among the tensors; `spell` gives the names that the files use."""
+def misfits(found: dict[str, Stored], args: ModelArgs) -> list[str]:
+    """What is misshapen or of no use among the tensors, by the names that the files use."""
     shapes = tensor_shapes(args)
-    problems = [f"missing {spell(name)}" for name in shapes if name not in found]
+    problems = []
     for name, stored in found.items():
         if stored.shape != shapes[name]:
             problems.append(f"{stored.name} of shape {stored.shape}, expected {shapes[name]}")
@@ -188,10 +245,17 @@ def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-class _LegacyConstructorsOnMeta(TorchDispatchMode):
-    """Sends `torch.Tensor(rows, columns)`, which fairscale's layers call and `torch.device` doesn't reach, to meta."""
+class _LayersOnMeta(TorchDispatchMode):
+    """Sends `torch.Tensor(rows, columns)`, which fairscale's layers call and `torch.device` doesn't reach, to meta; and
+    leaves out their random numbers, which nobody would see."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler for this, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.normal_.default:
+            return args[0]
         if func is torch.ops.aten.empty.memory_format:
             kwargs = {**(kwargs or {}), "device": "meta"}
         return func(*args, **(kwargs or {}))
@@ -199,7 +263,7 @@ class _LegacyConstructorsOnMeta(TorchDispatchMode):
 
 def build_on_meta(args: ModelArgs) -> Transformer:
     """The network of these sizes with shapes and no memory: a model to assign tensors to."""
-    with torch.device("meta"), _LegacyConstructorsOnMeta():
+    with torch.device("meta"), _LayersOnMeta():
         return Transformer(args)
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LlamaError
+from .hf_tokenizer import HFTokenizer
 from .layout import memory_needed, mp_sizes
 from .model import ModelArgs
 from .parallel import Place, available_memory
+from .tokenizer import Tokenizer
 
 
 def is_number(value: object, kind: type = Real) -> bool:
@@ -82,6 +84,16 @@ def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> 
                 f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}: "
                 "shorten it or build with a larger max_seq_len"
             )
+
+
+def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer | HFTokenizer) -> None:
+    """Whether the tokenizer is this model's. Hugging Face's models may have more words, as padding; Meta's don't."""
+    padded = isinstance(tokenizer, HFTokenizer) and args.vocab_size > tokenizer.n_words
+    if args.vocab_size != tokenizer.n_words and not padded:
+        raise LlamaError(
+            f"the model has vocab_size {args.vocab_size} and the tokenizer {tokenizer.n_words} words: "
+            "is its file whole? Otherwise pass the tokenizer_path that belongs to this checkpoint"
+        )
 
 
 def check_ranks(directory: Path, args: ModelArgs, mp_size: int) -> None:

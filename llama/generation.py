@@ -8,6 +8,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .checkpoint import load_model, open_checkpoint
+from .chat_template import formatter
+from .checkpoint import find_tokenizer, load_model, open_checkpoint
 from .checks import (
     check_count,
     check_list,
@@ -25,11 +27,14 @@ from .checks import (
     check_sampling,
     check_seed,
     check_texts,
+    check_vocabulary,
 )
 from .errors import LlamaError
+from .hf_tokenizer import HFStreamDecoder, HFTokenizer, open_tokenizer
 from .model import Transformer
+from .remote import cache_directory, is_url, local_copy
 from .sampling import sample, sample_top_p, token_logprobs
-from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
+from .tokenizer import Dialog, Message, StreamDecoder, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
 
@@ -74,7 +79,7 @@ class _Row:
     index: int
     position: int  # tokens in the row so far
     left: int  # tokens that it may still get
-    decoder: StreamDecoder
+    decoder: StreamDecoder | HFStreamDecoder
     generator: torch.Generator
     last: int = -1
     finish_reason: FinishReason | None = None
@@ -110,11 +115,19 @@ class Llama:
     ) -> "Llama":
         """Load a checkpoint directory on the ranks that run.
 
-        tokenizer_path: default `tokenizer.model` in ckpt_dir. max_seq_len, max_batch_size: size of the KV cache, and so
-        of what fits in one call. model_parallel_size: default the world size. device, dtype: names or torch's objects;
-        default the best there is. Raises LlamaError, on every rank, for whatever can't work.
+        ckpt_dir: of Meta's or Hugging Face's layout; a URL is copied to a local cache first. tokenizer_path: a
+        tokenizer.model or tokenizer.json, default the one in ckpt_dir. max_seq_len, max_batch_size: size of the KV
+        cache, and so of what fits in one call. model_parallel_size: default the world size. device, dtype: names or
+        torch's objects, default the best there is; dtype "auto" is that of the files. Raises LlamaError, on every rank,
+        for whatever can't work.
         """
-        place = parallel.initialize(model_parallel_size, device, dtype)
+        place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
+        if is_url(ckpt_dir):
+            with parallel.together(parallel.patient_group()):
+                if parallel.leads_machine():
+                    local_copy(str(ckpt_dir))
+            ckpt_dir = cache_directory(str(ckpt_dir))
+        today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
         with parallel.together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
@@ -122,19 +135,24 @@ class Llama:
             checkpoint = open_checkpoint(ckpt_dir)
             args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_ranks(checkpoint.directory, args, place.mp_size)
-            tokenizer = Tokenizer(str(tokenizer_path or checkpoint.directory / "tokenizer.model"))
-            if args.vocab_size != tokenizer.n_words:
-                raise LlamaError(
-                    f"the model has vocab_size {args.vocab_size} and the tokenizer {tokenizer.n_words} words: "
-                    "is its file whole? Otherwise pass the tokenizer_path that belongs to this checkpoint"
-                )
+            if dtype == "auto":
+                place = replace(place, dtype=checkpoint.dtype)
+            tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
+            check_vocabulary(args, tokenizer)
             check_memory(args, place)
-        return Llama(load_model(checkpoint, args, place), tokenizer, seed=seed)
+        return Llama(load_model(checkpoint, args, place), tokenizer, seed=seed, today=today)
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 1):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer | HFTokenizer,
+        *,
+        seed: int = 1,
+        today: datetime | None = None,
+    ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = ChatFormat(tokenizer)
+        self.formatter = formatter(tokenizer, today or datetime.now())
         self._seed = seed
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
         self._current: object = None  # the stream that owns the KV cache
@@ -202,7 +220,8 @@ class Llama:
             check_texts(prompts)
             prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
         tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        texts = [self.tokenizer.decode(t[1:] if echo else t) for t in tokens]  # without the prompt's begin_of_text
+        lead = len(self.tokenizer.encode("", bos=True, eos=False)) if echo else 0  # the prompts' begin_of_text
+        texts = [self.tokenizer.decode(t[lead:]) for t in tokens]
         results: list[CompletionPrediction] = [{"generation": text} for text in texts]
         self._add_logprobs(results, tokens, chances)
         return results
@@ -244,7 +263,8 @@ class Llama:
         longest = max(map(len, prompts))
         padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, device=self._device)  # (B, T)
-        h = self.model.hidden_states(tokens, 0)  # (B, T, dim)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)  # (B)
+        h = self.model.hidden_states(tokens, 0, lengths)  # (B, T, dim)
         if echo:
             yield self._echo(prompts, h, tokens, logprobs)
             self._refuse_if_not(ticket)
@@ -322,7 +342,7 @@ class Llama:
             chances = torch.cat(predicted, dim=1).tolist()
         steps = []
         for row, prompt in enumerate(prompts):
-            decoder = StreamDecoder(self.tokenizer)
+            decoder = self.tokenizer.stream_decoder()
             texts = [decoder.push(token) for token in prompt]
             texts[-1] += decoder.flush()
             pieces = zip(prompt, texts, chances[row][: len(prompt)], strict=True)
@@ -336,7 +356,7 @@ class Llama:
         generator = torch.Generator().manual_seed(int.from_bytes(chance, "little", signed=True))
         room = self.model.params.max_seq_len - len(prompt)
         left = room if max_gen_len is None else min(room, max_gen_len)
-        return _Row(index, len(prompt), left, StreamDecoder(self.tokenizer), generator)
+        return _Row(index, len(prompt), left, self.tokenizer.stream_decoder(), generator)
 
     def _add_logprobs(
         self,

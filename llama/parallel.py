@@ -82,6 +82,13 @@ def choose_device(device: str | torch.device | None, local_rank: int, world_size
     return chosen
 
 
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype of this name, as torch or as the papers write it."""
+    if str(name).removeprefix("torch.") not in DTYPES:
+        raise LlamaError(f"dtype {name!r} is not known: expected bfloat16, float16 or float32")
+    return DTYPES[str(name).removeprefix("torch.")]
+
+
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, or bfloat16 where `device` computes in it, else float16 (CUDA, MPS) or float32 (CPU)."""
     if isinstance(dtype, torch.dtype):
@@ -89,10 +96,7 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
             raise LlamaError(f"dtype {dtype} is not supported: expected bfloat16, float16 or float32")
         return dtype
     if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise LlamaError(f"dtype {dtype!r} is not known: expected bfloat16, float16 or float32")
-        return DTYPES[name]
+        return named_dtype(dtype)
     if device.type == "cuda":
         # Cards before Ampere only emulate bfloat16.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
@@ -156,6 +160,11 @@ def available_memory(device: torch.device) -> int:
 def leads_group() -> bool:
     """Whether this rank is the first of its model-parallel group: the one that samples for all of it."""
     return fs_init.get_model_parallel_rank() == 0
+
+
+def leads_machine() -> bool:
+    """Whether this rank is the first of those on this machine: the one that fetches files for all of them."""
+    return env_rank()[2] == 0
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

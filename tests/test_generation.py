@@ -1,6 +1,7 @@
 """Generation through public names, on a tiny random model: batches, streams, seeds, logprobs, stopping, refusals."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,9 +156,9 @@ def test_finished_rows_cost_nothing(tiny_dir: Path, monkeypatch: pytest.MonkeyPa
     shapes = []
     forward = llama.model.hidden_states
 
-    def watch(tokens: torch.Tensor, start_pos: object = None) -> torch.Tensor:
+    def watch(tokens: torch.Tensor, *where: Any) -> torch.Tensor:
         shapes.append(tuple(tokens.shape))
-        return forward(tokens, start_pos)  # type: ignore[arg-type]
+        return forward(tokens, *where)
 
     monkeypatch.setattr(llama.model, "hidden_states", watch)
     llama.tokenizer.stop_tokens = set()

@@ -1,0 +1,90 @@
+"""How fast a checkpoint of 2.5 GB is loaded, the first and the second time, and the private memory that it takes.
+
+    python -m benchmarks.loading [--directory DIR]      2.5 GB of disk there, for as long as it runs
+
+Prints a table: layouts and dtypes by seconds and peak private memory of one process. "mapped" is a load that leaves the
+weights in the file, where the kernel reads them as they are used; a first use reads them from disk.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from llama.hf_config import config_of
+from llama.hf_format import hf_name
+from llama.layout import tensor_shapes
+from llama.meta_format import params_of
+from llama.model import ModelArgs
+
+ARGS = ModelArgs(
+    dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, vocab_size=128256, multiple_of=256, ffn_dim_multiplier=1.5
+)
+PROGRAM = Path(__file__).resolve().parent.parent / "tests" / "memory_program.py"
+
+
+def write(root: Path, layout: str) -> Path:
+    """A checkpoint of the sizes of Llama 3.2 1B, its output layer not tied: random numbers in bfloat16."""
+    directory = root / layout
+    directory.mkdir()
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_() for name, shape in tensor_shapes(ARGS).items()}
+    if layout == "meta":
+        torch.save(tensors, directory / "consolidated.00.pth")
+        (directory / "params.json").write_text(json.dumps(params_of(ARGS)))
+    else:
+        save_file(
+            {hf_name(n): t for n, t in tensors.items()}, directory / "model.safetensors", metadata={"format": "pt"}
+        )
+        (directory / "config.json").write_text(json.dumps(config_of(ARGS, {}, torch.bfloat16)))
+    return directory
+
+
+def load(directory: Path, dtype: str) -> dict[str, float]:
+    """Load it in a process of its own, which says seconds and bytes."""
+    with tempfile.TemporaryDirectory() as out:
+        environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)}
+        subprocess.run([sys.executable, str(PROGRAM), f"{out}/r", dtype, str(directory)], check=True, env=environment)
+        return json.loads(Path(f"{out}/r.0").read_text())[0]
+
+
+def drop_from_cache(directory: Path) -> None:
+    """Ask the kernel to forget the files, so that the next load is a first one."""
+    for path in directory.iterdir():
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--directory", help="where to write the checkpoints (default: the system's temporary directory)"
+    )
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.processor() or platform.machine()}")
+    with tempfile.TemporaryDirectory(dir=options.directory) as root:
+        print(f"{'layout':8}{'dtype':10}{'file':>9}{'first load':>12}{'second load':>13}{'peak private':>14}")
+        for layout in ("meta", "hf"):
+            directory = write(Path(root), layout)
+            size = sum(path.stat().st_size for path in directory.iterdir())
+            for dtype in ("bfloat16", "float32"):
+                drop_from_cache(directory)
+                first, second = load(directory, dtype), load(directory, dtype)
+                print(
+                    f"{layout:8}{dtype:10}{size / 1e9:6.2f} GB{first['seconds']:10.2f} s{second['seconds']:11.2f} s"
+                    f"{second['peak'] / 1e9:11.2f} GB",
+                    flush=True,
+                )
+            for path in directory.iterdir():
+                path.unlink()
+
+
+if __name__ == "__main__":
+    main()

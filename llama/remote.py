@@ -1,0 +1,73 @@
+"""Checkpoints in object stores (`gs://...`, `az://...`), copied once to a cache on this machine's disk by blobfile.
+
+Knows URLs; knows no formats and no ranks.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+from urllib.parse import quote
+
+from tqdm import tqdm
+
+from .errors import LlamaError
+from .files import write_whole
+
+CHUNK = 1 << 24
+SUBDIRECTORY = "original"  # the only folder of a checkpoint that is looked into
+
+
+def is_url(path: object) -> bool:
+    return "://" in str(path)
+
+
+def cache_directory(url: str, cache: Path | None = None) -> Path:
+    """Where the copy of `url` lies: in `cache`, by default `~/.cache/llama`."""
+    return (Path.home() / ".cache" / "llama" if cache is None else cache) / quote(url.rstrip("/"), safe="")
+
+
+def local_copy(url: str, cache: Path | None = None) -> Path:
+    """Copy the files of the directory at `url`, but for those whose copies are as large and as new; returns where.
+
+    Each file appears whole or not at all. Raises LlamaError for a store that doesn't answer, and a disk too small.
+    """
+    import blobfile  # here, since it takes longer to import than all else in this file
+
+    target = cache_directory(url, cache)
+    try:
+        stale = list(_stale(blobfile, url, target))
+        size = sum(stat.size for _, _, stat in stale)
+        target.mkdir(parents=True, exist_ok=True)
+        if size > (free := shutil.disk_usage(target).free):
+            raise LlamaError(f"{url} has {size / 1e9:.2f} GB to copy, and {target} has {free / 1e9:.2f} GB free")
+        with tqdm(desc="copying", total=size, unit="B", unit_scale=True, disable=None) as bar:
+            for source, path, stat in stale:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with blobfile.BlobFile(source, "rb") as reader:
+                    write_whole(path, partial(_pour, reader, bar))
+                os.utime(path, (stat.mtime, stat.mtime))
+    except (OSError, ValueError, blobfile.Error) as e:
+        raise LlamaError(f"{url} can't be read ({' '.join(str(e).split())}): is it a directory you may read?") from e
+    return target
+
+
+def _pour(reader: IO[bytes], bar: tqdm, writer: IO[bytes]) -> None:
+    while chunk := reader.read(CHUNK):
+        bar.update(writer.write(chunk))
+
+
+def _stale(blobfile: ModuleType, url: str, target: Path) -> Iterator[tuple[str, Path, Any]]:
+    """(URL, path of its copy, size and time) of each file that has no copy as it is now."""
+    for entry in blobfile.scandir(url):
+        if entry.is_dir and entry.name == SUBDIRECTORY:
+            yield from _stale(blobfile, blobfile.join(url, SUBDIRECTORY), target / SUBDIRECTORY)
+        elif entry.is_file:
+            source, path = blobfile.join(url, entry.name), target / entry.name
+            stat = entry.stat or blobfile.stat(source)
+            known = path.stat() if path.is_file() else None
+            if known is None or (known.st_size, int(known.st_mtime)) != (stat.size, int(stat.mtime)):
+                yield source, path, stat
