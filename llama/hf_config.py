@@ -244,11 +244,14 @@ def family_keys(args: ModelArgs, family: str) -> dict[str, Any]:
 def rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    keys = {"rope_type": scaling.type, "factor": scaling.factor}
+    keys: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type in ("llama3", "yarn"):
         keys["original_max_position_embeddings"] = scaling.original_max_position_embeddings
-    values = {name: getattr(scaling, name) for name in ROPE_TYPES[scaling.type]}
-    return keys | {name: value for name, value in values.items() if value is not None}
+    for name in ROPE_TYPES[scaling.type]:
+        value = getattr(scaling, name)
+        if scaling.type == "llama3" or value != getattr(RopeScaling, name):  # which yarn may leave out
+            keys[name] = value
+    return keys
 
 
 def trained_length(args: ModelArgs) -> int:
