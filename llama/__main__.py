@@ -1,11 +1,17 @@
-"""`python -m llama chat` talks, `python -m llama complete "text"` goes on from a text. Thin: parse, call, print."""
+"""`python -m llama`: `chat`, `complete` a text, `inspect` a checkpoint, `convert` it. Thin: parse, call, print."""
 
 import argparse
+import sys
+from pathlib import Path
 
 from .chat import say, talk
+from .checkpoint import survey
 from .checks import check_room, check_sampling, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
+from .convert import convert
 from .generation import Llama
+from .inspection import report_on
+from .parallel import named_dtype
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -33,7 +39,31 @@ def parse() -> argparse.Namespace:
     complete_command = commands.add_parser("complete", parents=[model_options()], help="go on from a text")
     complete_command.add_argument("text", help="the text to go on from")
     complete_command.set_defaults(run=complete)
+    add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
+    add_inspect(commands.add_parser("inspect", help="say what a checkpoint's directory holds, and what is wrong there"))
     return parser.parse_args()
+
+
+def add_inspect(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("directory", metavar="DIR", help="directory of the checkpoint, of either layout; headers only are read")
+    add("--mp_size", type=int, default=1, help="model-parallel ranks to divide it over (default: %(default)s)")
+    add("--max_seq_len", type=int, default=512, help="longest prompt and answer together (default: %(default)s tokens)")
+    add("--max_batch_size", type=int, default=4, help="prompts at a time (default: %(default)s)")
+    add("--dtype", help="bfloat16, float16 or float32, to run in (default: that of the files)")
+    add("--json", action="store_true", help="print one JSON object, for programs")
+    command.set_defaults(run=inspect)
+
+
+def add_convert(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("src", help="directory of a checkpoint in any layout that is read")
+    add("dst", help="directory to write")
+    add("--to", required=True, choices=["meta", "hf"], help="Meta's layout, or Hugging Face's")
+    add("--mp_size", type=int, default=1, help="shards to write in Meta's layout (default: %(default)s)")
+    add("--dtype", help="bfloat16, float16 or float32 (default: that of each tensor)")
+    add("--force", action="store_true", help="replace the checkpoint in dst")
+    command.set_defaults(run=convert_checkpoint)
 
 
 def build(options: argparse.Namespace) -> Llama:
@@ -53,6 +83,12 @@ def chat(options: argparse.Namespace) -> None:
     talk(build(options), options.system, (options.max_gen_len, options.temperature, options.top_p))
 
 
+def convert_checkpoint(options: argparse.Namespace) -> None:
+    dtype = None if options.dtype is None else named_dtype(options.dtype)
+    convert(options.src, options.dst, options.to, options.mp_size, dtype, options.force)
+    say(f"wrote {options.dst}: {', '.join(sorted(path.name for path in Path(options.dst).iterdir()))}")
+
+
 def complete(options: argparse.Namespace) -> None:
     """Show what follows the text, piece by piece as it is generated."""
     check_texts([options.text])
@@ -63,6 +99,20 @@ def complete(options: argparse.Namespace) -> None:
     for (step,) in llama.stream([prompt], options.max_gen_len, options.temperature, options.top_p):
         say(step.text, end="")
     say("")
+
+
+def inspect(options: argparse.Namespace) -> None:
+    """Exit status 1 when something is wrong, so that scripts can ask."""
+    report = report_on(
+        survey(options.directory),
+        mp_size=options.mp_size,
+        max_seq_len=options.max_seq_len,
+        max_batch_size=options.max_batch_size,
+        dtype=options.dtype,
+    )
+    say(report.as_json() if options.json else report.as_text())
+    if not report.ok:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 import fire
 import torch.distributed as dist
 
-from .errors import LlamaError
+from .errors import LlamaError, printable
 from .parallel import is_printer
 
 SECONDS_FOR_RANK_0 = 3
@@ -38,11 +38,11 @@ def errors_in_one_line() -> Iterator[None]:
         if not is_printer():
             time.sleep(SECONDS_FOR_RANK_0)
         if is_printer() or not e.everywhere:
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
         sys.exit(1)
     except OSError as e:
         if not isinstance(e, BrokenPipeError):  # the reader of our output has gone, as in `... | head`
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as e:

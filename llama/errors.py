@@ -1,4 +1,4 @@
-"""The project's own error: what a user did, said in one line.
+"""The project's own error: what a user did, said in one line; and what of a stranger's text may be shown.
 
 Knows nothing of the other rooms; all of them may raise it.
 """
@@ -12,3 +12,8 @@ class LlamaError(ValueError):
     """
 
     everywhere = False
+
+
+def printable(text: str) -> str:
+    """One line, with U+FFFD for controls, marks of direction, and bytes of names that are no characters."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
