@@ -1,0 +1,70 @@
+"""What tests/test_families.py runs on 1, 2, 4 and 8 ranks: reads checkpoints and writes each one's logits.
+
+    torchrun --nproc_per_node N tests/family_program.py JOBS.json
+
+JOBS.json is a list of {"directory": a checkpoint, "rows": two rows of tokens, "ways": names of WAYS, "output": the file
+that rank 0 writes with torch.save}. Each way of asking gives the logits of all its positions.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama.checkpoint import load_model, open_checkpoint
+from llama.model import Transformer
+from llama.parallel import initialize
+
+SHORT, LENGTH = 6, 13  # of a whole text: the first row's first tokens, and all of them
+PROMPTS, STEPS = (4, 9), 4  # of the ragged rows: what each is prefilled with, and how many single tokens follow
+SIZES = {"max_seq_len": 16, "max_batch_size": 2}
+
+
+def whole(model: Transformer, rows: Tensor, start_pos: int | None) -> Tensor:
+    return torch.cat([model(rows[:1, :length], start_pos)[0] for length in (SHORT, LENGTH)])
+
+
+def token_by_token(model: Transformer, rows: Tensor) -> Tensor:
+    return torch.cat([model(rows[:1, i : i + 1], i)[0] for i in range(LENGTH)])
+
+
+def ragged(model: Transformer, rows: Tensor) -> Tensor:
+    """Both rows side by side, right-padded with token 0, then one token of each at its own position."""
+    lengths = torch.tensor(PROMPTS)
+    steps = lengths[:, None] + torch.arange(STEPS)
+    prompts = torch.where(torch.arange(max(PROMPTS)) < lengths[:, None], rows[:, : max(PROMPTS)], 0)
+    prefilled = model.logits(model.hidden_states(prompts, 0, lengths=lengths))
+    following = torch.cat([model(rows.gather(1, at[:, None]), at) for at in steps.unbind(1)], dim=1)
+    return torch.cat([torch.cat([prefilled[i, :length], following[i]]) for i, length in enumerate(PROMPTS)])
+
+
+WAYS: dict[str, Callable[[Transformer, Tensor], Tensor]] = {
+    "whole": partial(whole, start_pos=None),
+    "whole through the cache": partial(whole, start_pos=0),
+    "token by token": token_by_token,
+    "ragged rows": ragged,
+}
+
+
+def main(jobs: str) -> None:
+    place = initialize(device="cpu", dtype=torch.float32)
+    for job in json.loads(Path(jobs).read_text()):
+        checkpoint, rows = open_checkpoint(job["directory"]), torch.tensor(job["rows"])
+        model = load_model(checkpoint, replace(checkpoint.sizes, **SIZES), place)
+        with torch.no_grad():
+            result = {way: WAYS[way](model, rows) for way in job["ways"]}
+        result["bytes"] = torch.tensor([sum(x.nbytes for x in xs) for xs in (model.parameters(), model.buffers())])
+        result["tied"] = torch.tensor(model.output.weight is model.tok_embeddings.weight)
+        if dist.get_rank() == 0:
+            torch.save(result, job["output"])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
