@@ -115,6 +115,7 @@ def check_memory(args: ModelArgs, place: Place) -> None:
     if ranks * (weights + cache) > have:
         raise LlamaError(
             f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache (max_batch_size="
-            f"{args.max_batch_size} x max_seq_len={args.max_seq_len}) in {place.dtype}, {ranks} x on {place.device}, "
-            f"do not fit its {have / 1e9:.2f} GB: lower max_seq_len or max_batch_size, or use more ranks"
+            f"{args.max_batch_size} x max_seq_len={args.max_seq_len}) in {place.dtype}, {ranks} x on {place.device} = "
+            f"{ranks * (weights + cache) / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: "
+            "lower max_seq_len or max_batch_size, or use more ranks"
         )

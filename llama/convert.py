@@ -6,7 +6,8 @@ Knows the layouts by their own files; knows no ranks, no network.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from .checkpoint import (
 )
 from .errors import LlamaError
 from .files import read_json, write_json
-from .layout import Stored, is_rotary, mp_sizes, permute_rotary, tensor_shapes
+from .layout import New, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
 from .tokenizer import Tokenizer
 from .tokenizer_json import write_tokenizer_json
@@ -70,16 +71,16 @@ def convert(
     new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     check_space(checkpoint, target, dtype)
-    partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
+    unfinished = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
     try:
         write = write_meta if to == "meta" else write_hf
-        write(checkpoint, args, partial, mp_size, dtype)
+        write(checkpoint, args, unfinished, mp_size, dtype)
         if to == "hf":
-            write_tokenizer(checkpoint, partial)
-        copy_settings(checkpoint, partial, [*SETTINGS, *(["config.json"] if to == "meta" else [])])
-        publish(partial, target)
+            write_tokenizer(checkpoint, unfinished)
+        copy_settings(checkpoint, unfinished, [*SETTINGS, *(["config.json"] if to == "meta" else [])])
+        publish(unfinished, target)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if new:
             target.rmdir()
         raise
@@ -111,22 +112,24 @@ def check_space(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None)
         raise LlamaError(f"{target}: {needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there")
 
 
-def write_meta(checkpoint: Checkpoint, args: ModelArgs, partial: Path, mp_size: int, dtype: torch.dtype | None) -> None:
-    names = list(tensor_shapes(args))
+def write_meta(
+    checkpoint: Checkpoint, args: ModelArgs, directory: Path, mp_size: int, dtype: torch.dtype | None
+) -> None:
+    names, new = list(tensor_shapes(args)), partial(on_disk, directory)
     with tqdm(desc="writing", total=mp_size * len(names), unit=" tensors", disable=None) as bar:
         for rank in range(mp_size):
             tensors = {}
             for name in names:
                 stored = checkpoint.tensors[name]
-                tensors[name] = on_disk(stored.part(args, rank, mp_size, name), stored, dtype, partial)
+                tensors[name] = packed(stored.part(args, rank, mp_size, name, new), dtype, new)
                 bar.update()
             if args.tied_embeddings:  # in both places, as Meta has it; stored once
                 tensors["output.weight"] = tensors["tok_embeddings.weight"]
-            torch.save(tensors, partial / f"consolidated.{rank:02d}.pth")
+            torch.save(tensors, directory / f"consolidated.{rank:02d}.pth")
 
 
-def write_hf(checkpoint: Checkpoint, args: ModelArgs, partial: Path, mp_size: int, dtype: torch.dtype | None) -> None:
-    files = list(hf_files(checkpoint, args, dtype))
+def write_hf(checkpoint: Checkpoint, args: ModelArgs, directory: Path, mp_size: int, dtype: torch.dtype | None) -> None:
+    files, new = list(hf_files(checkpoint, args, dtype)), partial(on_disk, directory)
     places: dict[str, str] = {}
     total = 0
     with tqdm(desc="writing", total=len(tensor_shapes(args)), unit=" tensors", disable=None) as bar:
@@ -136,14 +139,16 @@ def write_hf(checkpoint: Checkpoint, args: ModelArgs, partial: Path, mp_size: in
             tensors = {}
             for name in names:
                 stored = checkpoint.tensors[name]
-                whole = permute_rotary(stored.read(), args.head_size, "hf") if is_rotary(name) else stored.read()
-                tensors[hf_format.hf_name(name)] = on_disk(whole, stored, dtype, partial)
+                whole = stored.read(new=new)
+                if is_rotary(name):
+                    whole = permute_rotary(whole, args.head_size, "hf", new)
+                tensors[hf_format.hf_name(name)] = packed(whole, dtype, new)
                 bar.update()
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            save_file(tensors, directory / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
             total += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
-        write_json(partial / hf_format.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(directory / hf_format.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def hf_files(checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype | None) -> Iterator[list[str]]:
@@ -160,45 +165,46 @@ def hf_files(checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype | None)
     yield names
 
 
-def on_disk(tensor: Tensor, stored: Stored, dtype: torch.dtype | None, directory: Path) -> Tensor:
-    """`tensor` as a library that writes files wants it, contiguous and with a storage of its own, but not in memory.
-
-    What is a view of `stored` is taken from the source's file; anything else from a copy in a file without a name.
-    """
-    start, dtype = tensor.storage_offset() * tensor.itemsize, dtype or tensor.dtype
-    mapped = {piece.untyped_storage().data_ptr() for piece in stored.pieces}
-    if tensor.is_contiguous() and tensor.dtype == dtype and tensor.untyped_storage().data_ptr() in mapped:
-        storage = tensor.untyped_storage()[start : start + tensor.nbytes]
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tensor.shape, tensor.stride())
+def on_disk(directory: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor in a file without a name: what is converted shall not be in memory."""
+    size = torch.Size(shape).numel()
     with tempfile.NamedTemporaryFile(dir=directory) as f:
-        f.truncate(tensor.numel() * dtype.itemsize)
-        copy = torch.from_file(f.name, shared=True, size=tensor.numel(), dtype=dtype)
-    return copy.view(tensor.shape).copy_(tensor)
+        f.truncate(size * dtype.itemsize)
+        return torch.from_file(f.name, shared=True, size=size, dtype=dtype).view(*shape)
 
 
-def write_tokenizer(checkpoint: Checkpoint, partial: Path) -> None:
+def packed(tensor: Tensor, dtype: torch.dtype | None, new: New) -> Tensor:
+    """`tensor` as libraries that write files want it: contiguous, of this dtype, with a storage of its own."""
+    if not tensor.is_contiguous() or tensor.dtype != (dtype or tensor.dtype):
+        return new(tensor.shape, dtype or tensor.dtype).copy_(tensor)
+    start = tensor.storage_offset() * tensor.itemsize
+    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
+
+
+def write_tokenizer(checkpoint: Checkpoint, unfinished: Path) -> None:
     """Say Meta's tokenizer in Hugging Face's files; those that the source has are copied over them."""
     path = find_tokenizer(checkpoint)
     if path.name == "tokenizer.model" and path.is_file() and not is_sentencepiece(path):
-        write_tokenizer_json(Tokenizer(path), partial)
+        write_tokenizer_json(Tokenizer(path), unfinished)
 
 
-def copy_settings(checkpoint: Checkpoint, partial: Path, names: list[str]) -> None:
+def copy_settings(checkpoint: Checkpoint, unfinished: Path, names: list[str]) -> None:
     """Bring along the tokenizer's files and the settings of generation; and what only a config.json says."""
     for name in names:
         found = next((d / name for d in settings_places(checkpoint) if (d / name).is_file()), None)
         if found is not None:
-            shutil.copyfile(found, partial / name)
+            shutil.copyfile(found, unfinished / name)
 
 
-def publish(partial: Path, target: Path) -> None:
+def publish(unfinished: Path, target: Path) -> None:
     """Move what was written into `target`, in the place of any checkpoint there, whose configuration goes first."""
     for name in CONFIG.values():
         (target / name).unlink(missing_ok=True)
     for pattern in (*TENSOR_FILES, *SETTINGS):
         for old in target.glob(pattern):
             old.unlink()
-    for new in partial.iterdir():
+    for new in unfinished.iterdir():
         new.chmod(0o644)
         os.replace(new, target / new.name)
-    partial.rmdir()
+    unfinished.rmdir()

@@ -12,6 +12,7 @@ import torch
 
 from .errors import LlamaError
 from .files import read_json
+from .layout import LARGEST
 from .model import ModelArgs, feed_forward_size
 from .rotary import RopeScaling
 
@@ -52,7 +53,7 @@ class Config:
         if key not in self.values and key not in self.defaults:
             raise LlamaError(f"{self.path}: missing key {key}; expected a whole number of at least 1")
         value = self.value(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LARGEST:
             raise self.error(key, value, "a whole number of at least 1")
         return value
 
@@ -61,7 +62,7 @@ class Config:
 
     def number(self, key: str, default: float) -> float:
         value = self.value(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
             raise self.error(key, value, "a positive number")
         return value
 
@@ -157,7 +158,8 @@ def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
         raise config.error(key, rope, "a JSON object")
     if unknown := sorted(rope.keys() - ROPE_KEYS):
         raise LlamaError(f"{config.path}: {key} has {', '.join(unknown)}; known are {', '.join(sorted(ROPE_KEYS))}")
-    inner = Config(config.path, {**config.values, **rope}, config.defaults)
+    outer = {key: config.values[key] for key in ("original_max_position_embeddings",) if config.values.get(key)}
+    inner = Config(config.path, {**config.values, **rope, **outer}, config.defaults)
     if inner.value("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise inner.error("partial_rotary_factor", inner.value("partial_rotary_factor"), "1.0: whole heads are rotated")
     theta, kind = inner.number("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))

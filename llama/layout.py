@@ -3,7 +3,7 @@
 Knows sizes; knows no file format. A tensor is named as Meta names it, whatever the files call it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,13 @@ from torch import Tensor
 from .errors import LlamaError
 from .model import ModelArgs, divide
 
+New = Callable[[Sequence[int], torch.dtype], Tensor]  # makes the tensor that moved numbers are written to
+
 # The dimension along which fairscale divides each matrix over ranks. What isn't here is whole on every rank.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 COMPARED_ROWS = 1024  # of two matrices at a time
+LARGEST = 2**31  # no number of a configuration reaches it ...
+MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # ... nor these; beyond, sizes would be computed for hours
 
 
 def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -49,6 +53,10 @@ def check_sizes(args: ModelArgs) -> None:
         divide("dim", args.dim, "n_heads", args.n_heads)
     divide("head_dim", args.head_size, "the size of a rotary pair", 2)
     divide("n_heads", args.n_heads, "n_kv_heads", args.kv_heads)
+    if args.n_layers > MOST_LAYERS or args.n_heads > MOST_HEADS or args.hidden_dim >= LARGEST:
+        raise LlamaError(
+            f"{args.n_layers} layers, {args.n_heads} heads, hidden_dim {args.hidden_dim}: that is no model"
+        )
     if wrong := [layer for layer in args.sliding_layers or () if layer >= args.n_layers]:
         raise LlamaError(f"sliding_layers has {wrong[0]}, but n_layers is {args.n_layers}: layers are counted from 0")
 
@@ -90,15 +98,20 @@ def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> tuple[in
     return weights * dtype.itemsize, cache * dtype.itemsize
 
 
-def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"]) -> Tensor:
-    """The rows of x, (heads * head_dim, ...), from one order of rotary pairs to the other.
+def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"], new: New = in_memory) -> Tensor:
+    """The rows of x, (heads * head_dim, ...), from one order of rotary pairs to the other, in a `new` tensor.
 
     In Meta's layout the two rows that turn together are neighbours, 2j and 2j + 1; in Hugging Face's they are half a
     head apart, j and j + head_dim / 2. Heads are permuted one by one, so n_heads of them (q: weight, bias, norm) and
     n_kv_heads (k) are each right by themselves, and so is any slice of whole heads.
     """
     pairs = (2, head_dim // 2) if to == "meta" else (head_dim // 2, 2)
-    return x.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
+    moved = x.unflatten(0, (-1, *pairs)).transpose(1, 2)
+    return new(x.shape, x.dtype).view(moved.shape).copy_(moved).flatten(0, 2)
 
 
 def is_rotary(name: str) -> bool:
@@ -129,15 +142,19 @@ class Stored:
     def dtype(self) -> torch.dtype:
         return self.pieces[0].dtype
 
-    def read(self, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows or columns start..stop, in Meta's layout: a view of the file where nothing has to be moved for it."""
+    def read(self, dim: int = 0, start: int = 0, stop: int | None = None, new: New = in_memory) -> Tensor:
+        """Rows or columns start..stop, in Meta's layout: a view of the file, or `new` where they have to be moved."""
         stop = self.shape[dim] if stop is None else stop
         if dim == self.dim:
             found = list(self._overlaps(start, stop))
         else:
             found = [piece.narrow(dim, start, stop - start) for piece in self.pieces]
-        joined = found[0] if len(found) == 1 else torch.cat(found, self.dim)
-        return joined if self.halves is None else permute_rotary(joined, self.halves, "meta")
+        joined = found[0]
+        if len(found) > 1:
+            shape = [*joined.shape]
+            shape[self.dim] = sum(piece.shape[self.dim] for piece in found)
+            joined = torch.cat(found, self.dim, out=new(shape, self.dtype))
+        return joined if self.halves is None else permute_rotary(joined, self.halves, "meta", new)
 
     def _overlaps(self, start: int, stop: int) -> Iterator[Tensor]:
         before = 0
@@ -148,18 +165,18 @@ class Stored:
                 yield piece.narrow(self.dim, first, last - first)
             before += size
 
-    def part(self, args: ModelArgs, mp_rank: int, mp_size: int, name: str) -> Tensor:
+    def part(self, args: ModelArgs, mp_rank: int, mp_size: int, name: str, new: New = in_memory) -> Tensor:
         """What one model-parallel rank keeps of this tensor, whose name in the model is `name`."""
         dim, count = split_dim(name), parts(name, args, mp_size)
         if dim is None:
-            return self.read()
+            return self.read(new=new)
         size = self.shape[dim] // count
         start = mp_rank * count // mp_size * size
-        return self.read(dim, start, start + size)
+        return self.read(dim, start, start + size, new)
 
     def equals(self, other: "Stored") -> bool:
         """Bit for bit; ends at the first rows that differ."""
-        if (self.shape, self.dtype) != (other.shape, other.dtype):
+        if (self.shape, self.dtype) != (other.shape, other.dtype) or not self.shape:
             return False
         starts = range(0, self.shape[0], COMPARED_ROWS)
         ranges = [(start, min(start + COMPARED_ROWS, self.shape[0])) for start in starts]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import LlamaError
 from .files import describe_content, read_json, unreadable, write_json, write_whole
-from .layout import Stored, parts, split_dim, tensor_shapes
+from .layout import LARGEST, Stored, parts, split_dim, tensor_shapes
 from .model import ModelArgs
 from .rotary import RopeScaling
 
@@ -67,7 +67,7 @@ def misfit(key: str, value: Any) -> str | None:
         return None if whole else "a list of layers, counted from 0"
     kinds = (int, float) if kind in (float, float | None) else int
     number = isinstance(value, kinds) and not isinstance(value, bool)
-    return None if number and (value > 0 or (key == "vocab_size" and value == -1)) else "a positive number"
+    return None if number and (0 < value < LARGEST or (key == "vocab_size" and value == -1)) else "a positive number"
 
 
 def rope_scaling(path: Path, params: dict[str, Any]) -> RopeScaling | None:
@@ -114,10 +114,14 @@ def read_shard(path: Path) -> dict[str, Tensor]:
             "Expected a file of tensors only, from a source that you trust"
         ) from None
     except Exception as e:
+        if isinstance(e, RuntimeError) and "mmap" in str(e):
+            raise  # the file may be whole; it is the system that won't
         size = path.stat().st_size
         raise LlamaError(f"{path} is truncated or damaged ({size} bytes, no whole archive): download it again") from e
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise LlamaError(f"{path}: expected a dictionary of tensors, found a {type(tensors).__name__} of other things")
+    if odd := [n for n, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]:
+        raise LlamaError(f"{path}: {odd[0]} is sparse or has no data, expected tensors with all their numbers")
     return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
 
 
@@ -164,7 +168,7 @@ def ranks_by_shape(shard: Mapping[str, Tensor], args: ModelArgs) -> int:
 def join(name: str, pieces: list[Tensor], shape: tuple[int, ...], args: ModelArgs) -> Stored:
     """The pieces of all shards, in the order of their ranks, as one tensor."""
     dim = split_dim(name)
-    if dim is None or len(pieces) == 1 or pieces[0].ndim != len(shape):
+    if dim is None or len(pieces) == 1 or any(piece.ndim != len(shape) for piece in pieces):
         return Stored(name, tuple(pieces[:1]))
     if name == "tok_embeddings.weight" and pieces[0].shape[0] == shape[0]:
         dim = 1  # Llama 1 and 2 divided the embedding by columns

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -210,7 +211,7 @@ def test_tensors_that_do_not_fit_are_listed(directory: Path) -> None:
         "missing norm.weight",
         "surplus extra.weight",
         "layers.0.attention.wk.weight of shape (2, 64), expected (32, 64)",
-        "output.weight of torch.int8 on cpu",
+        "output.weight of torch.int8, expected one of bfloat16",
     ):
         assert part in message
 
@@ -245,6 +246,8 @@ def test_what_cannot_fit_is_refused_with_the_arithmetic(directory: Path) -> None
     message = refusal(directory, max_batch_size=10**6, max_seq_len=10**6)
     assert "GB of weights + " in message
     assert "max_batch_size=1000000 x max_seq_len=1000000" in message
+    weights, cache, total = (float(n) for n in re.findall(r"([\d.]+) GB (?:of|do)", message))
+    assert total == pytest.approx(weights + cache, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def ask(llama: Llama, content: str, system: str | None = None) -> str:
 
 
 def test_files_are_small_and_in_metas_format() -> None:
-    (shard,) = open_checkpoint(MODEL).shards
+    (shard,) = open_checkpoint(MODEL).files
     tensors = read_shard(shard)
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     assert 5e6 <= sum(t.numel() for t in tensors.values()) <= 8e6

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_program
 
+from llama.checkpoint import open_checkpoint
 from llama.hf_config import config_of
 from llama.hf_format import hf_name
 from llama.layout import part_sizes, split_dim, tensor_shapes
@@ -26,7 +27,7 @@ ALLOWED = 300 * 10**6
 
 
 def write_shards(directory: Path, shards: int) -> Path:
-    """One set of tensors, written as often as there are shards: their values don't matter here."""
+    """One set of tensors, written as often as there are shards: of their values, only that none repeats matters."""
     directory.mkdir()
     part = {}
     for name, shape in SHAPES.items():
@@ -34,7 +35,7 @@ def write_shards(directory: Path, shards: int) -> Path:
         dim = split_dim(name)
         if dim is not None:
             sizes[dim] //= shards
-        part[name] = torch.full(sizes, 0.5, dtype=torch.bfloat16)
+        part[name] = torch.full(sizes, len(part) / 128, dtype=torch.bfloat16)
     for rank in range(shards):
         torch.save(part, directory / f"consolidated.{rank:02d}.pth")
     (directory / "params.json").write_text(json.dumps(params_of(ARGS)))
@@ -75,3 +76,23 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
             assert result["peak"] <= result["shard"] + LARGEST * itemsize + ALLOWED, (name, rank)
             if (name, dtype) == (f"{ranks} shards", "bfloat16"):
                 assert result["peak"] <= ALLOWED, "what is as it will be used stays mapped"
+
+
+@pytest.mark.parametrize(("source", "to", "mp_size"), [("4 shards", "hf", 1), ("safetensors", "meta", 2)])
+def test_converting_takes_next_to_no_memory(
+    directories: dict[str, Path], tmp_path: Path, source: str, to: str, mp_size: int
+) -> None:
+    program = tmp_path / "convert.py"
+    program.write_text(
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from memory_program import Peak\n"
+        "from llama.convert import convert\n"
+        "with Peak() as peak:\n"
+        "    convert(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))\n"
+        "print(peak.bytes)\n"
+    )
+    done = run_program(str(program), str(directories[source]), str(tmp_path / "out"), to, str(mp_size))
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= ALLOWED
+    assert open_checkpoint(tmp_path / "out").format == to
+    shutil.rmtree(tmp_path / "out")
