@@ -4,14 +4,17 @@ import json
 import os
 import pickle
 import re
+import select
+import subprocess
 import sys
+import termios
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARGS, split_checkpoint, write_checkpoint, write_tokenizer
+from tiny import ARGS, ROOT, run_program, split_checkpoint, write_checkpoint, write_tokenizer
 
 from llama import Llama, LlamaError, ModelArgs, Transformer
 from llama.layout import SPLIT_DIM, memory_needed
@@ -297,3 +300,36 @@ def test_a_tokenizer_of_another_model(directory: Path, tmp_path: Path) -> None:
     with (tmp_path / "other.model").open("ab") as f:
         f.write(b"aGVsbG8= 256\n")
     assert "vocab_size 512 and the tokenizer 513 words" in refusal(directory, tokenizer_path=tmp_path / "other.model")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_slow_load_shows_a_bar_on_a_terminal_alone_and_once(directory: Path, tmp_path: Path, ranks: int) -> None:
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import sys, time\n"
+        "from llama import Llama, checkpoint\n"
+        "checkpoint.SECONDS_BEFORE_BAR = 0.2\n"
+        "class Slow(checkpoint.Stored):\n"
+        "    def part(self, *arguments):\n"
+        "        time.sleep(0.05)\n"
+        "        return super().part(*arguments)\n"
+        "opened = checkpoint.survey\n"
+        "def survey(*arguments):\n"
+        "    found = opened(*arguments)\n"
+        "    found.tensors = {n: Slow(t.name, t.pieces, t.dim, t.halves) for n, t in found.tensors.items()}\n"
+        "    return found\n"
+        "checkpoint.survey = survey\n"
+        "Llama.build(sys.argv[1], device='cpu')\n"
+    )
+    assert run_program(str(program), str(directory), ranks=ranks).stderr.count("loading:") == 0
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, 100))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, str(program), str(directory)]
+    subprocess.run(command, stderr=slave, env=environment, cwd=ROOT, check=True, timeout=120)
+    os.set_blocking(master, False)
+    shown = b"".join(iter(lambda: os.read(master, 1 << 16) if select.select([master], [], [], 1)[0] else b"", b""))
+    assert re.search(rb"loading: .*B/s", shown)
+    assert max(map(int, re.findall(rb"loading: +(\d+)%", shown))) == 100
+    assert shown.count(b"100%") == 1, "one rank shows it"

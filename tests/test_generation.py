@@ -1,5 +1,6 @@
 """Generation through public names, on a tiny random model: batches, streams, seeds, logprobs, stopping, refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import PROMPTS, greedy_by_hand, write_checkpoint
+from tiny import ARGS, PROMPTS, greedy_by_hand, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.generation import sample_top_p as reexported
+from llama.rotary import RopeScaling
 from llama.sampling import sample_top_p
 
 
@@ -293,3 +295,13 @@ def test_meta_programs_find_their_names(llama: Llama) -> None:
     assert llama.formatter.tokenizer is llama.tokenizer
     again = Llama(llama.model, llama.tokenizer)
     assert again.generate([[1, 2]], max_gen_len=3, temperature=0.0, top_p=0.9, logprobs=False, echo=False)[1] is None
+
+
+@pytest.mark.parametrize("scaling", [{"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 24}, None])
+def test_a_batch_equals_its_rows_where_positions_depend_on_the_length(tmp_path: Path, scaling: dict | None) -> None:
+    """Rotary scaling by each row's own length, not that of the padded batch; and a window that they exceed."""
+    args = replace(ARGS, rope_theta=100, rope_scaling=RopeScaling(**scaling) if scaling else None, sliding_window=20)
+    llama = build(write_checkpoint(tmp_path, args, endless=True), max_batch_size=4)
+    prompts = [[7] * 5, list(range(60)), list(range(30, 50)), list(range(25))]
+    together, _ = llama.generate(prompts, 20, temperature=0)
+    assert together == [llama.generate([prompt], 20, temperature=0)[0][0] for prompt in prompts]

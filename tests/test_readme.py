@@ -24,6 +24,12 @@ def test_every_option_of_the_readme_is_an_option() -> None:
         assert option in text
 
 
+def test_what_inspect_prints_is_what_it_prints() -> None:
+    command = next(line for line in README.splitlines() if line.startswith("python -m llama inspect"))
+    shown = run_program(*command.split()[1:])
+    assert f"```\n{shown.stdout}```" in README
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:llama|demo|tests)/[\w/]*(?:\.\w+)?)`", README))))
 def test_every_file_of_the_readme_exists(name: str) -> None:
     assert (ROOT / name).exists()
