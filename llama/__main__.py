@@ -18,14 +18,14 @@ def model_options() -> argparse.ArgumentParser:
     """The options of every command that builds a model and samples from it."""
     options = argparse.ArgumentParser(add_help=False)
     add = options.add_argument
-    add("--ckpt_dir", help="directory of the checkpoint (default: the demo model)")
-    add("--tokenizer_path", help="the tokenizer's file (default: tokenizer.model in ckpt_dir)")
+    add("--ckpt_dir", help="directory or URL of the checkpoint (default: the demo model)")
+    add("--tokenizer_path", help="tokenizer.model or tokenizer.json (default: the one in ckpt_dir)")
     add("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_p", type=float, default=0.9, help="draw from the likeliest tokens of this mass (default: %(default)s)")
     add("--max_seq_len", type=int, default=512, help="longest prompt and answer together (default: %(default)s tokens)")
     add("--max_gen_len", type=int, help="longest answer, in tokens (default: what fits in max_seq_len)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
-    add("--dtype", help="bfloat16, float16 or float32 (default: the best for the device)")
+    add("--dtype", help="bfloat16, float16, float32, or auto: the files' (default: the best for the device)")
     add("--seed", type=int, default=1, help="the same seed gives the same text (default: %(default)s)")
     return options
 

@@ -1,12 +1,14 @@
 """A directory on disk -> (ModelArgs, this rank's tensors). Here formats and shard counts are met; past here there is
 one layout, Meta's names and interleaved rotary pairs.
 
-Knows no tokenizer and no generation. Files come from strangers: nothing in them is executed.
+Knows where the tokenizer lies and not what is in it; knows no generation. Files come from strangers: nothing in them is
+executed.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ from .errors import LlamaError
 from .layout import Stored, check_sizes, part_sizes, tensor_shapes
 from .model import ModelArgs, Transformer
 from .parallel import DTYPES, Place, is_printer, together
+from .remote import is_url
 
 Format = Literal["meta", "hf"]
 CONFIG = {"meta": "params.json", "hf": "config.json"}
@@ -68,6 +71,8 @@ def find(ckpt_dir: str | os.PathLike) -> tuple[Path, Format]:
     """Where the checkpoint's files lie, and their layout. Raises LlamaError when nothing like one is there."""
     if not isinstance(ckpt_dir, (str, os.PathLike)) or ckpt_dir == "":
         raise LlamaError(f"ckpt_dir is {ckpt_dir!r}, expected the path of a checkpoint's directory")
+    if is_url(ckpt_dir):
+        raise LlamaError(f"{ckpt_dir} is a URL, which is read by what runs a model: expected a directory here")
     directory = Path(ckpt_dir)
     if not directory.is_dir():
         found = "a file" if directory.exists() else "nothing"
@@ -79,10 +84,12 @@ def find(ckpt_dir: str | os.PathLike) -> tuple[Path, Format]:
     original = directory / "original"
     if any(directory.glob("consolidated.*.pth")):
         return directory, "meta"
-    if any(n.endswith(".safetensors") or n == hf_format.INDEX for n in names):
+    if any(n.endswith(".safetensors") for n in names):
         return directory, "hf"
     if any(original.glob("consolidated.*.pth")):
         return original, "meta"
+    if hf_format.INDEX in names:
+        return directory, "hf"
     there = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
     pickles = any(n.startswith("pytorch_model") for n in names)
     raise LlamaError(
@@ -117,14 +124,15 @@ def is_sentencepiece(path: Path) -> bool:
         return False  # who opens it next will say why
 
 
-def survey(ckpt_dir: str | os.PathLike) -> Checkpoint:
-    """Look at all files of a checkpoint, whole or not; reads their headers only.
+def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
+    """Look at all files of a checkpoint, whole or not; reads their headers only, and a few rows where the output layer
+    may repeat the embedding. If `thorough`, all rows.
 
     Raises LlamaError when there is no checkpoint at all; whatever else is wrong is listed in the result.
     """
     checkpoint = Checkpoint(*find(ckpt_dir))
     look = meta_contents if checkpoint.format == "meta" else hf_contents
-    contents = look(checkpoint)
+    contents = look(checkpoint, thorough)
     if checkpoint.args is None:
         return checkpoint
     try:
@@ -136,7 +144,7 @@ def survey(ckpt_dir: str | os.PathLike) -> Checkpoint:
         checkpoint.args = None
         return checkpoint
     gather = meta_format.gather if checkpoint.format == "meta" else hf_format.gather
-    checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args)
+    checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args, thorough)
     if not checkpoint.problems:  # else what is missing may lie in a file that is broken
         spell = str if checkpoint.format == "meta" else hf_format.hf_name
         absent = [name for name in tensor_shapes(checkpoint.args) if name not in checkpoint.tensors]
@@ -145,15 +153,18 @@ def survey(ckpt_dir: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-def meta_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
+def meta_contents(checkpoint: Checkpoint, thorough: bool) -> list[dict[str, Tensor]]:
     directory = checkpoint.directory
     params = attempt(checkpoint, meta_format.read_params, checkpoint.config)
-    attempt(checkpoint, meta_format.shard_paths, directory)  # which counts them
-    checkpoint.files = sorted(directory.glob("consolidated.*.pth"))
+    checkpoint.files = meta_format.shard_paths(directory)
+    attempt(checkpoint, partial(meta_format.check_shards, shards=checkpoint.files), directory)
     shards = [attempt(checkpoint, read_whole_shard, path) for path in checkpoint.files]
     if checkpoint.problems:
         return []
-    args = meta_format.complete_args(params, shards)
+    complete = partial(meta_format.complete_args, params=params, shards=shards, thorough=thorough)
+    args = attempt(checkpoint, complete, checkpoint.config)
+    if args is None:
+        return []
     split = meta_format.ranks_by_shape(shards[0], args)
     if split > len(shards):
         here = f"{len(shards)} {'is' if len(shards) == 1 else 'are'} here"
@@ -178,14 +189,14 @@ def read_whole_shard(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
+def hf_contents(checkpoint: Checkpoint, thorough: bool) -> list[dict[str, Tensor]]:
     directory, config = checkpoint.directory, checkpoint.config
     if not config.is_file():
         checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
     else:
         checkpoint.args = attempt(checkpoint, hf_config.read_config, config)
     files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
-    if not any(path.exists() for path in files):  # there are others, or `find` had found nothing
+    if not any(path.exists() for path in files):  # the index is broken or gone, but there are files
         files = sorted({*files, *directory.glob("*.safetensors")})
     checkpoint.files = files
     contents = []
@@ -233,7 +244,7 @@ def misfits(found: dict[str, Stored], args: ModelArgs) -> list[str]:
 
 def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
     """Look at a checkpoint's files, of any layout; reads no tensor. Raises LlamaError when anything is wrong."""
-    checkpoint = survey(ckpt_dir)
+    checkpoint = survey(ckpt_dir, thorough=True)
     if len(problems := checkpoint.problems) > 1:
         raise LlamaError(f"{problems[0]} (and {len(problems) - 1} more: python -m llama inspect lists them)")
     if problems:

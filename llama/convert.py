@@ -1,8 +1,10 @@
-"""Any readable checkpoint -> a directory in the layout that is asked for: a tensor at a time, whole or not at all.
+"""Any readable checkpoint -> a directory in the layout that is asked for: one tensor in memory at a time, those of a
+file on disk, and the directory whole or not at all.
 
 Knows the layouts by their own files; knows no ranks, no network.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +33,7 @@ from .errors import LlamaError
 from .files import read_json, write_json
 from .layout import New, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
+from .remote import is_url
 from .tokenizer import Tokenizer
 from .tokenizer_json import write_tokenizer_json
 
@@ -56,6 +60,8 @@ def convert(
     without which nothing loads, is written last; whatever fails before leaves nothing of it. Raises LlamaError for a
     checkpoint that can't be read or written so, and where `dst` holds files, unless `force` lets it replace them.
     """
+    if is_url(dst):
+        raise LlamaError(f"{dst} is a URL: expected a directory of this machine to write to")
     checkpoint, target = open_checkpoint(src), Path(dst)
     args = checkpoint.sizes
     if to == "hf" and mp_size != 1:
@@ -68,48 +74,61 @@ def convert(
     else:
         config = hf_config.config_of(args, source_config(checkpoint), dtype or checkpoint.dtype)
     check_target(checkpoint, target, force)
-    new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    check_space(checkpoint, target, dtype)
-    unfinished = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
-    try:
-        write = write_meta if to == "meta" else write_hf
-        write(checkpoint, args, unfinished, mp_size, dtype)
+    with unfinished_directory(target) as unfinished:
+        check_space(checkpoint, unfinished, dtype, mp_size if to == "meta" else None)
+        try:
+            write = write_meta if to == "meta" else write_hf
+            write(checkpoint, args, unfinished, mp_size, dtype)
+        except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
+            raise LlamaError(f"{target} can't be written ({' '.join(str(e).split())[:200]})") from e
         if to == "hf":
             write_tokenizer(checkpoint, unfinished)
         copy_settings(checkpoint, unfinished, [*SETTINGS, *(["config.json"] if to == "meta" else [])])
         publish(unfinished, target)
+        write_json(target / CONFIG[to], config)
+
+
+@contextlib.contextmanager
+def unfinished_directory(target: Path) -> Iterator[Path]:
+    """A directory in `target` to write to. Whatever fails in this context leaves nothing of it, nor a new `target`."""
+    new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        for killed in target.glob(PARTIAL + "*"):  # which could not tidy up
+            shutil.rmtree(killed, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
+        yield unfinished
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if new:
-            target.rmdir()
+        for left in [target] if new else target.glob(PARTIAL + "*"):
+            shutil.rmtree(left, ignore_errors=True)
         raise
-    write_json(target / CONFIG[to], config)
 
 
 def source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `config.json` of the same model, where there is one: it holds settings that no layout of Meta's has."""
     path = next((d / "config.json" for d in settings_places(checkpoint) if (d / "config.json").is_file()), None)
-    return {} if path is None else read_json(path, "a model's configuration")
+    found = {} if path is None else read_json(path, "a model's configuration")
+    return found if isinstance(found.get("model_type"), str) and not found.get("quantization_config") else {}
 
 
 def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
     source, resolved = checkpoint.directory.resolve(), target.resolve()
     if source == resolved or source in resolved.parents or resolved in source.parents:
         raise LlamaError(f"{target} and the source {checkpoint.directory} lie in each other: choose another directory")
-    if target.exists() and not target.is_dir():
-        raise LlamaError(f"{target} is a file: expected a directory, or nothing, there")
+    if (target.exists() or target.is_symlink()) and not target.is_dir():
+        raise LlamaError(f"{target} is a file or a broken link: expected a directory, or nothing, there")
     if target.is_dir() and any(target.iterdir()) and not force:
         raise LlamaError(f"{target} isn't empty: choose another directory, or replace its checkpoint with --force")
 
 
-def check_space(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None) -> None:
-    """Refuse what the disk can't hold."""
+def check_space(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, shards: int | None) -> None:
+    """Refuse what the disk can't hold: all that is written, and the tensors of one file again until it is."""
     stored = checkpoint.tensors.values()
-    needed = sum(torch.Size(s.shape).numel() * (dtype or s.dtype).itemsize for s in stored)
+    size = sum(torch.Size(s.shape).numel() * (dtype or s.dtype).itemsize for s in stored)
+    needed = size + (min(size, FILE_BYTES) if shards is None else size // shards)
     free = shutil.disk_usage(target).free
     if needed > free:
-        raise LlamaError(f"{target}: {needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there")
+        raise LlamaError(f"{target.parent}: {needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there")
 
 
 def write_meta(
@@ -169,7 +188,10 @@ def on_disk(directory: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor
     """A new tensor in a file without a name: what is converted shall not be in memory."""
     size = torch.Size(shape).numel()
     with tempfile.NamedTemporaryFile(dir=directory) as f:
-        f.truncate(size * dtype.itemsize)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a signal at the first write
+            os.posix_fallocate(f.fileno(), 0, max(size * dtype.itemsize, 1))
+        else:
+            f.truncate(size * dtype.itemsize)
         return torch.from_file(f.name, shared=True, size=size, dtype=dtype).view(*shape)
 
 

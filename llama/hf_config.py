@@ -33,6 +33,11 @@ ROPE_TYPES = {  # the keys of each type of rotary scaling that have a meaning he
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
 }
+ROPE_NEEDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
 ROPE_KEYS |= {"mscale", "mscale_all_dim", "finetuned", *(key for keys in ROPE_TYPES.values() for key in keys)}
 
@@ -81,14 +86,14 @@ def read_config(path: Path) -> ModelArgs:
 def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
     """The ModelArgs that a configuration means; `path` is where it came from, for messages."""
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise LlamaError(f"{path}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
     if values.get("quantization_config") is not None:
         raise LlamaError(f"{path}: the weights are quantized (quantization_config), expected plain ones")
     config = Config(path, values, FAMILIES[family])
     if config.value("hidden_act", "silu") != "silu":
         raise config.error("hidden_act", config.value("hidden_act"), "'silu'")
-    dim, n_heads, n_layers = (config.count(f"{k}") for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    dim, n_heads, n_layers = (config.count(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     n_kv_heads = config.optional_count("num_key_value_heads") or n_heads
     multiple_of, multiplier = feed_forward_fields(dim, config.count("intermediate_size"))
     theta, scaling = rope_of(config)
@@ -156,17 +161,20 @@ def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
     rope = config.value(key) or {}
     if not isinstance(rope, dict):
         raise config.error(key, rope, "a JSON object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default" and (not isinstance(kind, str) or kind not in ROPE_TYPES):
+        raise config.error(f"{key} type", kind, f"default, {', '.join(ROPE_TYPES)}")
     if unknown := sorted(rope.keys() - ROPE_KEYS):
         raise LlamaError(f"{config.path}: {key} has {', '.join(unknown)}; known are {', '.join(sorted(ROPE_KEYS))}")
+    if missing := [name for name in ROPE_NEEDS.get(kind, ()) if rope.get(name) is None]:
+        raise LlamaError(f"{config.path}: {key} of type {kind} has no {', '.join(missing)}")
     outer = {key: config.values[key] for key in ("original_max_position_embeddings",) if config.values.get(key)}
     inner = Config(config.path, {**config.values, **rope, **outer}, config.defaults)
     if inner.value("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise inner.error("partial_rotary_factor", inner.value("partial_rotary_factor"), "1.0: whole heads are rotated")
-    theta, kind = inner.number("rope_theta", 10000.0), rope.get("rope_type", rope.get("type", "default"))
+    theta = inner.number("rope_theta", 10000.0)
     if kind == "default":
         return theta, None
-    if kind not in ROPE_TYPES:
-        raise inner.error(f"{key} type", kind, f"default, {', '.join(ROPE_TYPES)}")
     try:
         return theta, RopeScaling(kind, **scaling_fields(kind, rope, inner))
     except (LlamaError, TypeError) as e:

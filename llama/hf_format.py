@@ -3,6 +3,7 @@
 Knows no other layout.
 """
 
+from collections import Counter
 from pathlib import Path, PurePath
 
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from .model import ModelArgs
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LONGEST_NAME = 200
 
 NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -54,9 +56,14 @@ def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:
     places = read_json(index, "a checkpoint's index").get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(p, str) for p in places.values()):
         raise LlamaError(f"{index}: weight_map is not an object of file names by tensor; download it again")
-    if outside := next((p for p in places.values() if PurePath(p).name != p), None):
-        raise LlamaError(f"{index}: weight_map names {outside!r}, expected names of files beside it")
+    if odd := [name for name in places.values() if not is_plain(name)]:
+        raise LlamaError(f"{index}: weight_map names {odd[0][:LONGEST_NAME]!r}, expected names of files beside it")
     return [directory / name for name in sorted(set(places.values()))], places
+
+
+def is_plain(name: str) -> bool:
+    """Whether it names a file beside the index, and can be shown."""
+    return PurePath(name).name == name != "" and name.isprintable() and len(name) <= LONGEST_NAME
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -72,18 +79,19 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise LlamaError(f"{path} is truncated, damaged or no safetensors file ({wrong}): download it again") from None
 
 
-def gather(files: list[dict[str, Tensor]], args: ModelArgs) -> tuple[dict[str, Stored], list[str]]:
+def gather(files: list[dict[str, Tensor]], args: ModelArgs, thorough: bool) -> tuple[dict[str, Stored], list[str]]:
     """(whole tensors by Meta's name, what is surplus or doesn't fit)."""
     found = {name: tensor for file in files for name, tensor in file.items()}
+    counts = Counter(name for file in files for name in file)
     tensors, head_dim = {}, args.head_size
     for name in tensor_shapes(args):
         tensor = found.pop(hf_name(name), None)
         if tensor is not None:
             halves = head_dim if is_rotary(name) and tensor.shape[:1].numel() % head_dim == 0 else None
             tensors[name] = Stored(hf_name(name), (tensor,), halves=halves)
-    problems = []
+    problems = [f"{name} is in {count} files" for name, count in counts.items() if count > 1]
     if args.tied_embeddings and (repeated := found.pop("lm_head.weight", None)) is not None:
         embedding = tensors.get("tok_embeddings.weight")
-        if embedding is not None and not Stored("", (repeated,)).equals(embedding):
+        if embedding is not None and not Stored("", (repeated,)).equals(embedding, thorough):
             problems.append("lm_head.weight differs from the embedding, which config.json says it is tied to")
     return tensors, problems + [f"surplus {name}" for name in found if not name.endswith("rotary_emb.inv_freq")]

@@ -19,23 +19,27 @@ from .layout import LARGEST, Stored, parts, split_dim, tensor_shapes
 from .model import ModelArgs
 from .rotary import RopeScaling
 
-ROPE_KEYS = ("use_scaled_rope", "rope_scaling_factor", "rope_scaling")
+SCALING_KEYS = ("use_scaled_rope", "rope_scaling_factor", "rope_scaling")
 # Fields of ModelArgs that no params.json holds: a run sets the first two, the tensors tell the third.
 NOT_IN_PARAMS = {"max_batch_size", "max_seq_len", "tied_embeddings"}
-REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
+REQUIRED = ("dim", "n_layers", "n_heads")
+THETA_UNSAID = {32000: 10000.0, 128256: 500000.0}  # by vocabulary: what the code of Llama 1 and 2, and of 3, took
 IGNORED = {"rope.freqs"}  # a table that Meta's older files carry and every reader computes itself
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """`consolidated.NN.pth` in the order of their ranks. Raises LlamaError when one between them is missing."""
-    shards = sorted(directory.glob("consolidated.*.pth"))
+    """`consolidated.NN.pth` in the order of their ranks."""
+    return sorted(directory.glob("consolidated.*.pth"))
+
+
+def check_shards(directory: Path, shards: list[Path]) -> None:
+    """Raise LlamaError when one between them is missing."""
     for rank, shard in enumerate(shards):
         if shard.name != f"consolidated.{rank:02d}.pth":
             raise LlamaError(
                 f"{directory}: consolidated.{rank:02d}.pth is missing beside {len(shards)} other shards "
                 f"(found {', '.join(s.name for s in shards[:12])}): download it again"
             )
-    return shards
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def read_params(path: Path) -> dict[str, Any]:
     scaling = rope_scaling(path, params)
     known = {f.name: f for f in fields(ModelArgs) if f.name not in NOT_IN_PARAMS | {"rope_scaling"}}
     if unknown := sorted(params.keys() - known.keys()):
-        raise LlamaError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join([*known, *ROPE_KEYS])}")
+        raise LlamaError(f"{path}: unknown key {', '.join(unknown)}; known are {', '.join([*known, *SCALING_KEYS])}")
     if missing := [key for key in REQUIRED if key not in params]:
         raise LlamaError(f"{path}: missing key {', '.join(missing)}; expected at least {', '.join(REQUIRED)}")
     for key, value in params.items():
@@ -76,11 +80,13 @@ def rope_scaling(path: Path, params: dict[str, Any]) -> RopeScaling | None:
     Meta's flag says neither the factor nor the lengths: it is 8 for Llama 3.1 and 3.3, and 32 for the sizes of Llama
     3.2 (dim 2048 and 3072), where no `rope_scaling_factor` says otherwise.
     """
-    scaled, factor, whole = (params.pop(key, None) for key in ROPE_KEYS)
-    if scaled not in (None, True, False):
+    scaled, factor, whole = (params.pop(key, None) for key in SCALING_KEYS)
+    if scaled is not None and not isinstance(scaled, bool):
         raise LlamaError(f"{path}: use_scaled_rope is {scaled!r}, expected true or false")
     try:
         if whole is not None:
+            if not isinstance(whole, dict) or (unknown := whole.keys() - asdict(RopeScaling("linear", 1)).keys()):
+                raise LlamaError(f"rope_scaling is {whole!r}" + f", which has {unknown}" * isinstance(whole, dict))
             return RopeScaling(**whole)
         if scaled:
             return RopeScaling("llama3", scaled_rope_factor(params.get("dim")) if factor is None else factor)
@@ -122,24 +128,28 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         raise LlamaError(f"{path}: expected a dictionary of tensors, found a {type(tensors).__name__} of other things")
     if odd := [n for n, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]:
         raise LlamaError(f"{path}: {odd[0]} is sparse or has no data, expected tensors with all their numbers")
-    return {name: tensor for name, tensor in tensors.items() if name not in IGNORED}
+    return {name: tensor.detach() for name, tensor in tensors.items() if name not in IGNORED}
 
 
-def complete_args(params: dict[str, Any], shards: list[dict[str, Tensor]]) -> ModelArgs:
-    """ModelArgs with what `params.json` leaves to the tensors, or to the times."""
+def complete_args(path: Path, params: dict[str, Any], shards: list[dict[str, Tensor]], thorough: bool) -> ModelArgs:
+    """ModelArgs with what `params.json` leaves to the tensors, or to its times. Raises LlamaError if none can tell."""
     output, embedding = "output.weight", "tok_embeddings.weight"
     rows = shards[0].get(output, shards[0].get(embedding))
+    params.setdefault("vocab_size", -1)
     if params["vocab_size"] == -1 and rows is not None and rows.ndim == 2:
         params = {**params, "vocab_size": rows.shape[0] * len(shards)}
-    if "rope_theta" not in params and params["vocab_size"] == 32000:
-        params = {**params, "rope_theta": 10000.0}  # Llama 1 and 2, whose code knew no other
+    if "rope_theta" not in params:
+        if params["vocab_size"] not in THETA_UNSAID:
+            known = "10000 in models that come of Llama 1 and 2, 500000 in those of Llama 3"
+            raise LlamaError(f"{path}: missing key rope_theta; expected {known}")
+        params = {**params, "rope_theta": THETA_UNSAID[params["vocab_size"]]}
     tied = not any(output in shard for shard in shards)
     if all(output in shard and embedding in shard for shard in shards):  # Llama 3.2's files repeat the matrix
-        tied = all(Stored("", (s[output],)).equals(Stored("", (s[embedding],))) for s in shards)
+        tied = all(Stored("", (s[output],)).equals(Stored("", (s[embedding],)), thorough) for s in shards)
     return ModelArgs(**params, tied_embeddings=tied)
 
 
-def gather(shards: list[dict[str, Tensor]], args: ModelArgs) -> tuple[dict[str, Stored], list[str]]:
+def gather(shards: list[dict[str, Tensor]], args: ModelArgs, thorough: bool) -> tuple[dict[str, Stored], list[str]]:
     """Put whole tensors together from the shards of all ranks: (tensors by name, what is surplus or doesn't fit)."""
     shapes = tensor_shapes(args)
     tensors: dict[str, Stored] = {}

@@ -31,7 +31,7 @@ def cache_directory(url: str, cache: Path | None = None) -> Path:
 
 
 def local_copy(url: str, cache: Path | None = None) -> Path:
-    """Copy the files of the directory at `url`, but for those whose copies are as large and as new; returns where.
+    """Make the cache hold what the directory at `url` holds; what is as large and as new isn't copied. Returns where.
 
     Each file appears whole or not at all. Raises LlamaError for a store that doesn't answer, and a disk too small.
     """
@@ -39,7 +39,9 @@ def local_copy(url: str, cache: Path | None = None) -> Path:
 
     target = cache_directory(url, cache)
     try:
-        stale = list(_stale(blobfile, url, target))
+        files = list(_files(blobfile, url, target))
+        there = {path for _, path, _ in files}
+        stale = [(source, path, stat) for source, path, stat in files if not _is_copy(path, stat)]
         size = sum(stat.size for _, _, stat in stale)
         target.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(target).free):
@@ -50,6 +52,8 @@ def local_copy(url: str, cache: Path | None = None) -> Path:
                 with blobfile.BlobFile(source, "rb") as reader:
                     write_whole(path, partial(_pour, reader, bar))
                 os.utime(path, (stat.mtime, stat.mtime))
+        for gone in {path for path in target.rglob("*") if path.is_file()} - there:
+            gone.unlink()
     except (OSError, ValueError, blobfile.Error) as e:
         raise LlamaError(f"{url} can't be read ({' '.join(str(e).split())}): is it a directory you may read?") from e
     return target
@@ -60,14 +64,16 @@ def _pour(reader: IO[bytes], bar: tqdm, writer: IO[bytes]) -> None:
         bar.update(writer.write(chunk))
 
 
-def _stale(blobfile: ModuleType, url: str, target: Path) -> Iterator[tuple[str, Path, Any]]:
-    """(URL, path of its copy, size and time) of each file that has no copy as it is now."""
+def _files(blobfile: ModuleType, url: str, target: Path) -> Iterator[tuple[str, Path, Any]]:
+    """(URL, path of its copy, size and time) of each file."""
     for entry in blobfile.scandir(url):
         if entry.is_dir and entry.name == SUBDIRECTORY:
-            yield from _stale(blobfile, blobfile.join(url, SUBDIRECTORY), target / SUBDIRECTORY)
+            yield from _files(blobfile, blobfile.join(url, SUBDIRECTORY), target / SUBDIRECTORY)
         elif entry.is_file:
             source, path = blobfile.join(url, entry.name), target / entry.name
-            stat = entry.stat or blobfile.stat(source)
-            known = path.stat() if path.is_file() else None
-            if known is None or (known.st_size, int(known.st_mtime)) != (stat.size, int(stat.mtime)):
-                yield source, path, stat
+            yield source, path, entry.stat or blobfile.stat(source)
+
+
+def _is_copy(path: Path, stat: Any) -> bool:
+    known = path.stat() if path.is_file() else None
+    return known is not None and (known.st_size, int(known.st_mtime)) == (stat.size, int(stat.mtime))

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .errors import LlamaError
 
+SMALLEST, LARGEST = 1e-6, 2**31  # of any number here
+LENGTHS = ("factor", "original_max_position_embeddings")  # which are 1 at least
+NUMBERS = (*LENGTHS, "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast", "attention_factor")
 ScalingType = Literal["linear", "dynamic", "llama3", "yarn"]
 
 
@@ -38,16 +41,17 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.type not in get_args(ScalingType):
             raise LlamaError(f"rope scaling {self.type!r} is not known: expected {', '.join(get_args(ScalingType))}")
-        for name, kind in RopeScaling.__annotations__.items():
-            value, least = getattr(self, name), 1 if name in ("factor", "original_max_position_embeddings") else 0
-            if kind in (int, float) and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number")
-            if kind in (int, float) and not least <= value < math.inf:
-                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least {least}")
         if not isinstance(self.truncate, bool):
             raise LlamaError(f"rope scaling has truncate {self.truncate!r}, expected true or false")
-        if self.attention_factor is not None and not isinstance(self.attention_factor, int | float):
-            raise LlamaError(f"rope scaling has attention_factor {self.attention_factor!r}, expected a number")
+        for name in NUMBERS:
+            value, least = (
+                getattr(self, name),
+                1 if name in ("factor", "original_max_position_embeddings") else SMALLEST,
+            )
+            if value is None and name == "attention_factor":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < LARGEST:
+                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least {least}")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
                 found = f"{low} {getattr(self, low)} and {high} {getattr(self, high)}"
@@ -98,6 +102,8 @@ def _yarn_slowness(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     def pair_that_turns(times: float) -> float:
         return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))
 
+    if theta <= 1:
+        raise LlamaError(f"rope scaling 'yarn' needs a rope_theta above 1, found {theta}")
     first, last = pair_that_turns(scaling.beta_fast), pair_that_turns(scaling.beta_slow)
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)

@@ -36,7 +36,10 @@ MAX_TEXT_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")
 
-_EXPECTED = "expected Llama 3's tokenizer.model, a text file of 'base64 rank' lines (not tokenizer.json, not Llama 2's)"
+_EXPECTED = (
+    "expected Llama 3's tokenizer.model, a text file of 'base64 rank' lines, or a tokenizer.json (not Llama 2's "
+    "tokenizer.model)"
+)
 
 
 def _special_names(count: int) -> list[str]:
