@@ -18,9 +18,9 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import LlamaError
-from .hf_tokenizer import HFTokenizer, _without_surrogates, names_pattern, one_line
-from .tokenizer import ROLES, ChatFormat, Dialog, Message, Tokenizer, _field, _shortened
+from .errors import LlamaError, shortened
+from .hf_tokenizer import HFTokenizer, names_pattern, one_line, without_surrogates
+from .tokenizer import ROLES, ChatFormat, Dialog, Message, Tokenizer, field_of
 
 _STAND_INS = range(0xF0000, 0x110000)  # Unicode's private use, planes 15 and 16
 
@@ -180,10 +180,10 @@ def formatter(tokenizer: Tokenizer | HFTokenizer, now: datetime) -> ChatFormat |
 
 def _checked(message: Message) -> tuple[str, str]:
     """Role and content of `message`, in characters that a tokenizer can take."""
-    role, content = _field(message, "role"), _field(message, "content")
+    role, content = field_of(message, "role"), field_of(message, "content")
     if role not in ROLES:
-        raise LlamaError(f"unknown role {_shortened(role)}; known roles are {', '.join(ROLES)}")
-    return role, _without_surrogates(content)
+        raise LlamaError(f"unknown role {shortened(role)}; known roles are {', '.join(ROLES)}")
+    return role, without_surrogates(content)
 
 
 def _raise_exception(message: object) -> NoReturn:

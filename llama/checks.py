@@ -1,6 +1,6 @@
 """Refuses what can't work before anything runs: each check raises LlamaError with what was found and expected.
 
-Knows numbers and sizes; knows no files and no tensors.
+Knows numbers, sizes and vocabularies; reads no files and knows no tensors.
 """
 
 import math

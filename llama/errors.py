@@ -17,3 +17,12 @@ class LlamaError(ValueError):
 def printable(text: str) -> str:
     """One line, with U+FFFD for controls, marks of direction, and bytes of names that are no characters."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
+def kind_of(value: object) -> str:
+    return f"{type(value).__name__} {shortened(value)}"
+
+
+def shortened(value: object, width: int = 60) -> str:
+    text = repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import tokenizers
 
-from .errors import LlamaError
-from .files import read_json, unreadable
-from .tokenizer import Tokenizer, _kind, _shortened
+from .errors import LlamaError, kind_of, shortened
+from .files import read_json
+from .hf_settings import chat_template, named_tokens, read_if_there, stop_ids
+from .tokenizer import Tokenizer, checked_names
 
 _EXPECTED = "expected the tokenizer.json of a model, from where the model comes from"
 _SIBLINGS = "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"
-_NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte that is part of no other token; text is made of these
 _ALIAS_CHARS = [chr(code) for code in range(0xE000, 0xF900)]  # Unicode's private use: no normalizer touches them
@@ -83,10 +83,10 @@ class HFTokenizer:
 
     def _read_siblings(self, folder: Path) -> None:
         config_path, generation_path, model_path, template_path = (folder / name for name in _SIBLINGS)
-        config = _read_if_there(config_path, "a tokenizer's settings")
-        self.named_tokens = _named_tokens(config_path, config)
-        self.chat_template = _chat_template(template_path, config_path, config)
-        stops = _stop_ids(generation_path, self.n_words) or _stop_ids(model_path, self.n_words)
+        config = read_if_there(config_path, "a tokenizer's settings")
+        self.named_tokens = named_tokens(config_path, config)
+        self.chat_template = chat_template(template_path, config_path, config)
+        stops = stop_ids(generation_path, self.n_words) or stop_ids(model_path, self.n_words)
         bos = self._named_id(config_path, "bos_token")
         eos = self._named_id(config_path, "eos_token")
         if bos is None:
@@ -101,9 +101,7 @@ class HFTokenizer:
     def _named_id(self, config_path: Path, key: str) -> int | None:
         name = self.named_tokens.get(key)
         if name is not None and name not in self.special_tokens:
-            raise LlamaError(
-                f"{config_path}: {key} is {_shortened(name)}, no control token of the tokenizer.json by it"
-            )
+            raise LlamaError(f"{config_path}: {key} is {shortened(name)}, no control token of the tokenizer.json by it")
         return None if name is None else self.special_tokens[name]
 
     def encode(
@@ -126,17 +124,7 @@ class HFTokenizer:
         Raises:
             LlamaError: `s` isn't a str, contains a disallowed name, or can't be encoded; there is no eos_id.
         """
-        if not isinstance(s, str):
-            raise LlamaError(f"text to encode is {_kind(s)}; expected str")
-        allowed = self._set_of_names(allowed_special, "allowed_special") & self.special_tokens.keys()
-        disallowed = self._set_of_names(disallowed_special, "disallowed_special")
-        if disallowed_special == "all":
-            disallowed -= allowed
-        if disallowed and (found := names_pattern(disallowed).search(s)):
-            raise LlamaError(
-                f"text contains the control token {found[0]!r} at character {found.start()}, which "
-                "disallowed_special forbids; remove it from the text, or put it in allowed_special"
-            )
+        allowed = checked_names(s, self.special_tokens.keys(), allowed_special, disallowed_special)
         if eos and self.eos_id < 0:
             raise LlamaError("the model has no token for the end of a text; encode with eos=False")
         tokens = self._prefix if bos else []
@@ -155,7 +143,7 @@ class HFTokenizer:
             LlamaError: the tokenizer can't encode this text, or finds other control tokens in it than were put there.
         """
         parts = list(parts)
-        text = "".join(self._aliases[part] if isinstance(part, int) else _without_surrogates(part) for part in parts)
+        text = "".join(self._aliases[part] if isinstance(part, int) else without_surrogates(part) for part in parts)
         try:
             tokens = self._backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library has no narrower one
@@ -198,13 +186,6 @@ class HFTokenizer:
     def stream_decoder(self) -> "HFStreamDecoder":
         """What turns ids that come one at a time into text."""
         return HFStreamDecoder(self, self._pieces.lead)
-
-    def _set_of_names(self, names: Literal["all"] | Collection[str], argument: str) -> Set[str]:
-        if isinstance(names, str):
-            if names != "all":  # a bare name would be taken for a collection of letters
-                raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
-            return self.special_tokens.keys()
-        return frozenset(names)
 
 
 class HFStreamDecoder:
@@ -259,7 +240,7 @@ class _Pieces:
                     pass
                 case _:
                     raise LlamaError(
-                        f"{path}: 'decoder' has the step {_shortened(step)}; expected GPT-2's ByteLevel, or "
+                        f"{path}: 'decoder' has the step {shortened(step)}; expected GPT-2's ByteLevel, or "
                         "SentencePiece's Replace, ByteFallback, Fuse, Strip and Metaspace"
                     )
 
@@ -308,7 +289,7 @@ def one_line(error: object) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Pairs of surrogates as their character, lone ones as U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -332,16 +313,16 @@ def _added_tokens(path: Path, stated: dict[str, Any]) -> list[dict[str, Any]]:
         LlamaError: `stated` is no tokenizer.json.
     """
     if not isinstance(stated.get("model"), dict):
-        raise LlamaError(f"{path}: found JSON without a 'model', only {_shortened(sorted(stated))}; {_EXPECTED}")
+        raise LlamaError(f"{path}: found JSON without a 'model', only {shortened(sorted(stated))}; {_EXPECTED}")
     added = stated.get("added_tokens", [])
     if not isinstance(added, list):
-        raise LlamaError(f"{path}: 'added_tokens' is {_kind(added)}; expected a list")
+        raise LlamaError(f"{path}: 'added_tokens' is {kind_of(added)}; expected a list")
     for token in added:
         match token:
             case {"content": str(content), "special": bool(), "id": int()} if content:
                 pass
             case _:
-                raise LlamaError(f"{path}: 'added_tokens' has {_kind(token)}; expected 'id', 'content' and 'special'")
+                raise LlamaError(f"{path}: 'added_tokens' has {kind_of(token)}; expected 'id', 'content' and 'special'")
     return added
 
 
@@ -386,7 +367,7 @@ def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], ali
         name = token["content"]
         if (found := ids.get(aliases.get(name, name))) != token["id"]:
             raise LlamaError(
-                f"{path}: 'added_tokens' gives {_shortened(name)} the id {token['id']}, but by its place it has "
+                f"{path}: 'added_tokens' gives {shortened(name)} the id {token['id']}, but by its place it has "
                 f"{found}; expected the ids that follow the vocabulary's: get the file anew"
             )
     controls = {ids[alias]: name for name, alias in aliases.items()}
@@ -394,7 +375,7 @@ def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], ali
     for word, shared in ids.items():
         if shared in controls and word not in unguessable:
             raise LlamaError(
-                f"{path}: {_shortened(word)} has the id {shared} of the control token {_shortened(controls[shared])}; "
+                f"{path}: {shortened(word)} has the id {shared} of the control token {shortened(controls[shared])}; "
                 "expected one id for each: get the file anew"
             )
 
@@ -405,51 +386,3 @@ def _steps(decoder: Any) -> list[Any]:
             return [inner for step in steps for inner in _steps(step)]
         case _:
             return [decoder]
-
-
-def _read_if_there(path: Path, what: str) -> dict[str, Any]:
-    return read_json(path, what) if path.exists() else {}
-
-
-def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and so on, each a str or a dict with "content"; also those that a model invents, if str."""
-    named = {}
-    for key, value in config.items():
-        match value:
-            case str(name) | {"content": str(name)} if key in _NAMED or (key.endswith("_token") and name is value):
-                named[key] = name
-            case _ if key in _NAMED and value is not None:
-                raise LlamaError(f"{path}: {key} is {_kind(value)}; expected a str, or a dict with the str 'content'")
-    return named
-
-
-def _chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str | None:
-    """The template in the file of its own; else the one in tokenizer_config.json, of several that named "default"."""
-    if path.exists():
-        try:
-            return path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except ValueError as error:
-            raise LlamaError(f"{path}: found what isn't UTF-8 ({error}); expected a Jinja template") from None
-    match config.get("chat_template"):
-        case None | str() as template:
-            return template
-        case [*entries] if all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries):
-            template = {entry["name"]: entry.get("template") for entry in entries}.get("default")
-            if template is None or isinstance(template, str):
-                return template
-    raise LlamaError(
-        f"{config_path}: chat_template is {_kind(config['chat_template'])}; expected a str, or a list of dicts with "
-        "the strs 'name' and 'template'"
-    )
-
-
-def _stop_ids(path: Path, n_words: int) -> list[int]:
-    """The "eos_token_id" of a configuration, one or several; none if there is no file or it names none."""
-    value = _read_if_there(path, "settings").get("eos_token_id")
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token in ids:
-        if type(token) is not int or not 0 <= token < n_words:
-            raise LlamaError(f"{path}: eos_token_id is {_kind(value)}; expected ids in 0..{n_words - 1}")
-    return ids

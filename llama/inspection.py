@@ -1,6 +1,6 @@
 """What a checkpoint's directory holds and all that is wrong with it: a `Report`, as text for people, JSON for programs.
 
-Knows what a survey found; knows no file format, reads no tensor and needs no process group.
+Knows what a survey found; reads no tensor and needs no process group.
 """
 
 import json

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, TypedDict, get_args
 
 import tiktoken
 
-from .errors import LlamaError
+from .errors import LlamaError, kind_of, shortened
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -117,18 +117,7 @@ class Tokenizer:
         Raises:
             LlamaError: `s` isn't a str or contains a disallowed name.
         """
-        if not isinstance(s, str):
-            raise LlamaError(f"text to encode is {_kind(s)}; expected str")
-        allowed = self._names(allowed_special, "allowed_special") & self.special_tokens.keys()
-        disallowed = self._names(disallowed_special, "disallowed_special")
-        if disallowed_special == "all":
-            disallowed -= allowed
-        if found := next(_occurrences(disallowed, s), None):
-            raise LlamaError(
-                f"text contains the control token {found[0]!r} at character {found.start()}, which "
-                "disallowed_special forbids; remove it from the text, or put it in allowed_special"
-            )
-
+        allowed = checked_names(s, self.special_tokens.keys(), allowed_special, disallowed_special)
         # Control tokens are taken out before the text is cut, lest a cut go through one.
         tokens = [self.bos_id] if bos else []
         start = 0
@@ -161,13 +150,6 @@ class Tokenizer:
     def stream_decoder(self) -> "StreamDecoder":
         """What turns ids that come one at a time into text."""
         return StreamDecoder(self)
-
-    def _names(self, names: Literal["all"] | Collection[str], argument: str) -> Set[str]:
-        if isinstance(names, str):
-            if names != "all":  # a bare name would be taken for a collection of letters
-                raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
-            return self.special_tokens.keys()
-        return frozenset(names)
 
     def _encode_plain(self, text: str) -> list[int]:
         return [token for piece in _pieces(text) for token in self.model.encode_ordinary(piece)]
@@ -205,9 +187,9 @@ class ChatFormat:
 
     def encode_header(self, message: Message) -> list[int]:
         """The ids that open `message`, of which only the role is read. Raises LlamaError if it isn't one of ROLES."""
-        role = _field(message, "role")
+        role = field_of(message, "role")
         if role not in ROLES:
-            raise LlamaError(f"unknown role {_shortened(role)}; known roles are {', '.join(ROLES)}")
+            raise LlamaError(f"unknown role {shortened(role)}; known roles are {', '.join(ROLES)}")
         special = self.tokenizer.special_tokens
         return [
             special["<|start_header_id|>"],
@@ -224,7 +206,7 @@ class ChatFormat:
         """
         return [
             *self.encode_header(message),
-            *self.tokenizer.encode(_field(message, "content").strip(), bos=False, eos=False),
+            *self.tokenizer.encode(field_of(message, "content").strip(), bos=False, eos=False),
             self.tokenizer.special_tokens["<|eot_id|>"],
         ]
 
@@ -245,24 +227,47 @@ class ChatFormat:
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
 
-def _field(message: object, name: str) -> str:
+def checked_names(
+    s: str,
+    known: Set[str],
+    allowed_special: Literal["all"] | Collection[str],
+    disallowed_special: Literal["all"] | Collection[str],
+) -> Set[str]:
+    """Which of the `known` control tokens may stand in `s`. Raises LlamaError as `Tokenizer.encode` says."""
+    if not isinstance(s, str):
+        raise LlamaError(f"text to encode is {kind_of(s)}; expected str")
+    allowed, disallowed = (
+        _set_of_names(names, known, argument)
+        for names, argument in ((allowed_special, "allowed_special"), (disallowed_special, "disallowed_special"))
+    )
+    allowed &= known
+    if disallowed_special == "all":
+        disallowed -= allowed
+    if found := next(_occurrences(disallowed, s), None):
+        raise LlamaError(
+            f"text contains the control token {found[0]!r} at character {found.start()}, which "
+            "disallowed_special forbids; remove it from the text, or put it in allowed_special"
+        )
+    return allowed
+
+
+def _set_of_names(names: Literal["all"] | Collection[str], known: Set[str], argument: str) -> Set[str]:
+    if isinstance(names, str):
+        if names != "all":  # a bare name would be taken for a collection of letters
+            raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
+        return known
+    return frozenset(names)
+
+
+def field_of(message: object, name: str) -> str:
     if not isinstance(message, Mapping):
-        raise LlamaError(f"a message is {_kind(message)}; expected a dict with 'role' and 'content'")
+        raise LlamaError(f"a message is {kind_of(message)}; expected a dict with 'role' and 'content'")
     if name not in message:
         raise LlamaError(f"no {name!r}, only {sorted(map(str, message))}; expected 'role' and 'content'")
     value = message[name]
     if not isinstance(value, str):
-        raise LlamaError(f"{name!r} is {_kind(value)}; expected str")
+        raise LlamaError(f"{name!r} is {kind_of(value)}; expected str")
     return value
-
-
-def _kind(value: object) -> str:
-    return f"{type(value).__name__} {_shortened(value)}"
-
-
-def _shortened(value: object, width: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= width else text[: width - 3] + "..."
 
 
 def _occurrences(names: Set[str], text: str) -> Iterator[re.Match[str]]:
@@ -324,7 +329,7 @@ def _parse_vocabulary(path: str, data: bytes) -> dict[bytes, int]:
         try:
             token, rank = _parse_line(line)
             if token in ranks:
-                raise LlamaError(f"the token {_shortened(token)} already has line {line_of_rank[ranks[token]]}")
+                raise LlamaError(f"the token {shortened(token)} already has line {line_of_rank[ranks[token]]}")
             if rank in line_of_rank:
                 raise LlamaError(f"the rank {rank} already has line {line_of_rank[rank]}")
         except LlamaError as error:
@@ -358,11 +363,11 @@ def _is_sentencepiece(data: bytes) -> bool:
 def _parse_line(line: bytes) -> tuple[bytes, int]:
     fields = line.split()
     if len(fields) != 2:
-        raise LlamaError(f"found {_shortened(line)}, {len(fields)} field(s) and not 2")
+        raise LlamaError(f"found {shortened(line)}, {len(fields)} field(s) and not 2")
     try:
         token = base64.b64decode(fields[0], validate=True)
     except ValueError as error:
-        raise LlamaError(f"found {_shortened(fields[0])}, which isn't base64 ({error})") from None
+        raise LlamaError(f"found {shortened(fields[0])}, which isn't base64 ({error})") from None
     if not (fields[1].isdigit() and len(fields[1]) < 10):
-        raise LlamaError(f"found the rank {_shortened(fields[1])}, which isn't a number from 0 up")
+        raise LlamaError(f"found the rank {shortened(fields[1])}, which isn't a number from 0 up")
     return token, int(fields[1])

@@ -280,6 +280,34 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
         open_checkpoint(target)
 
 
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_an_interrupted_run_into_a_new_directory_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    source, left, replace = write_checkpoint(tmp_path / "meta"), [moved], os.replace
+
+    def interrupted(a: object, b: object) -> None:
+        if Path(str(b)).parent == tmp_path / "out":
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        replace(a, b)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert_directory(source, tmp_path / "out", "hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
+    source, target = write_checkpoint(tmp_path / "meta"), tmp_path / "out"
+    (target / ".partial-killed").mkdir(parents=True)
+    (target / ".partial-killed" / "model.safetensors").touch()
+    assert "isn't empty" in refusal(source, target, "hf")
+    convert_directory(source, target, "hf", force=True)
+    assert not list(target.glob(".partial-*"))
+
+
 def test_a_failure_in_a_new_directory_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "meta")
 
