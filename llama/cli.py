@@ -22,7 +22,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the program on a LlamaError with one line and exit status 1, and leave the process groups.
+    """End the program on a LlamaError with one line and exit status 1.
 
     Rank 0 says what all ranks raise. The others let it, since torchrun ends all as soon as one has gone; one that is
     still there afterwards may have an error of its own to tell.
@@ -39,6 +39,10 @@ def errors_in_one_line() -> Iterator[None]:
             time.sleep(SECONDS_FOR_RANK_0)
         if is_printer() or not e.everywhere:
             print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            os._exit(1)  # leaving the process groups may wait for other ranks, and not leaving them abort
         sys.exit(1)
     except OSError as e:
         if not isinstance(e, BrokenPipeError):  # the reader of our output has gone, as in `... | head`
@@ -52,8 +56,6 @@ def errors_in_one_line() -> Iterator[None]:
         os._exit(1)  # leaving the process groups would wait for it
     except KeyboardInterrupt:
         sys.exit(130)  # as shells count an end by Ctrl-C
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def lost_a_rank(e: RuntimeError) -> bool:

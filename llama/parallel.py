@@ -3,9 +3,11 @@
 Knows no model and no files. Changes nothing global but torch.distributed's process groups, which are what it is for.
 """
 
+import atexit
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -139,6 +141,7 @@ def initialize(
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
         else:
             dist.init_process_group("gloo")
+        atexit.register(leave)
     if not fs_init.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # for a moment: fairscale prints three lines here
             fs_init.initialize_model_parallel(mp_size)
@@ -148,6 +151,16 @@ def initialize(
             f"{mp_size} was asked for: build models of different sizes in different processes"
         )
     return Place(chosen, choose_dtype(dtype, chosen), world_size, fs_init.get_model_parallel_rank(), mp_size)
+
+
+def leave() -> None:
+    """Leave the process groups at the program's end: threads of theirs that outlive the interpreter may abort it.
+
+    After an error nobody caught they are left alone, since the other ranks may not come to leave them too.
+    """
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        fs_init.destroy_model_parallel()  # which lets go of the groups; else they outlive the next line
+        dist.destroy_process_group()
 
 
 def available_memory(device: torch.device) -> int:

@@ -59,7 +59,6 @@ def main(output: str, dtype: str, *directories: str) -> None:
         del model, checkpoint
         gc.collect()
     Path(f"{output}.{dist.get_rank()}").write_text(json.dumps(results))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ def main(ckpt_dir: str, output: str, model_parallel_size: str | None = None) -> 
         "parameters": sum(p.numel() for p in llama.model.parameters()),
     }
     Path(f"{output}.{dist.get_rank()}").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
