@@ -4,17 +4,15 @@ tests/test_families.py compares logits; tests/test_inspect.py has the broken fil
 """
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARGS, ROOT, split_checkpoint, write_checkpoint, write_tokenizer
+from tiny import ARGS, run_program, split_checkpoint, write_checkpoint, write_tokenizer
 
 from llama import Llama, LlamaError
 from llama.checkpoint import open_checkpoint, survey
@@ -230,17 +228,38 @@ def test_urls_are_for_what_runs_a_model(directory: Path) -> None:
             call()
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="makes a small disk, which root alone may")
-@pytest.mark.parametrize("megabytes", [1, 2])
-def test_a_full_disk_is_told_and_left_as_found(directory: Path, tmp_path: Path, megabytes: int) -> None:
+CONVERT = ("-m", "llama", "convert")
+TO_HALF = ("--to", "meta", "--dtype", "fp16")
+
+
+@pytest.mark.parametrize("kilobytes", [50, 100, 250])
+def test_a_write_that_fails_is_told_and_left_as_found(directory: Path, tmp_path: Path, kilobytes: int) -> None:
+    """Files that may not grow beyond a size are refused as a full disk refuses them."""
+    program = (
+        "import resource, runpy, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))\n"
+        "runpy.run_module('llama', run_name='__main__', alter_sys=True)\n"
+    )
+    found = run_program("-c", program, "convert", str(directory), str(tmp_path / "out"), *TO_HALF)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(params=[300, 600])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A disk of so many kilobytes, where the tests may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes * 300}k", "tmpfs", str(disk)], check=True)
-    try:
-        program = ["-m", "llama", "convert", str(directory), str(disk / "out"), "--to", "meta", "--dtype", "fp16"]
-        found = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-        assert found.returncode == 1
-        assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
-        assert not list(disk.iterdir())
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode != 0:
+        pytest.skip("may not mount a disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_told_and_left_as_found(directory: Path, small_disk: Path) -> None:
+    found = run_program(*CONVERT, str(directory), str(small_disk / "out"), *TO_HALF)
+    assert found.returncode == 1
+    assert found.stderr.startswith("error: ") and found.stderr.count("\n") == 1
+    assert not list(small_disk.iterdir())
