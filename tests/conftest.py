@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import fairscale.nn.model_parallel.initialize as fs_init
 import pytest
 import tiktoken
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 from vocabulary import BASE, SPECIALS, TOKENS, lines_of, write
 
 from llama.model import ModelArgs, Transformer
-from llama.parallel import Place, initialize
+from llama.parallel import Place, initialize, leave
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -33,8 +32,7 @@ def place() -> Iterator[Place]:
     existed = dist.is_initialized()
     yield initialize(device="cpu", dtype=torch.float32)
     if not existed:
-        fs_init.destroy_model_parallel()
-        dist.destroy_process_group()
+        leave()
 
 
 @pytest.fixture

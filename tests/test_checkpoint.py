@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARGS, ROOT, run_program, split_checkpoint, write_checkpoint, write_tokenizer
+from tiny import ARGS, ROOT, environment, launched, run_program, split_checkpoint, write_checkpoint, write_tokenizer
 
 from llama import Llama, LlamaError, ModelArgs, Transformer
 from llama.layout import SPLIT_DIM, memory_needed
@@ -324,10 +324,8 @@ def test_a_slow_load_shows_a_bar_on_a_terminal_alone_and_once(directory: Path, t
     assert run_program(str(program), str(directory), ranks=ranks).stderr.count("loading:") == 0
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, 100))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher, str(program), str(directory)]
-    subprocess.run(command, stderr=slave, env=environment, cwd=ROOT, check=True, timeout=120)
+    command = launched(str(program), str(directory), ranks=ranks)
+    subprocess.run(command, stderr=slave, env=environment(), cwd=ROOT, check=True, timeout=120)
     os.set_blocking(master, False)
     shown = b"".join(iter(lambda: os.read(master, 1 << 16) if select.select([master], [], [], 1)[0] else b"", b""))
     assert re.search(rb"loading: .*B/s", shown)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import ROOT, run_program, write_checkpoint
+from tiny import ROOT, environment, run_program, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +168,10 @@ class Terminal:
 
     def __init__(self, *command: str):
         self.master, slave = pty.openpty()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env=environment,
+            env=environment(),
             stdin=slave,
             stdout=slave,
             stderr=slave,

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -252,26 +252,34 @@ def test_nothing_is_overwritten_unless_forced(tmp_path: Path) -> None:
     assert (target / "notes.txt").read_text() == "mine"
 
 
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
+    """Makes Ctrl-C come when so many files were moved to their places in a directory."""
+    replace = os.replace
+
+    def interrupt(target: Path, moved: int) -> None:
+        left = iter(range(moved))
+
+        def interrupted(a: object, b: object) -> None:
+            if Path(str(b)).parent == target and next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(a, b)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(os, "replace", interrupted)
+
+    return interrupt
+
+
 @pytest.mark.parametrize("moved", [0, 1])
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_an_interrupted_run_leaves_nothing_that_loads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, moved: int
+    tmp_path: Path, interrupt: Callable[[Path, int], None], to: str, moved: int
 ) -> None:
-    """Ctrl-C after any number of files was moved to their places, over an older checkpoint."""
+    """Over an older checkpoint."""
     source = write_checkpoint(tmp_path / "meta")
     target = tmp_path / "out"
     convert_directory(source, target, "hf" if to == "meta" else "meta", force=True)
-    left = [moved]
-    replace = os.replace
-
-    def interrupted(a: object, b: object) -> None:
-        if ".partial-" in str(a) and str(b).startswith(str(target)) and ".partial-" not in str(b):
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-        replace(a, b)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    interrupt(target, moved)
     with pytest.raises(KeyboardInterrupt):
         convert_directory(source, target, to, force=True)  # type: ignore[arg-type]
     assert not list(target.glob("*.partial*")) and not (target / "config.json").exists()
@@ -282,18 +290,10 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
 
 @pytest.mark.parametrize("moved", [0, 1, 2])
 def test_an_interrupted_run_into_a_new_directory_leaves_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+    tmp_path: Path, interrupt: Callable[[Path, int], None], moved: int
 ) -> None:
-    source, left, replace = write_checkpoint(tmp_path / "meta"), [moved], os.replace
-
-    def interrupted(a: object, b: object) -> None:
-        if Path(str(b)).parent == tmp_path / "out":
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-        replace(a, b)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    source = write_checkpoint(tmp_path / "meta")
+    interrupt(tmp_path / "out", moved)
     with pytest.raises(KeyboardInterrupt):
         convert_directory(source, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()

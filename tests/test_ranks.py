@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, run_program, split_checkpoint, write_checkpoint
+from tiny import environment, launched, run_program, split_checkpoint, write_checkpoint
 
 PROGRAM = "tests/rank_program.py"
 
@@ -123,11 +122,9 @@ def test_a_killed_rank_ends_the_others(directory: Path, tmp_path: Path) -> None:
         "    while True:\n"
         "        llama.text_completion(['hello'], max_gen_len=50)\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [*command, str(program), str(directory), str(tmp_path)],
-        env=environment,
+        launched(str(program), str(directory), str(tmp_path), ranks=2),
+        env=environment(),
         stderr=subprocess.PIPE,
         text=True,
     ) as running:

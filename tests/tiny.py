@@ -66,14 +66,23 @@ def greedy_by_hand(llama: Llama, prompt: list[int], steps: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def launched(*command: str, ranks: int = 0) -> list[str]:
+    """`python COMMAND...`, or the same under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+    return [sys.executable, *launcher, *command]
+
+
+def environment() -> dict[str, str]:
+    """Of a program that finds this project, and takes one of the few cores."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
 def run_program(*command: str, ranks: int = 0, timeout: float = 120, **options: object) -> subprocess.CompletedProcess:
     """Run `python COMMAND...` in the project's root; with `ranks`, under torchrun. Text in and out."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *launcher, *command],
+        launched(*command, ranks=ranks),
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         timeout=timeout,
         capture_output=True,
         text=True,
