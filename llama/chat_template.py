@@ -18,8 +18,8 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import LlamaError, shortened
-from .hf_tokenizer import HFTokenizer, names_pattern, one_line, without_surrogates
+from .errors import LlamaError, one_line, shortened
+from .hf_tokenizer import HFTokenizer, names_pattern, without_surrogates
 from .tokenizer import ROLES, ChatFormat, Dialog, Message, Tokenizer, field_of
 
 _STAND_INS = range(0xF0000, 0x110000)  # Unicode's private use, planes 15 and 16

@@ -27,21 +27,22 @@ from .remote import is_url
 Format = Literal["meta", "hf"]
 CONFIG = {"meta": "params.json", "hf": "config.json"}
 SECONDS_BEFORE_BAR = 2
-END_OF_ZIP, END_OF_ZIP_SIZE = b"PK\x05\x06", 22
 
 
 @dataclass
 class Checkpoint:
     """What a directory was found to hold. With problems, what they left unknown is missing.
 
-    directory: where the files lie, which may be the `original/` folder of the one that was asked for. tensors: by
-    Meta's names. problems: what is wrong with files; faults: those of them that are of one file, by its path; misfits:
-    what is wrong with the tensors in whole files.
+    directory: where the files lie, which may be the `original/` folder of the one that was asked for. family: as
+    Hugging Face's configuration calls it; None in Meta's layout. tensors: by Meta's names. problems: what is wrong with
+    files; faults: those of them that are of one file, by its path; misfits: what is wrong with the tensors in whole
+    files.
     """
 
     directory: Path
     format: Format
     args: ModelArgs | None = None
+    family: str | None = None
     files: list[Path] = field(default_factory=list)
     tensors: dict[str, Stored] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -58,8 +59,9 @@ class Checkpoint:
 
     @property
     def sizes(self) -> ModelArgs:
-        """`args` of a checkpoint without problems."""
-        assert self.args is not None
+        """`args` of a checkpoint without problems. Raises LlamaError in others, which left them unknown."""
+        if self.args is None:
+            raise LlamaError(f"{self.directory}: the model's sizes are unknown: {'; '.join(self.problems)}")
         return self.args
 
     @property
@@ -99,10 +101,11 @@ def find(ckpt_dir: str | os.PathLike) -> tuple[Path, Format]:
     )
 
 
-def settings_places(checkpoint: Checkpoint) -> list[Path]:
-    """The directories of a download that may hold the files around the tensors; the nearest first."""
+def find_settings(checkpoint: Checkpoint, *names: str) -> list[Path]:
+    """Those of these files around the tensors that a download has, in its directory or the one of `original/`."""
     directory = checkpoint.directory
-    return [directory, directory.parent if directory.name == "original" else directory / "original"]
+    places = [directory, directory.parent if directory.name == "original" else directory / "original"]
+    return [place / name for place in places for name in names if (place / name).is_file()]
 
 
 def find_tokenizer(checkpoint: Checkpoint) -> Path:
@@ -110,13 +113,13 @@ def find_tokenizer(checkpoint: Checkpoint) -> Path:
     names = ["tokenizer.model", "tokenizer.json"]
     if checkpoint.format == "hf":
         names.reverse()
-    found = [d / name for d in settings_places(checkpoint) for name in names if (d / name).is_file()]
-    usable = [path for path in found if not is_sentencepiece(path)]
+    found = find_settings(checkpoint, *names)
+    usable = [path for path in found if not is_binary(path)]
     return (usable or found or [checkpoint.directory / names[0]])[0]
 
 
-def is_sentencepiece(path: Path) -> bool:
-    """Whether it is a binary `tokenizer.model`, which isn't read: there is a tokenizer.json beside it in most cases."""
+def is_binary(path: Path) -> bool:
+    """Whether it is a `tokenizer.model` that isn't text, and so isn't read: mostly a tokenizer.json is beside it."""
     try:
         with path.open("rb") as f:
             return path.name == "tokenizer.model" and b"\0" in f.read(4096)
@@ -131,8 +134,13 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
     Raises LlamaError when there is no checkpoint at all; whatever else is wrong is listed in the result.
     """
     checkpoint = Checkpoint(*find(ckpt_dir))
-    look = meta_contents if checkpoint.format == "meta" else hf_contents
-    contents = look(checkpoint, thorough)
+    spell: Callable[[str], str] = str
+    gather: Callable[[list[dict[str, Tensor]], ModelArgs], tuple[dict[str, Stored], list[str]]] = meta_format.gather
+    if checkpoint.format == "meta":
+        contents = meta_contents(checkpoint, thorough)
+    else:
+        contents, spell = hf_contents(checkpoint), hf_format.hf_name
+        gather = partial(hf_format.gather, thorough=thorough)
     if checkpoint.args is None:
         return checkpoint
     try:
@@ -143,10 +151,8 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
         checkpoint.blame(checkpoint.config, f"{checkpoint.config}: {e}")
         checkpoint.args = None
         return checkpoint
-    gather = meta_format.gather if checkpoint.format == "meta" else hf_format.gather
-    checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args, thorough)
+    checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args)
     if not checkpoint.problems:  # else what is missing may lie in a file that is broken
-        spell = str if checkpoint.format == "meta" else hf_format.hf_name
         absent = [name for name in tensor_shapes(checkpoint.args) if name not in checkpoint.tensors]
         checkpoint.misfits += [f"missing {spell(name)}" for name in absent]
     checkpoint.misfits += misfits(checkpoint.tensors, checkpoint.args)
@@ -158,7 +164,7 @@ def meta_contents(checkpoint: Checkpoint, thorough: bool) -> list[dict[str, Tens
     params = attempt(checkpoint, meta_format.read_params, checkpoint.config)
     checkpoint.files = meta_format.shard_paths(directory)
     attempt(checkpoint, partial(meta_format.check_shards, shards=checkpoint.files), directory)
-    shards = [attempt(checkpoint, read_whole_shard, path) for path in checkpoint.files]
+    shards = [attempt(checkpoint, meta_format.read_shard, path) for path in checkpoint.files]
     if checkpoint.problems:
         return []
     complete = partial(meta_format.complete_args, params=params, shards=shards, thorough=thorough)
@@ -177,24 +183,12 @@ def meta_contents(checkpoint: Checkpoint, thorough: bool) -> list[dict[str, Tens
     return shards
 
 
-def read_whole_shard(path: Path) -> dict[str, Tensor]:
-    """As `read_shard`, which reads over what follows the archive, if that isn't much."""
-    tensors = meta_format.read_shard(path)
-    with path.open("rb") as f:
-        f.seek(-min(path.stat().st_size, END_OF_ZIP_SIZE + 0x10000), os.SEEK_END)
-        _, found, end = f.read().rpartition(END_OF_ZIP)
-    surplus = len(found + end) - END_OF_ZIP_SIZE
-    if surplus:
-        raise LlamaError(f"{path} is {surplus} bytes longer than the archive that it holds: download it again")
-    return tensors
-
-
-def hf_contents(checkpoint: Checkpoint, thorough: bool) -> list[dict[str, Tensor]]:
+def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
     directory, config = checkpoint.directory, checkpoint.config
     if not config.is_file():
         checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
     else:
-        checkpoint.args = attempt(checkpoint, hf_config.read_config, config)
+        checkpoint.family, checkpoint.args = attempt(checkpoint, hf_config.read_config, config) or (None, None)
     files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
     if not any(path.exists() for path in files):  # the index is broken or gone, but there are files
         files = sorted({*files, *directory.glob("*.safetensors")})

@@ -24,12 +24,12 @@ from .checkpoint import (
     CONFIG,
     Checkpoint,
     Format,
+    find_settings,
     find_tokenizer,
-    is_sentencepiece,
+    is_binary,
     open_checkpoint,
-    settings_places,
 )
-from .errors import LlamaError
+from .errors import LlamaError, one_line
 from .files import read_json, write_json
 from .layout import New, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
@@ -80,7 +80,7 @@ def convert(
             write = write_meta if to == "meta" else write_hf
             write(checkpoint, args, unfinished, mp_size, dtype)
         except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
-            raise LlamaError(f"{target} can't be written ({' '.join(str(e).split())[:200]})") from e
+            raise LlamaError(f"{target} can't be written ({one_line(e)})") from e
         if to == "hf":
             write_tokenizer(checkpoint, unfinished)
         copy_settings(checkpoint, unfinished, [*SETTINGS, *(["config.json"] if to == "meta" else [])])
@@ -106,8 +106,8 @@ def unfinished_directory(target: Path) -> Iterator[Path]:
 
 def source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `config.json` of the same model, where there is one: it holds settings that no layout of Meta's has."""
-    path = next((d / "config.json" for d in settings_places(checkpoint) if (d / "config.json").is_file()), None)
-    found = {} if path is None else read_json(path, "a model's configuration")
+    paths = find_settings(checkpoint, "config.json")
+    found = read_json(paths[0], "a model's configuration") if paths else {}
     return found if isinstance(found.get("model_type"), str) and not found.get("quantization_config") else {}
 
 
@@ -207,15 +207,14 @@ def packed(tensor: Tensor, dtype: torch.dtype | None, new: New) -> Tensor:
 def write_tokenizer(checkpoint: Checkpoint, unfinished: Path) -> None:
     """Say Meta's tokenizer in Hugging Face's files; those that the source has are copied over them."""
     path = find_tokenizer(checkpoint)
-    if path.name == "tokenizer.model" and path.is_file() and not is_sentencepiece(path):
+    if path.name == "tokenizer.model" and path.is_file() and not is_binary(path):
         write_tokenizer_json(Tokenizer(path), unfinished)
 
 
 def copy_settings(checkpoint: Checkpoint, unfinished: Path, names: list[str]) -> None:
     """Bring along the tokenizer's files and the settings of generation; and what only a config.json says."""
     for name in names:
-        found = next((d / name for d in settings_places(checkpoint) if (d / name).is_file()), None)
-        if found is not None:
+        for found in find_settings(checkpoint, name)[:1]:
             shutil.copyfile(found, unfinished / name)
 
 

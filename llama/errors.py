@@ -26,3 +26,9 @@ def kind_of(value: object) -> str:
 def shortened(value: object, width: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def one_line(error: object) -> str:
+    """What a stranger's error says, in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -12,9 +12,8 @@ import torch
 
 from .errors import LlamaError
 from .files import read_json
-from .layout import LARGEST
 from .model import ModelArgs, feed_forward_size
-from .rotary import RopeScaling
+from .rotary import LARGEST, RopeScaling
 
 # What each family's configuration means where it says nothing.
 QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
@@ -38,7 +37,8 @@ ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+ORIGINAL = "original_max_position_embeddings"
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "factor", ORIGINAL, "partial_rotary_factor"}
 ROPE_KEYS |= {"mscale", "mscale_all_dim", "finetuned", *(key for keys in ROPE_TYPES.values() for key in keys)}
 
 
@@ -78,9 +78,11 @@ class Config:
         return value
 
 
-def read_config(path: Path) -> ModelArgs:
-    """`config.json` as ModelArgs. Raises LlamaError for what isn't a model of these families, naming the key."""
-    return args_of(read_json(path, "a model's configuration"), path)
+def read_config(path: Path) -> tuple[str, ModelArgs]:
+    """(family, what its `config.json` means). Raises LlamaError for no model of these families, naming the key."""
+    values = read_json(path, "a model's configuration")
+    args = args_of(values, path)
+    return values["model_type"], args
 
 
 def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
@@ -168,8 +170,10 @@ def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
         raise LlamaError(f"{config.path}: {key} has {', '.join(unknown)}; known are {', '.join(sorted(ROPE_KEYS))}")
     if missing := [name for name in ROPE_NEEDS.get(kind, ()) if rope.get(name) is None]:
         raise LlamaError(f"{config.path}: {key} of type {kind} has no {', '.join(missing)}")
-    outer = {key: config.values[key] for key in ("original_max_position_embeddings",) if config.values.get(key)}
-    inner = Config(config.path, {**config.values, **rope, **outer}, config.defaults)
+    merged = {**config.values, **rope}
+    if config.values.get(ORIGINAL):  # which wins over the one within, as in transformers
+        merged[ORIGINAL] = config.values[ORIGINAL]
+    inner = Config(config.path, merged, config.defaults)
     if inner.value("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise inner.error("partial_rotary_factor", inner.value("partial_rotary_factor"), "1.0: whole heads are rotated")
     theta = inner.number("rope_theta", 10000.0)
@@ -185,9 +189,9 @@ def scaling_fields(kind: str, rope: dict[str, Any], config: Config) -> dict[str,
     """The fields of RopeScaling that the keys of one type of scaling mean."""
     trained = config.count("max_position_embeddings")
     fields = {name: rope[name] for name in ("factor", *ROPE_TYPES[kind]) if rope.get(name) is not None}
-    original = config.optional_count("original_max_position_embeddings") or trained
+    original = config.optional_count(ORIGINAL) or trained
     if kind != "linear":
-        fields["original_max_position_embeddings"] = trained if kind == "dynamic" else original
+        fields[ORIGINAL] = trained if kind == "dynamic" else original
     if kind == "yarn":
         fields.setdefault("factor", trained / original)
         mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
@@ -256,7 +260,7 @@ def rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
         return None
     keys: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
     if scaling.type in ("llama3", "yarn"):
-        keys["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        keys[ORIGINAL] = scaling.original_max_position_embeddings
     for name in ROPE_TYPES[scaling.type]:
         value = getattr(scaling, name)
         if scaling.type == "llama3" or value != getattr(RopeScaling, name):  # which yarn may leave out

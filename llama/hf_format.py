@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .errors import LlamaError
 from .files import describe_content, read_json, unreadable
-from .layout import Stored, is_rotary, tensor_shapes
+from .layout import Stored, is_rotary, repeats, tensor_shapes
 from .model import ModelArgs
 
 INDEX = "model.safetensors.index.json"
@@ -92,6 +92,6 @@ def gather(files: list[dict[str, Tensor]], args: ModelArgs, thorough: bool) -> t
     problems = [f"{name} is in {count} files" for name, count in counts.items() if count > 1]
     if args.tied_embeddings and (repeated := found.pop("lm_head.weight", None)) is not None:
         embedding = tensors.get("tok_embeddings.weight")
-        if embedding is not None and not Stored("", (repeated,)).equals(embedding, thorough):
+        if embedding is not None and not repeats(repeated, embedding.pieces[0], thorough):
             problems.append("lm_head.weight differs from the embedding, which config.json says it is tied to")
     return tensors, problems + [f"surplus {name}" for name in found if not name.endswith("rotary_emb.inv_freq")]

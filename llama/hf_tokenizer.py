@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import tokenizers
 
-from .errors import LlamaError, kind_of, shortened
+from .errors import LlamaError, kind_of, one_line, shortened
 from .files import read_json
 from .hf_settings import chat_template, named_tokens, read_if_there, stop_ids
 from .tokenizer import Tokenizer, checked_names
@@ -281,12 +281,6 @@ def byte_letters() -> dict[str, int]:
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-def one_line(error: object) -> str:
-    """What a stranger's error says, in one line of bounded length."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def without_surrogates(text: str) -> str:

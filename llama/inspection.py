@@ -15,7 +15,6 @@ import torch
 from .checkpoint import Checkpoint, Format, find_tokenizer
 from .checks import check_count, check_ranks, check_vocabulary
 from .errors import LlamaError, printable
-from .files import read_json
 from .hf_tokenizer import open_tokenizer
 from .layout import memory_needed, mp_sizes, part_sizes
 from .model import ModelArgs
@@ -132,7 +131,7 @@ def report_on(
     return Report(
         directory=str(checkpoint.directory),
         format=checkpoint.format,
-        family=None if args is None else family_of(args, model_type(checkpoint)),
+        family=None if args is None else family_of(args, checkpoint.family),
         sizes=None if args is None else sizes_of(args),
         parameters=None if args is None else sum(part_sizes(args, 1).values()),
         dtypes={dtype_name(dtype): count for dtype, count in found.most_common()},
@@ -176,11 +175,6 @@ def sizes_of(args: ModelArgs) -> dict[str, Any]:
         "hidden_dim": args.hidden_dim,
         **{name: stated[name] for name in names},
     }
-
-
-def model_type(checkpoint: Checkpoint) -> str | None:
-    """What Hugging Face's configuration, which was read before without an error, calls the family."""
-    return read_json(checkpoint.config, "a model")["model_type"] if checkpoint.format == "hf" else None
 
 
 def family_of(args: ModelArgs, model_type: str | None) -> str:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from .errors import LlamaError
 from .model import ModelArgs, divide
+from .rotary import LARGEST
 
 New = Callable[[Sequence[int], torch.dtype], Tensor]  # makes the tensor that moved numbers are written to
 
 # The dimension along which fairscale divides each matrix over ranks. What isn't here is whole on every rank.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 COMPARED_ROWS, SAMPLED_ROWS = 1024, 64  # of two matrices: at a time, and in all where that shall do
-LARGEST = 2**31  # no number of a configuration reaches it ...
-MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # ... nor these; beyond, sizes would be computed for hours
+MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # beyond, sizes would be computed for hours
 
 
 def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -174,16 +174,11 @@ class Stored:
         start = mp_rank * count // mp_size * size
         return self.read(dim, start, start + size, new)
 
-    def equals(self, other: "Stored", thorough: bool) -> bool:
-        """Bit for bit, in all rows or in some; ends at the first that differ."""
-        if (self.shape, self.dtype) != (other.shape, other.dtype) or not self.shape:
-            return False
-        rows = self.shape[0]
-        count = COMPARED_ROWS if thorough else 1
-        starts = range(0, rows, count if thorough else max(rows // SAMPLED_ROWS, 1))
-        ranges = [(start, min(start + count, rows)) for start in starts]
-        return all(torch.equal(bits(self.read(0, a, b)), bits(other.read(0, a, b))) for a, b in ranges)
 
-
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().view(torch.uint8)
+def repeats(a: Tensor, b: Tensor, thorough: bool) -> bool:
+    """Whether two matrices are equal bit for bit, in all rows or in some; ends at the first that differ."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype) or a.ndim == 0:
+        return False
+    count = COMPARED_ROWS if thorough else 1
+    starts = range(0, len(a), count if thorough else max(len(a) // SAMPLED_ROWS, 1))
+    return all(torch.equal(*(x[i : i + count].contiguous().view(torch.uint8) for x in (a, b))) for i in starts)

@@ -15,15 +15,16 @@ from torch import Tensor
 
 from .errors import LlamaError
 from .files import describe_content, read_json, unreadable, write_json, write_whole
-from .layout import LARGEST, Stored, parts, split_dim, tensor_shapes
+from .layout import Stored, parts, repeats, split_dim, tensor_shapes
 from .model import ModelArgs
-from .rotary import RopeScaling
+from .rotary import LARGEST, RopeScaling
 
 SCALING_KEYS = ("use_scaled_rope", "rope_scaling_factor", "rope_scaling")
 # Fields of ModelArgs that no params.json holds: a run sets the first two, the tensors tell the third.
 NOT_IN_PARAMS = {"max_batch_size", "max_seq_len", "tied_embeddings"}
 REQUIRED = ("dim", "n_layers", "n_heads")
 THETA_UNSAID = {32000: 10000.0, 128256: 500000.0}  # by vocabulary: what the code of Llama 1 and 2, and of 3, took
+END_OF_ZIP, END_OF_ZIP_SIZE = b"PK\x05\x06", 22
 IGNORED = {"rope.freqs"}  # a table that Meta's older files carry and every reader computes itself
 
 
@@ -128,7 +129,17 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         raise LlamaError(f"{path}: expected a dictionary of tensors, found a {type(tensors).__name__} of other things")
     if odd := [n for n, t in tensors.items() if t.layout != torch.strided or t.device.type != "cpu"]:
         raise LlamaError(f"{path}: {odd[0]} is sparse or has no data, expected tensors with all their numbers")
+    check_end(path)
     return {name: tensor.detach() for name, tensor in tensors.items() if name not in IGNORED}
+
+
+def check_end(path: Path) -> None:
+    """Raise LlamaError when something follows the archive, which torch.load reads over if it isn't much."""
+    with path.open("rb") as f:
+        f.seek(-min(path.stat().st_size, END_OF_ZIP_SIZE + 0x10000), os.SEEK_END)
+        _, found, end = f.read().rpartition(END_OF_ZIP)
+    if surplus := len(found + end) - END_OF_ZIP_SIZE:
+        raise LlamaError(f"{path} is {surplus} bytes longer than the archive that it holds: download it again")
 
 
 def complete_args(path: Path, params: dict[str, Any], shards: list[dict[str, Tensor]], thorough: bool) -> ModelArgs:
@@ -145,11 +156,11 @@ def complete_args(path: Path, params: dict[str, Any], shards: list[dict[str, Ten
         params = {**params, "rope_theta": THETA_UNSAID[params["vocab_size"]]}
     tied = not any(output in shard for shard in shards)
     if all(output in shard and embedding in shard for shard in shards):  # Llama 3.2's files repeat the matrix
-        tied = all(Stored("", (s[output],)).equals(Stored("", (s[embedding],)), thorough) for s in shards)
+        tied = all(repeats(shard[output], shard[embedding], thorough) for shard in shards)
     return ModelArgs(**params, tied_embeddings=tied)
 
 
-def gather(shards: list[dict[str, Tensor]], args: ModelArgs, thorough: bool) -> tuple[dict[str, Stored], list[str]]:
+def gather(shards: list[dict[str, Tensor]], args: ModelArgs) -> tuple[dict[str, Stored], list[str]]:
     """Put whole tensors together from the shards of all ranks: (tensors by name, what is surplus or doesn't fit)."""
     shapes = tensor_shapes(args)
     tensors: dict[str, Stored] = {}

@@ -336,7 +336,7 @@ class Transformer(nn.Module):
         starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
         positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
         end = last + seqlen
-        freqs_cis = self._rotary(positions, end, starts + (seqlen if lengths is None else lengths[:, None]))
+        freqs_cis = self._rotary(positions, end, lengths)
         mask = None
         if first < last or (first > 0 and seqlen > 1):  # not all of the cache is every query's past
             mask = attention_mask(positions, end)  # (1 or B, 1, T, S)
@@ -350,15 +350,15 @@ class Transformer(nn.Module):
             h = layer(h, start_pos, freqs_cis, window_mask if in_window else mask)
         return self.norm(h)
 
-    def _rotary(self, positions: Tensor, end: int, lengths: Tensor | int) -> Tensor:
+    def _rotary(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:
         """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2).
 
-        lengths: of each row with these tokens, (B, 1), or of all.
+        lengths: (B,) how many of each row's positions are no padding; None: all.
         """
         args, device = self.params, positions.device
         if args.rope_scaling is not None and args.rope_scaling.type == "dynamic":
-            lengths = torch.as_tensor(lengths, device=device).view(-1)  # (B) or (1)
-            theta = grown_theta(args.head_size, args.rope_theta, args.rope_scaling, lengths)
+            ends = positions[..., -1:] + 1 if lengths is None else positions[..., :1] + lengths[:, None]
+            theta = grown_theta(args.head_size, args.rope_theta, args.rope_scaling, ends.view(-1))  # (B or 1, 1)
             angles = positions[..., None] * powers(args.head_size, theta)[:, None]  # (1 or B, T, D/2)
             return torch.polar(torch.ones_like(angles), angles).squeeze(0)
         if self.freqs_cis is None or self.freqs_cis.shape[0] < end:

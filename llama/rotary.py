@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import LlamaError
 
-SMALLEST, LARGEST = 1e-6, 2**31  # of any number here
+SMALLEST, LARGEST = 1e-6, 2**31  # of any number in a configuration
 LENGTHS = ("factor", "original_max_position_embeddings")  # which are 1 at least
 NUMBERS = (*LENGTHS, "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast", "attention_factor")
 ScalingType = Literal["linear", "dynamic", "llama3", "yarn"]
@@ -44,10 +44,7 @@ class RopeScaling:
         if not isinstance(self.truncate, bool):
             raise LlamaError(f"rope scaling has truncate {self.truncate!r}, expected true or false")
         for name in NUMBERS:
-            value, least = (
-                getattr(self, name),
-                1 if name in ("factor", "original_max_position_embeddings") else SMALLEST,
-            )
+            value, least = getattr(self, name), 1 if name in LENGTHS else SMALLEST
             if value is None and name == "attention_factor":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < LARGEST:
