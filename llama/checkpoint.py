@@ -237,7 +237,7 @@ def misfits(found: dict[str, Stored], args: ModelArgs) -> list[str]:
 
 
 def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
-    """Look at a checkpoint's files, of any layout; reads no tensor. Raises LlamaError when anything is wrong."""
+    """A thorough `survey` of a checkpoint of any layout. Raises LlamaError when anything is wrong."""
     checkpoint = survey(ckpt_dir, thorough=True)
     if len(problems := checkpoint.problems) > 1:
         raise LlamaError(f"{problems[0]} (and {len(problems) - 1} more: python -m llama inspect lists them)")
