@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -274,15 +274,20 @@ def build_on_meta(args: ModelArgs) -> Transformer:
         return Transformer(args)
 
 
-def load_model(checkpoint: Checkpoint, args: ModelArgs, place: Place) -> Transformer:
+def load_model(
+    checkpoint: Checkpoint,
+    args: ModelArgs,
+    place: Place,
+    take: Callable[[Transformer, str], None] = lambda model, name: None,
+) -> Transformer:
     """The Transformer of this rank with its weights. On the CPU, in the file's own dtype and layout, they stay mapped:
     all that are whole or cut along their rows.
 
-    If one rank fails, every rank raises its LlamaError.
+    take(model, name) is called when the tensor `name` has its place, and may put another layer there before the next
+    tensor comes. If one rank fails, every rank raises its LlamaError.
     """
     with together():
         model = build_on_meta(args)
-        tensors: dict[str, Tensor] = {}
         total = sum(part_sizes(args, place.mp_size).values()) * place.dtype.itemsize
         silent = not is_printer() or None  # None: unless on a terminal
         with tqdm(
@@ -290,10 +295,16 @@ def load_model(checkpoint: Checkpoint, args: ModelArgs, place: Place) -> Transfo
         ) as bar:
             for name in tensor_shapes(args):  # one by one: at most one tensor is held twice
                 part = checkpoint.tensors[name].part(args, place.mp_rank, place.mp_size, name)
-                tensors[name] = part.to(place.device, place.dtype).contiguous()
-                bar.update(tensors[name].nbytes)
-        if args.tied_embeddings:
-            tensors["output.weight"] = tensors["tok_embeddings.weight"]
-        model.load_state_dict(tensors, strict=True, assign=True)
-        model.tie_embeddings()
+                place_tensor(model, name, part.to(place.device, place.dtype).contiguous())
+                bar.update(part.numel() * place.dtype.itemsize)
+                del part
+                take(model, name)
     return model
+
+
+def place_tensor(model: Transformer, name: str, tensor: Tensor) -> None:
+    """Make it the model's parameter of this name."""
+    owner, _, kind = name.rpartition(".")
+    setattr(model.get_submodule(owner), kind, nn.Parameter(tensor))
+    if name == "tok_embeddings.weight":
+        model.tie_embeddings()

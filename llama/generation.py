@@ -15,7 +15,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from . import parallel
+from . import inference, parallel
 from .chat_template import formatter
 from .checkpoint import find_tokenizer, load_model, open_checkpoint
 from .checks import (
@@ -140,7 +140,9 @@ class Llama:
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
             check_memory(args, place)
-        return Llama(load_model(checkpoint, args, place), tokenizer, seed=seed, today=today)
+        model = load_model(checkpoint, args, place, inference.take)
+        inference.finish(model)
+        return Llama(model, tokenizer, seed=seed, today=today)
 
     def __init__(
         self,

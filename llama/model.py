@@ -181,28 +181,35 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
 
-        self.cache_shape = (args.max_batch_size, args.max_seq_len, self.n_local_kv_heads, self.head_dim)
+        self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
         self.cache_k: Tensor | None  # (max_batch_size, max_seq_len, KV, D) from the first use of a position on
         self.cache_v: Tensor | None
         self.register_buffer("cache_k", None, persistent=False)
         self.register_buffer("cache_v", None, persistent=False)
 
-    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: StartPos, end: int) -> tuple[Tensor, Tensor]:
-        """Write xk and xv (B, T, KV, D) at their rows' positions; returns the first `end` positions, (B, S, KV, D)."""
+    def caches(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The caches of keys and values, made at first use. In memory, one head's positions stand side by side."""
         if self.cache_k is None or self.cache_v is None:
             with torch.inference_mode(False):  # usable in and out of inference mode, whatever came first
-                self.cache_k = torch.zeros(self.cache_shape, dtype=xk.dtype, device=xk.device)
-                self.cache_v = torch.zeros(self.cache_shape, dtype=xv.dtype, device=xv.device)
+                self.cache_k, self.cache_v = (
+                    torch.zeros(self.cache_shape, dtype=like.dtype, device=like.device).transpose(1, 2)
+                    for _ in range(2)
+                )
+        return self.cache_k, self.cache_v
+
+    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: StartPos, end: int) -> tuple[Tensor, Tensor]:
+        """Write xk and xv (B, T, KV, D) at their rows' positions; returns the first `end` positions, (B, S, KV, D)."""
+        cache_k, cache_v = self.caches(xk)
         bsz, seqlen = xk.shape[:2]
         if isinstance(start_pos, int):
-            self.cache_k[:bsz, start_pos:end] = xk
-            self.cache_v[:bsz, start_pos:end] = xv
+            cache_k[:bsz, start_pos:end] = xk
+            cache_v[:bsz, start_pos:end] = xv
         else:
             rows = torch.arange(bsz, device=xk.device)[:, None]  # (B, 1)
             columns = start_pos[:, None] + torch.arange(seqlen, device=xk.device)  # (B, T)
-            self.cache_k[rows, columns] = xk
-            self.cache_v[rows, columns] = xv
-        return self.cache_k[:bsz, :end], self.cache_v[:bsz, :end]
+            cache_k[rows, columns] = xk
+            cache_v[rows, columns] = xv
+        return cache_k[:bsz, :end], cache_v[:bsz, :end]
 
     def forward(self, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
         """x: (B, T, dim). start_pos None: no cache. mask: bool (B, 1, T, S), True where a query may look. None says
@@ -211,19 +218,25 @@ class Attention(nn.Module):
         xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, T, H, D)
         xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
         xv = self.wv(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
-        xq, xk = apply_rotary_emb(self.q_norm(xq), self.k_norm(xk), freqs_cis)
+        output = self.attend(self.q_norm(xq), self.k_norm(xk), xv, start_pos, freqs_cis, mask)  # (B, T, H, D)
+        return self.wo(output.reshape(bsz, seqlen, -1))  # (B, T, dim)
+
+    def attend(
+        self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Rotate, cache, and let the queries look: (B, T, H, D)."""
+        bsz, seqlen, *heads = xq.shape
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         if start_pos is not None:
             end = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
             xk, xv = self.update_cache(xk, xv, start_pos, end)  # (B, S, KV, D)
+        xq, xk, xv = (x.transpose(1, 2) for x in (xq, xk, xv))  # (B, H, T, D), (B, KV, S, D) twice
+        if seqlen == 1:  # queries that share a key head are read as so many tokens of it, which kernels do faster
+            xq = xq.view(bsz, self.n_local_kv_heads, self.n_rep, self.head_dim)
         output = F.scaled_dot_product_attention(
-            xq.transpose(1, 2),  # (B, H, T, D)
-            xk.transpose(1, 2),  # (B, KV, S, D)
-            xv.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None and seqlen > 1,
-            enable_gqa=self.n_rep > 1,
-        )  # (B, H, T, D)
-        return self.wo(output.transpose(1, 2).reshape(bsz, seqlen, -1))  # (B, T, dim)
+            xq, xk, xv, attn_mask=mask, is_causal=mask is None and seqlen > 1, enable_gqa=self.n_rep > 1 and seqlen > 1
+        )  # (B, H, T, D), or of one token (B, KV, H / KV, D)
+        return output.transpose(1, 2) if seqlen > 1 else output.view(bsz, 1, *heads)
 
 
 class FeedForward(nn.Module):
@@ -250,6 +263,8 @@ class TransformerBlock(nn.Module):
     def __init__(self, layer_id: int, args: ModelArgs):
         super().__init__()
         self.layer_id = layer_id
+        sliding = args.sliding_layers is None or layer_id in args.sliding_layers
+        self.window = args.sliding_window if sliding else None  # positions that a query sees; None: all
         self.attention = Attention(args)
         sizes = (args.dim, 4 * args.dim, args.multiple_of, args.ffn_dim_multiplier)
         self.feed_forward = FeedForward(*sizes, bias=args.mlp_bias)
@@ -343,11 +358,9 @@ class Transformer(nn.Module):
         window, window_mask = self.params.sliding_window, mask
         if window is not None and end > window:
             window_mask = attention_mask(positions, end, window)
-        sliding = self.params.sliding_layers
         h = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer in self.layers:
-            in_window = sliding is None or layer.layer_id in sliding
-            h = layer(h, start_pos, freqs_cis, window_mask if in_window else mask)
+            h = layer(h, start_pos, freqs_cis, mask if layer.window is None else window_mask)
         return self.norm(h)
 
     def _rotary(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:

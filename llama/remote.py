@@ -25,9 +25,14 @@ def is_url(path: object) -> bool:
     return "://" in str(path)
 
 
+def cache_home() -> Path:
+    """What can be made again lies here."""
+    return Path.home() / ".cache" / "llama"
+
+
 def cache_directory(url: str, cache: Path | None = None) -> Path:
     """Where the copy of `url` lies: in `cache`, by default `~/.cache/llama`."""
-    return (Path.home() / ".cache" / "llama" if cache is None else cache) / quote(url.rstrip("/"), safe="")
+    return (cache_home() if cache is None else cache) / quote(url.rstrip("/"), safe="")
 
 
 def local_copy(url: str, cache: Path | None = None) -> Path:

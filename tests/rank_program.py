@@ -30,7 +30,7 @@ def main(ckpt_dir: str, output: str, model_parallel_size: str | None = None) -> 
         "sampled": [r["tokens"] for r in sampled],
         "logprobs": [r["logprobs"] for r in sampled],
         "read_by_rank_0": parallel.broadcast_object(f"rank {dist.get_rank()} of {dist.get_world_size()}"),
-        "parameters": sum(p.numel() for p in llama.model.parameters()),
+        "parameters": sum(t.numel() for t in llama.model.state_dict().values()),
     }
     Path(f"{output}.{dist.get_rank()}").write_text(json.dumps(result))
 

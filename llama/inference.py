@@ -1,0 +1,165 @@
+"""The fast form of a built model: layers for inference in the place of fairscale's, with the same shards and names.
+
+Knows layers and kernels; knows no files and no generation. Where there are no kernels the model stays as it is.
+"""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from fairscale.nn.model_parallel.mappings import (
+    copy_to_model_parallel_region,
+    gather_from_model_parallel_region,
+    reduce_from_model_parallel_region,
+)
+from torch import Tensor, nn
+
+from . import kernels
+from .mapped import let_go, mapped_ranges
+from .model import Attention, StartPos, Transformer, TransformerBlock
+
+SLAB = 1 << 26  # bytes of a matrix that are packed at a time
+ALL = 1 << 60  # positions of a window that has no end
+
+
+class PackedLinear(nn.Module):
+    """x W^T + b by this rank's part of W, packed; then what the layer that it replaces does over ranks.
+
+    `weight` and the state dict have W itself, unpacked anew each time. `train()` makes W a parameter again, with its
+    gradients, and `eval()` packs it. Packed, gradients flow through W to x, and to b.
+    """
+
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear):
+        super().__init__()
+        self.by_rows = isinstance(layer, ColumnParallelLinear)
+        self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
+        self.alone = get_model_parallel_world_size() == 1
+        self.rows = len(layer.weight)
+        self.bias = layer.bias
+        self.panels = self._packed(layer.weight)
+        self.training = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.panels is not None:
+            return kernels.unpack(self.panels, self.rows)
+        return super().__getattr__(name)
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        if mode and self.panels is not None:
+            weight = kernels.unpack(self.panels, self.rows)
+            self.panels = None
+            self.weight = nn.Parameter(weight)
+        elif not mode and self.panels is None:
+            self.panels = self._packed(self.weight)
+            del self.weight
+        return super().train(mode)
+
+    @staticmethod
+    def _packed(weight: Tensor) -> nn.Parameter | None:
+        return nn.Parameter(packed(weight.detach()), requires_grad=False)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "panels", None)
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., columns of W on this rank) -> (..., rows of W, on this rank or in all)."""
+        if self.alone:
+            return self.product(x, self.bias)
+        if self.by_rows:
+            y = self.product(copy_to_model_parallel_region(x), self.bias)
+            return gather_from_model_parallel_region(y) if self.gathers else y
+        y = reduce_from_model_parallel_region(self.product(x, None))
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.panels is None or (torch.is_grad_enabled() and (x.requires_grad or bias is not None)):
+            return F.linear(x, self.weight, bias)
+        y = kernels.product(x, self.panels, self.rows)
+        return y if bias is None else y + bias
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        """Those rows of W: (...) -> (..., columns)."""
+        return F.embedding(rows, self.weight) if self.panels is None else kernels.lookup(self.panels, rows)
+
+
+class FastAttention(Attention):
+    """Attention whose steps of one token a row are one kernel: rotated, cached and looked at in a single pass.
+
+    Each row reads the positions that it has, whatever the longest row has. window: how many of them; None: all.
+    """
+
+    window: int | None
+
+    def attend(
+        self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        bsz, seqlen, _, head_dim = xq.shape
+        if start_pos is None or seqlen > 1 or head_dim % kernels.LANES:
+            return super().attend(xq, xk, xv, start_pos, freqs_cis, mask)
+        cache_k, cache_v = (cache.transpose(1, 2) for cache in self.caches(xk))  # (max_batch_size, KV, S, D)
+        angles = freqs_cis.view(-1, head_dim // 2).expand(bsz, -1)
+        positions = torch.full((bsz,), start_pos) if isinstance(start_pos, int) else start_pos
+        xq, xk, xv = (x.squeeze(1) for x in (xq, xk, xv))  # (B, H, D), (B, KV, D) twice
+        return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, positions, self.window or ALL)[:, None]
+
+
+class PackedEmbedding(nn.Module):
+    """The embedding of a model whose output layer is the same matrix: rows of what that layer has packed."""
+
+    def __init__(self, layer: VocabParallelEmbedding, output: PackedLinear):
+        super().__init__()
+        self.first = layer.vocab_start_index
+        self._output = (output,)  # in a tuple: no module of this one
+        self.training = False
+
+    def __getattr__(self, name: str) -> Any:
+        return self._output[0].weight if name == "weight" else super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, T) -> (B, T, dim)."""
+        output = self._output[0]
+        if output.alone:
+            return output.lookup(tokens)
+        own = tokens - self.first
+        here = (own >= 0) & (own < output.rows)
+        return reduce_from_model_parallel_region(output.lookup(own.where(here, 0)) * here[..., None])
+
+
+def packed(weight: Tensor) -> Tensor:
+    """The panels of a matrix. What was read of a mapped file is let go of piece by piece."""
+    ranges = mapped_ranges()
+    panels = kernels.new_panels(weight)
+    step = max(SLAB // weight[0].nbytes // kernels.PANEL, 1) * kernels.PANEL
+    for start in range(0, len(weight), step):
+        piece = weight[start : start + step]
+        kernels.pack(piece, panels[start // kernels.PANEL :])
+        let_go(piece, ranges)
+    return panels
+
+
+def take(model: Transformer, name: str) -> None:
+    """Give the layer whose tensor `name` was just loaded its fast form, before the next one is."""
+    owner_name, _, kind = name.rpartition(".")
+    layer = model.get_submodule(owner_name)
+    if kind != "weight" or not kernels.fit(layer.get_parameter(kind)):
+        return
+    if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        model.set_submodule(owner_name, PackedLinear(layer))
+    elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:
+        model.output = PackedLinear(model.output)
+        model.tok_embeddings = PackedEmbedding(layer, model.output)
+
+
+def finish(model: Transformer) -> None:
+    """What is left to do when all tensors have come."""
+    for layer in model.modules():
+        if isinstance(layer, TransformerBlock) and kernels.available(model.norm.weight):
+            layer.attention.__class__ = FastAttention
+            cast(FastAttention, layer.attention).window = layer.window

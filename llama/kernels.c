@@ -1,0 +1,366 @@
+/* Products of a few rows with a large matrix, as fast as the matrix is read, and attention of one new token a row.
+ *
+ * Knows numbers in memory; knows no tensors and no model. kernels.py compiles it for the processor that it runs on, and
+ * says what its arguments are. Vectors are GNU C's, which any processor has; two products are the x86 instructions that
+ * were made for them where there are those.
+ *
+ * A packed matrix W (N, K) is a row of panels of 64 rows each. In a panel the 64 rows' numbers of one step along K stand
+ * side by side, 4 bytes a row: one float, two bfloat16, or four integers. So one panel is read from its first byte to its
+ * last, and each vector that is read is multiplied by one number, or one pair or four, of x.
+ */
+
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6, INTEGER_ROWS = 4, POSITIONS = 128 };
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef words loose_words __attribute__((aligned(4), may_alias));
+typedef floats loose_floats __attribute__((aligned(4), may_alias));
+typedef halves loose_halves __attribute__((aligned(2), may_alias));
+typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+INLINE float widen(uint16_t x) { return as_float((uint32_t)x << 16); }
+INLINE uint16_t narrow(float x) {  /* to the nearest bfloat16, ties to even; NaN stays NaN */
+    uint32_t bits = as_bits(x);
+    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float get(const void *x, long i, int bf16) { return bf16 ? widen(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
+INLINE void put(void *x, long i, int bf16, float value) {
+    if (bf16) ((uint16_t *)x)[i] = narrow(value);
+    else ((float *)x)[i] = value;
+}
+
+/* --- one step along K: w has 4 bytes of 16 rows, x the 4 bytes that they are multiplied by ---------------------------- */
+
+INLINE floats step_float(floats sum, words w, uint32_t x) { return sum + (floats)w * as_float(x); }
+
+INLINE floats step_bf16(floats sum, words w, uint32_t x) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    sum += (floats)(w << 16) * as_float(x << 16);
+    return sum + (floats)(w & 0xffff0000u) * as_float(x & 0xffff0000u);
+#endif
+}
+
+INLINE ints step_int8(ints sum, words w, uint32_t x) {  /* w: four unsigned bytes, x: four signed ones */
+#ifdef __AVX512VNNI__
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32((int)x));
+#else
+    for (int shift = 0; shift < 32; shift += 8) sum += (ints)(w >> shift & 255) * (int32_t)(int8_t)(x >> shift);
+    return sum;
+#endif
+}
+
+INLINE long left(long from, long most, long end) { return from + most < end ? most : end - from; }
+
+/* The first `count` columns of some rows of sums to y, whose rows are N numbers apart. */
+static __attribute__((noinline)) void write_rows(floats sum[][VECTORS], int rows, char *y, long N, long count, int bf16) {
+    const float *sums = (const float *)sum;
+    for (long m = 0; m < rows; m++, sums += PANEL) {
+        if (bf16) for (long n = 0; n < count; n++) ((uint16_t *)y)[m * N + n] = narrow(sums[n]);
+        else memcpy(y + m * N * 4, sums, (size_t)count * 4);
+    }
+}
+
+/* --- y = x W^T, x (M, K), y (M, N), both float or both bfloat16 -------------------------------------------------------- */
+
+INLINE void tile(int rows, const char *x, const char *w, char *y, long K, long N, long count, int bf16) {
+    const long size = bf16 ? 2 : 4, steps = K * size / 4;
+    floats sum[FLOAT_ROWS][VECTORS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) sum[m][v] = (floats){0};
+    for (long k = 0; k < steps; k++, w += 4 * PANEL) {
+        words columns[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
+        UNROLL for (int m = 0; m < rows; m++) {
+            const uint32_t own = *(const loose_word *)(x + (m * steps + k) * 4);
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                sum[m][v] = bf16 ? step_bf16(sum[m][v], columns[v], own) : step_float(sum[m][v], columns[v], own);
+        }
+    }
+    write_rows(sum, rows, y, N, count, bf16);
+}
+
+INLINE void product(const char *x, const char *w, char *y, long M, long N, long K, int bf16, int threads) {
+    const long panels = (N + PANEL - 1) / PANEL, size = bf16 ? 2 : 4;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (long p = 0; p < panels; p++) {
+        const char *panel = w + p * PANEL * K * size;
+        for (long m = 0; m < M; m += FLOAT_ROWS) {
+            const char *rows = x + m * K * size;
+            char *out = y + (m * N + p * PANEL) * size;
+            const long count = left(p * PANEL, PANEL, N);
+            switch (left(m, FLOAT_ROWS, M)) {  /* each number of rows is compiled by itself, its sums in registers */
+                case 1: tile(1, rows, panel, out, K, N, count, bf16); break;
+                case 2: tile(2, rows, panel, out, K, N, count, bf16); break;
+                case 3: tile(3, rows, panel, out, K, N, count, bf16); break;
+                case 4: tile(4, rows, panel, out, K, N, count, bf16); break;
+                case 5: tile(5, rows, panel, out, K, N, count, bf16); break;
+                default: tile(6, rows, panel, out, K, N, count, bf16);
+            }
+        }
+    }
+}
+
+void product_float(const char *x, const char *w, char *y, long M, long N, long K, int threads) {
+    product(x, w, y, M, N, K, 0, threads);
+}
+
+void product_bf16(const char *x, const char *w, char *y, long M, long N, long K, int threads) {
+    product(x, w, y, M, N, K, 1, threads);
+}
+
+/* --- packing: steps of 4 bytes, of which a row has `steps`; rows past N are zeros --------------------------------------- */
+
+void pack(const uint32_t *source, uint32_t *target, long N, long steps, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++) {
+        const uint32_t *rows = source + p * PANEL * steps;
+        uint32_t *panel = target + p * PANEL * steps;
+        const long count = left(p * PANEL, PANEL, N);
+        for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
+            for (long n = 0; n < PANEL; n++)
+                for (long k = from; k < from + left(from, LANES, steps); k++)
+                    panel[k * PANEL + n] = n < count ? rows[n * steps + k] : 0;
+    }
+}
+
+/* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale ------------------------- */
+
+/* Each group of x to signed bytes, with its own scale and the sum of its bytes. x begins `lead` numbers into its first
+ * group, and what the last one lacks is zeros. */
+static void round_to_bytes(const void *x, int bf16, long K, long lead, long group, long groups,
+                           int8_t *bytes, float *scales, int32_t *sums) {
+    for (long g = 0; g < groups; g++) {
+        const long first = g * group - lead, from = first < 0 ? 0 : first, to = from + left(first, group, K) - (from - first);
+        float most = 0;
+        for (long k = from; k < to; k++) {
+            const float size = __builtin_fabsf(get(x, k, bf16));
+            most = size > most || size != size ? size : most;  /* NaN stays, to be seen in the logits */
+        }
+        const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+        int32_t sum = 0;
+        memset(bytes + g * group, 0, (size_t)group);
+        for (long k = from; k < to; k++) {
+            const int8_t byte = (int8_t)__builtin_rintf(get(x, k, bf16) * inverse);
+            bytes[k - first + g * group] = byte;
+            sum += byte;
+        }
+        scales[g] = scale;
+        sums[g] = sum;
+    }
+}
+
+INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_scales, const int32_t *x_sums, const char *w,
+                         const uint16_t *scales, char *y, long N, long group, long groups, long count, int bf16) {
+    const long steps = group * bits / 32, length = group * groups;
+    const int32_t zero = bits == 8 ? 128 : 8;  /* what stands for 0 */
+    floats total[INTEGER_ROWS][VECTORS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
+    for (long g = 0; g < groups; g++, scales += PANEL) {
+        ints sum[INTEGER_ROWS][VECTORS];
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++)
+            sum[m][v] = (ints){0} - zero * x_sums[m * groups + g];
+        for (long s = 0; s < steps; s++, w += 4 * PANEL) {
+            const int8_t *own = x + g * group + s * 32 / bits;
+            words columns[VECTORS];
+            UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
+            UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
+                const uint32_t four = *(const loose_word *)(own + m * length + 4 * half);
+                UNROLL for (int v = 0; v < VECTORS; v++)
+                    sum[m][v] = step_int8(sum[m][v], bits == 8 ? columns[v] : columns[v] >> 4 * half & 0x0f0f0f0fu, four);
+            }
+        }
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            const halves short_scale = *(const loose_halves *)(scales + v * LANES);
+            const floats scale = (floats)(__builtin_convertvector(short_scale, words) << 16);
+            UNROLL for (int m = 0; m < rows; m++)
+                total[m][v] += __builtin_convertvector(sum[m][v], floats) * (scale * x_scales[m * groups + g]);
+        }
+    }
+    write_rows(total, rows, y, N, count, bf16);
+}
+
+INLINE void integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
+                            long lead, long group, char *room, int bf16, int threads) {
+    const long panels = (N + PANEL - 1) / PANEL, groups = (lead + K + group - 1) / group, size = bf16 ? 2 : 4;
+    float *x_scales = (float *)room;  /* room: M x groups x (4 + 4 + group) bytes */
+    int32_t *x_sums = (int32_t *)(x_scales + M * groups);
+    int8_t *bytes = (int8_t *)(x_sums + M * groups);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long m = 0; m < M; m++)
+            round_to_bytes(x + m * K * size, bf16, K, lead, group, groups, bytes + m * groups * group,
+                           x_scales + m * groups, x_sums + m * groups);
+#pragma omp for schedule(dynamic, 4)
+        for (long p = 0; p < panels; p++)
+            for (long m = 0; m < M; m += INTEGER_ROWS) {
+#define TILE(rows) integer_tile(rows, bits, bytes + m * groups * group, x_scales + m * groups, x_sums + m * groups, \
+        w + p * groups * group * PANEL * bits / 8, scales + p * groups * PANEL, y + (m * N + p * PANEL) * size, \
+        N, group, groups, left(p * PANEL, PANEL, N), bf16)
+                switch (left(m, INTEGER_ROWS, M)) {
+                    case 1: TILE(1); break;
+                    case 2: TILE(2); break;
+                    case 3: TILE(3); break;
+                    default: TILE(4);
+                }
+            }
+    }
+}
+
+#define INTEGER_PRODUCT(name, bits, bf16) \
+    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, long lead, long group, \
+              char *room, int threads) { \
+        integer_product(bits, x, w, scales, y, M, N, K, lead, group, room, bf16, threads); \
+    }
+INTEGER_PRODUCT(product_int8_float, 8, 0)
+INTEGER_PRODUCT(product_int8_bf16, 8, 1)
+INTEGER_PRODUCT(product_int4_float, 4, 0)
+INTEGER_PRODUCT(product_int4_bf16, 4, 1)
+
+/* --- attention of one new token a row ----------------------------------------------------------------------------------- */
+
+INLINE floats larger(floats a, floats b) {
+    const ints first = a > b;
+    return (floats)(((ints)a & first) | ((ints)b & ~first));
+}
+
+INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) / 2, by the series of e^r */
+    x = larger(x, (floats){0} - 87);
+    const floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  /* rounded: there, floats are 1 apart */
+    const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const floats e = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
+    return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
+}
+
+/* The sum of each of 16 vectors: pairs are folded together until one vector is left. */
+INLINE floats sums_of(floats *x) {
+    static const ints low[] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
+    static const ints high[] = {{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
+    UNROLL for (int count = LANES / 2; count >= 1; count /= 2) UNROLL for (int i = 0; i < count; i++)
+        x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low[0]) + __builtin_shuffle(x[2 * i], x[2 * i + 1], high[0]);
+    return x[0];
+}
+
+/* The largest number of a vector, in all its places. */
+INLINE floats largest(floats x) {
+    static const ints turns[] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+                                 {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+                                 {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+                                 {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
+    UNROLL for (int i = 0; i < 4; i++) x = larger(x, __builtin_shuffle(x, turns[i]));
+    return x;
+}
+
+INLINE floats load(const char *x, long vector, int bf16) {
+    if (!bf16) return *(const loose_floats *)(x + 64 * vector);
+    return (floats)(__builtin_convertvector(*(const loose_halves *)(x + 32 * vector), words) << 16);
+}
+
+/* Turn each pair of neighbours of x (D) by its angle, a complex number, and round as the cache does. */
+INLINE void rotate(const void *x, long at, const float *angles, float *out, long D, int bf16) {
+    for (long d = 0; d < D; d += 2) {
+        const float a = get(x, at + d, bf16), b = get(x, at + d + 1, bf16), cosine = angles[d], sine = angles[d + 1];
+        out[d] = a * cosine - b * sine;
+        out[d + 1] = a * sine + b * cosine;
+    }
+    if (bf16) for (long d = 0; d < D; d++) out[d] = widen(narrow(out[d]));
+}
+
+/* Rows of V vectors as floats, zeros after the first `count`. */
+INLINE void load_rows(floats *rows, const char *x, long count, const long V, int bf16) {
+    for (long i = 0; i < count * V; i++) rows[i] = load(x, i, bf16);
+    for (long i = count * V; i < LANES * V; i++) rows[i] = (floats){0};
+}
+
+/* The queries of one key/value head of one row, (group, D), over positions from..to of its cached keys and values (S, D).
+ * V = D / 16 vectors. The sums are kept relative to the largest score so far (arXiv:1805.02867). */
+INLINE void attend_head(const floats *q, const char *keys, const char *values, floats *out, long group, const long V,
+                        long from, long to, int bf16) {
+    const long size = V * LANES * (bf16 ? 2 : 4);
+    floats most[group], mass[group];
+    for (long g = 0; g < group; g++) most[g] = (floats){0} - 1e30f, mass[g] = (floats){0};
+    for (long i = 0; i < group * V; i++) out[i] = (floats){0};
+    for (long start = from; start < to; start += LANES) {
+        const long count = left(start, LANES, to);
+        floats rows[LANES][V], score[group];
+        load_rows(rows[0], keys + start * size, count, V, bf16);
+        for (long g = 0; g < group; g++) {
+            floats parts[LANES];
+            for (long t = 0; t < LANES; t++) {
+                parts[t] = q[g * V] * rows[t][0];
+                for (long v = 1; v < V; v++) parts[t] += q[g * V + v] * rows[t][v];
+            }
+            for (long t = count; t < LANES; t++) parts[t] = (floats){0} - 1e30f;
+            score[g] = sums_of(parts);
+            const floats highest = larger(most[g], largest(score[g])), shrink = exponential(most[g] - highest);
+            score[g] = exponential(score[g] - highest);
+            most[g] = highest;
+            mass[g] = mass[g] * shrink + score[g];
+            for (long v = 0; v < V; v++) out[g * V + v] *= shrink;
+        }
+        load_rows(rows[0], values + start * size, count, V, bf16);
+        for (long g = 0; g < group; g++) {
+            floats sum[V];
+            for (long v = 0; v < V; v++) sum[v] = out[g * V + v];
+            for (long t = 0; t < LANES; t++)
+                for (long v = 0; v < V; v++) sum[v] += score[g][t] * rows[t][v];
+            for (long v = 0; v < V; v++) out[g * V + v] = sum[v];
+        }
+    }
+    for (long g = 0; g < group; g++) {
+        float sum = 0;
+        for (long t = 0; t < LANES; t++) sum += mass[g][t];
+        for (long v = 0; v < V; v++) out[g * V + v] /= sum;
+    }
+}
+
+/* q (B, H, D), k and v (B, KV, D) of the tokens at `positions` (B); angles (B, D / 2) complex; out (B, H, D). Writes the
+ * rotated keys, and the values, into the caches (rows, KV, S, D) and attends to what stands there, the last `window`. */
+INLINE void attention(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                      const int64_t *positions, char *out, long B, long H, long KV, long D, long S, long window, int bf16,
+                      int threads) {
+    const long group = H / KV, size = bf16 ? 2 : 4;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long task = 0; task < B * KV; task++) {
+        const long b = task / KV, end = positions[b] + 1, from = end > window ? end - window : 0;
+        char *keys = cache_k + task * S * D * size, *values = cache_v + task * S * D * size;
+        floats turned_[group][D / LANES], sums_[group][D / LANES];
+        float(*turned)[D] = (float(*)[D])turned_, *sums = (float *)sums_;
+        rotate(k, task * D, angles + b * D, turned[0], D, bf16);
+        for (long d = 0; d < D; d++) put(keys, (end - 1) * D + d, bf16, turned[0][d]);
+        memcpy(values + (end - 1) * D * size, v + task * D * size, (size_t)(D * size));
+        for (long g = 0; g < group; g++) {
+            rotate(q, (task * group + g) * D, angles + b * D, turned[g], D, bf16);
+            for (long d = 0; d < D; d++) turned[g][d] /= __builtin_sqrtf((float)D);
+        }
+        switch (D) {  /* the usual sizes are compiled by themselves */
+            case 64: attend_head(turned_[0], keys, values, sums_[0], group, 4, from, end, bf16); break;
+            case 128: attend_head(turned_[0], keys, values, sums_[0], group, 8, from, end, bf16); break;
+            default: attend_head(turned_[0], keys, values, sums_[0], group, D / LANES, from, end, bf16);
+        }
+        for (long i = 0; i < group * D; i++) put(out, task * group * D + i, bf16, sums[i]);
+    }
+}
+
+#define ATTENTION(name, bf16) \
+    void name(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles, \
+              const int64_t *positions, char *out, long B, long H, long KV, long D, long S, long window, int threads) { \
+        attention(q, k, v, cache_k, cache_v, angles, positions, out, B, H, KV, D, S, window, bf16, threads); \
+    }
+ATTENTION(attention_float, 0)
+ATTENTION(attention_bf16, 1)

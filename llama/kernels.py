@@ -1,0 +1,132 @@
+"""The products of kernels.c on tensors. Compiled once for each processor, in about 2 seconds, and kept in a cache.
+
+Knows tensors; knows no layers. Where there is no compiler, or nothing that it made can be loaded, `available` says so.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .remote import cache_home
+
+LANES = 16  # floats of a vector
+PANEL = 64  # rows of a matrix whose numbers stand side by side
+WORD = 4  # bytes of a row that stand together
+FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+SECONDS_TO_COMPILE = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels.c, or None where there can't be one."""
+    source = Path(__file__).with_name("kernels.c")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    try:
+        key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, processor())).encode()).hexdigest()
+        path = cache_home() / "kernels" / f"{key[:32]}.so"
+        if not path.exists():
+            compile_to(path, source, compiler)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def processor() -> str:
+    """What tells processors apart for which code was compiled."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def compile_to(path: Path, source: Path, compiler: str) -> None:
+    """Make the library under another name and rename it: ranks may do this at the same time.
+
+    It isn't linked with OpenMP: what it calls is found in torch's own, so that both share one set of threads.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        made, linked = Path(directory, "kernels.o"), Path(directory, "kernels.so")
+        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE)
+        run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", made])
+        run([compiler, "-shared", made, "-o", linked])
+        os.replace(linked, path)
+
+
+def available(like: Tensor) -> bool:
+    """Whether there are kernels for tensors such as this one."""
+    return like.device.type == "cpu" and like.dtype in DTYPES and library() is not None
+
+
+def call(name: str, *arguments: Tensor | int) -> None:
+    """Run a function of kernels.c. Tensors become their addresses: they must be contiguous."""
+    values = (
+        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_long(a)
+        for a in (*arguments, torch.get_num_threads())
+    )
+    getattr(library(), name)(*values)
+
+
+def fit(weight: Tensor) -> bool:
+    """Whether there are kernels for this matrix: its rows must be whole words."""
+    return available(weight) and weight.ndim == 2 and weight.shape[1] * weight.itemsize % WORD == 0
+
+
+def new_panels(weight: Tensor) -> Tensor:
+    """Room for W (N, K), packed: (N / 64, K * itemsize / 4, 64, 4 / itemsize), N rounded up."""
+    together = WORD // weight.itemsize
+    return weight.new_empty(-(-len(weight) // PANEL), weight.shape[1] // together, PANEL, together)
+
+
+def pack(weight: Tensor, panels: Tensor) -> None:
+    """Fill the first of `panels` with W; the rows that it lacks for the last one are zeros there."""
+    call("pack", weight.contiguous(), panels, len(weight), panels.shape[1])
+
+
+def unpack(panels: Tensor, rows: int) -> Tensor:
+    """The first rows of the matrix that was packed, (rows, K)."""
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)[:rows]
+
+
+def lookup(panels: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the matrix that was packed: (...) -> (..., K)."""
+    return panels[rows // PANEL, :, rows % PANEL].flatten(-2)
+
+
+def product(x: Tensor, panels: Tensor, rows: int) -> Tensor:
+    """x W^T of x (..., K) and W (rows, K), packed: (..., rows), in their dtype, summed in float32."""
+    columns = panels.shape[1] * panels.shape[3]
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    call(f"product_{DTYPES[x.dtype]}", x, panels, y, x.numel() // columns, rows, columns)
+    return y
+
+
+def attention(
+    xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, positions: Tensor, window: int
+) -> Tensor:
+    """Attention of one new token a row, its key and value written to the caches: (B, H, D).
+
+    xq: (B, H, D), not rotated; xk, xv: (B, KV, D); caches: contiguous (rows, KV, S, D); angles: complex64 (B, D / 2);
+    positions: int64 (B), of the tokens, which look at the last `window` up to their own.
+    """
+    bsz, heads, head_dim = xq.shape
+    kv_heads, room = cache_k.shape[1:3]
+    out = xq.new_empty(xq.shape)
+    name = f"attention_{DTYPES[xq.dtype]}"
+    xq, xk, xv, angles = (x.contiguous() for x in (xq, xk, xv, angles))
+    call(name, xq, xk, xv, cache_k, cache_v, angles, positions, out, bsz, heads, kv_heads, head_dim, room, window)
+    return out

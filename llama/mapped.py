@@ -1,0 +1,31 @@
+"""Memory that is a file: which of it is, and how to let go of what was read. Knows addresses; knows no format.
+
+Pages that were read of a mapped file count as this process's memory until it lets go of them; the system keeps them
+cached.
+"""
+
+import ctypes
+import mmap
+
+from torch import Tensor
+
+DONTNEED = 4  # Linux's MADV_DONTNEED: what is touched again is read from the file again
+
+
+def mapped_ranges() -> list[tuple[int, int]]:
+    """Addresses, (first, end), where files are mapped. On other systems than Linux: none."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as f:
+            lines = [line.split(maxsplit=5) for line in f]
+    except OSError:
+        return []
+    files = [line[0].split("-") for line in lines if line[4] != "0"]  # an inode
+    return [(int(first, 16), int(end, 16)) for first, end in files]
+
+
+def let_go(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
+    """Release the pages of a contiguous tensor that nobody has written to, if it lies in one of `ranges`."""
+    start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+    if any(a <= start and end <= b for a, b in ranges):
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONTNEED)
