@@ -17,6 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["llama"],
+    package_data={"llama": ["kernels.c"]},
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
@@ -24,6 +25,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "transformers>=4.44",  # the independent implementation that logits are compared with
+            "matplotlib>=3.7",  # draws what `bench --plot` draws
             "ruff>=0.6",
             "mypy>=1.11",
         ],

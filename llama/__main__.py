@@ -1,17 +1,25 @@
-"""`python -m llama`: `chat`, `complete` a text, `inspect` a checkpoint, `convert` it. Thin: parse, call, print."""
+"""`python -m llama`: `chat`, `complete` a text, `inspect` a checkpoint, `convert` it, `bench`.
+
+Thin: parse, call, print.
+"""
 
 import argparse
 import sys
 from pathlib import Path
 
+from .bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan, carry_out, counts
+from .charts import Chart
 from .chat import say, talk
 from .checkpoint import survey
 from .checks import check_room, check_sampling, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
 from .convert import convert
+from .errors import LlamaError
 from .generation import Llama
 from .inspection import report_on
-from .parallel import named_dtype
+from .measure import RAGGED
+from .parallel import is_printer, named_dtype
+from .peers import PEERS
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -41,6 +49,7 @@ def parse() -> argparse.Namespace:
     complete_command.set_defaults(run=complete)
     add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint's directory holds, and what is wrong there"))
+    add_bench(commands.add_parser("bench", help="measure how fast a model runs here, beside what memory allows"))
     return parser.parse_args()
 
 
@@ -66,6 +75,26 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=convert_checkpoint)
 
 
+def add_bench(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--ckpt_dir", help="directory or URL of a checkpoint (default: random weights of --shape)")
+    add("--shape", help=f"{', '.join([*SHAPES, DEMO_SHAPE])}: sizes of random weights (default: {DEFAULT_SHAPE})")
+    add("--batch", default="1", help="rows, or several numbers of them: 1,8 (default: %(default)s)")
+    add("--prompt", default="512", help="tokens of a prompt, or several: 128,512,2048 (default: %(default)s)")
+    add("--gen", type=int, default=64, help="tokens that each row gets (default: %(default)s)")
+    add("--ragged", action="store_true", help=f"also prompts of {RAGGED.name} tokens, {RAGGED.gen} new each")
+    add("--repeats", type=int, default=3, help="of each batch, after a warm-up (default: %(default)s)")
+    add("--compare", default="", metavar="PEERS", help=f"run beside it: {', '.join(PEERS)}")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--dtype", help="bfloat16, float16, float32, or auto: the files' (default: the best for the device)")
+    add("--compile", action="store_true", help="as Llama.build(compile=True)")
+    add("--quantization", help="as Llama.build(quantization=...)")
+    add("--json", action="store_true", help="print one JSON object, for programs and for --with")
+    add("--plot", metavar="FILE", help="draw speed against batch size, prompt length and ranks: .png, .svg or .pdf")
+    add("--with", nargs="+", default=[], dest="earlier", metavar="FILE", help="draw these outputs of --json too")
+    command.set_defaults(run=bench)
+
+
 def build(options: argparse.Namespace) -> Llama:
     return Llama.build(
         ckpt_dir=checkpoint_or_demo(options.ckpt_dir),
@@ -76,6 +105,30 @@ def build(options: argparse.Namespace) -> Llama:
         device=options.device,
         dtype=options.dtype,
     )
+
+
+def bench(options: argparse.Namespace) -> None:
+    plan = Plan(
+        ckpt_dir=options.ckpt_dir,
+        shape=options.shape,
+        device=options.device,
+        dtype=options.dtype,
+        compile=options.compile,
+        quantization=options.quantization,
+        batches=counts("--batch", options.batch),
+        prompts=counts("--prompt", options.prompt),
+        gen=options.gen,
+        ragged=options.ragged,
+        repeats=options.repeats,
+        peers=[name for name in options.compare.split(",") if name],
+    )
+    if options.earlier and options.plot is None:
+        raise LlamaError("--with was given without --plot: name the picture that it shall be drawn in")
+    chart = Chart(options.plot, options.earlier) if options.plot is not None else None
+    report = carry_out(plan)
+    say(report.as_json() if options.json else report.as_text())
+    if chart is not None and is_printer():
+        chart.draw(report)
 
 
 def chat(options: argparse.Namespace) -> None:

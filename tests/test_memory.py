@@ -84,12 +84,12 @@ def test_converting_takes_next_to_no_memory(
 ) -> None:
     program = tmp_path / "convert.py"
     program.write_text(
-        "import sys; sys.path.insert(0, 'tests')\n"
-        "from memory_program import Peak\n"
+        "import sys\n"
         "from llama.convert import convert\n"
+        "from llama.measure import Peak\n"
         "with Peak() as peak:\n"
         "    convert(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))\n"
-        "print(peak.bytes)\n"
+        "print(peak.private)\n"
     )
     done = run_program(str(program), str(directories[source]), str(tmp_path / "out"), to, str(mp_size))
     assert done.returncode == 0, done.stderr
