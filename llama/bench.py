@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
-from . import inference, parallel
+from . import parallel
 from .checkpoint import survey
 from .checks import check_count, check_memory, check_ranks
 from .cli import checkpoint_or_demo
 from .errors import LlamaError
 from .figures import Figures, Ratio, Report
 from .generation import Llama
+from .inference import Form
 from .layout import part_sizes
 from .measure import RAGGED, Bandwidth, Batch, Peak, interleaved, timed
 from .model import ModelArgs
+from .panels import Quantization
 from .parallel import Place
 from .peers import Measured, NoText, Streaming, build_peers, check_peers, random_model
 
@@ -50,7 +52,7 @@ class Plan:
     device: str | None = None
     dtype: str | None = None
     compile: bool = False
-    quantization: str | None = None
+    quantization: Quantization | None = None
     batches: Sequence[int] = (1,)
     prompts: Sequence[int] = (512,)
     gen: int = 64
@@ -119,10 +121,11 @@ def shape(name: str) -> ModelArgs:
     return SHAPES[name]
 
 
-def random_llama(args: ModelArgs, place: Place, compile: bool, quantization: str | None) -> Llama:
+def random_llama(args: ModelArgs, place: Place, compile: bool, quantization: Quantization | None) -> Llama:
     """A Llama of these sizes with random weights and without text."""
-    model = random_model(args, place, inference.take)
-    inference.finish(model)
+    form = Form(quantization)
+    model = random_model(args, place, form.take)
+    form.finish(model)
     return Llama(model, NoText())
 
 

@@ -15,7 +15,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from . import inference, parallel
+from . import parallel
 from .chat_template import formatter
 from .checkpoint import find_tokenizer, load_model, open_checkpoint
 from .checks import (
@@ -31,7 +31,9 @@ from .checks import (
 )
 from .errors import LlamaError
 from .hf_tokenizer import HFStreamDecoder, HFTokenizer, open_tokenizer
+from .inference import Form
 from .model import Transformer
+from .panels import Quantization
 from .remote import cache_directory, is_url, local_copy
 from .sampling import sample, sample_top_p, token_logprobs
 from .tokenizer import Dialog, Message, StreamDecoder, Tokenizer
@@ -112,6 +114,7 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        quantization: Quantization | None = None,
     ) -> "Llama":
         """Load a checkpoint directory on the ranks that run.
 
@@ -120,7 +123,10 @@ class Llama:
         cache, and so of what fits in one call. model_parallel_size: default the world size. device, dtype: names or
         torch's objects, default the best there is; dtype "auto" is that of the files. Raises LlamaError, on every rank,
         for whatever can't work.
+
+        quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes.
         """
+        form = Form(quantization)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         if is_url(ckpt_dir):
             with parallel.together(parallel.patient_group()):
@@ -140,8 +146,8 @@ class Llama:
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
             check_memory(args, place)
-        model = load_model(checkpoint, args, place, inference.take)
-        inference.finish(model)
+        model = load_model(checkpoint, args, place, form.take)
+        form.finish(model)
         return Llama(model, tokenizer, seed=seed, today=today)
 
     def __init__(

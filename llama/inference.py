@@ -3,6 +3,8 @@
 Knows layers and kernels; knows no files and no generation. Where there are no kernels the model stays as it is.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,10 +19,10 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 
 from . import kernels
-from .mapped import let_go, mapped_ranges
-from .model import Attention, StartPos, Transformer, TransformerBlock
+from .errors import LlamaError
+from .model import Attention, FeedForward, RMSNorm, StartPos, Transformer, TransformerBlock
+from .panels import BITS, FloatPanels, IntegerPanels, Panels, Quantization
 
-SLAB = 1 << 26  # bytes of a matrix that are packed at a time
 ALL = 1 << 60  # positions of a window that has no end
 
 
@@ -31,38 +33,33 @@ class PackedLinear(nn.Module):
     gradients, and `eval()` packs it. Packed, gradients flow through W to x, and to b.
     """
 
-    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear):
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, pack: Callable[[Tensor], Panels]):
         super().__init__()
         self.by_rows = isinstance(layer, ColumnParallelLinear)
         self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
         self.alone = get_model_parallel_world_size() == 1
         self.rows = len(layer.weight)
         self.bias = layer.bias
-        self.panels = self._packed(layer.weight)
+        self.pack = pack
+        self.panels: Panels | None = pack(layer.weight.detach())
         self.training = False
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.panels is not None:
-            return kernels.unpack(self.panels, self.rows)
+            return self.panels.unpacked()
         return super().__getattr__(name)
 
     def train(self, mode: bool = True) -> "PackedLinear":
         if mode and self.panels is not None:
-            weight = kernels.unpack(self.panels, self.rows)
-            self.panels = None
+            weight, self.panels = self.panels.unpacked(), None
             self.weight = nn.Parameter(weight)
         elif not mode and self.panels is None:
-            self.panels = self._packed(self.weight)
+            self.panels = self.pack(self.weight.detach())
             del self.weight
         return super().train(mode)
 
-    @staticmethod
-    def _packed(weight: Tensor) -> nn.Parameter | None:
-        return nn.Parameter(packed(weight.detach()), requires_grad=False)
-
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + "panels", None)
         destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,12 +75,12 @@ class PackedLinear(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.panels is None or (torch.is_grad_enabled() and (x.requires_grad or bias is not None)):
             return F.linear(x, self.weight, bias)
-        y = kernels.product(x, self.panels, self.rows)
+        y = self.panels.product(x)
         return y if bias is None else y + bias
 
     def lookup(self, rows: Tensor) -> Tensor:
         """Those rows of W: (...) -> (..., columns)."""
-        return F.embedding(rows, self.weight) if self.panels is None else kernels.lookup(self.panels, rows)
+        return F.embedding(rows, self.weight) if self.panels is None else self.panels.lookup(rows)
 
 
 class FastAttention(Attention):
@@ -105,6 +102,16 @@ class FastAttention(Attention):
         positions = torch.full((bsz,), start_pos) if isinstance(start_pos, int) else start_pos
         xq, xk, xv = (x.squeeze(1) for x in (xq, xk, xv))  # (B, H, D), (B, KV, D) twice
         return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, positions, self.window or ALL)[:, None]
+
+
+class FastNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else kernels.rms_norm(x, self.weight, self.eps)
+
+
+class FastFeedForward(FeedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.is_grad_enabled() else self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
 
 
 class PackedEmbedding(nn.Module):
@@ -132,34 +139,46 @@ class PackedEmbedding(nn.Module):
         return reduce_from_model_parallel_region(output.lookup(own.where(here, 0)) * here[..., None])
 
 
-def packed(weight: Tensor) -> Tensor:
-    """The panels of a matrix. What was read of a mapped file is let go of piece by piece."""
-    ranges = mapped_ranges()
-    panels = kernels.new_panels(weight)
-    step = max(SLAB // weight[0].nbytes // kernels.PANEL, 1) * kernels.PANEL
-    for start in range(0, len(weight), step):
-        piece = weight[start : start + step]
-        kernels.pack(piece, panels[start // kernels.PANEL :])
-        let_go(piece, ranges)
-    return panels
+@dataclass(frozen=True)
+class Form:
+    """What becomes of a model as it is loaded: `take` goes to whoever loads it, `finish` comes after.
+
+    quantization: None keeps the matrices as they are. Raises LlamaError for what isn't known.
+    """
+
+    quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        if self.quantization is not None and self.quantization not in BITS:
+            raise LlamaError(f"quantization is {self.quantization!r}, expected None or one of {', '.join(BITS)}")
+
+    def take(self, model: Transformer, name: str) -> None:
+        """Give the layer whose tensor `name` was just loaded its fast form, before the next one is."""
+        owner_name, _, kind = name.rpartition(".")
+        layer = model.get_submodule(owner_name)
+        if kind != "weight" or not self._packs(layer.get_parameter(kind)):
+            return
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            model.set_submodule(owner_name, PackedLinear(layer, self._pack))
+        elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:
+            model.output = PackedLinear(model.output, self._pack)
+            model.tok_embeddings = PackedEmbedding(layer, model.output)
+
+    def finish(self, model: Transformer) -> None:
+        """What is left to do when all tensors have come."""
+        if kernels.available(model.norm.weight):
+            for layer in model.modules():
+                if isinstance(layer, TransformerBlock):
+                    layer.attention.__class__ = FastAttention
+                    cast(FastAttention, layer.attention).window = layer.window
+                elif type(layer) in FASTER:
+                    layer.__class__ = FASTER[type(layer)]
+
+    def _packs(self, weight: Tensor) -> bool:
+        return weight.ndim == 2 and (self.quantization is not None or kernels.fit(weight))
+
+    def _pack(self, weight: Tensor) -> Panels:
+        return FloatPanels(weight) if self.quantization is None else IntegerPanels(weight, BITS[self.quantization])
 
 
-def take(model: Transformer, name: str) -> None:
-    """Give the layer whose tensor `name` was just loaded its fast form, before the next one is."""
-    owner_name, _, kind = name.rpartition(".")
-    layer = model.get_submodule(owner_name)
-    if kind != "weight" or not kernels.fit(layer.get_parameter(kind)):
-        return
-    if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-        model.set_submodule(owner_name, PackedLinear(layer))
-    elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:
-        model.output = PackedLinear(model.output)
-        model.tok_embeddings = PackedEmbedding(layer, model.output)
-
-
-def finish(model: Transformer) -> None:
-    """What is left to do when all tensors have come."""
-    for layer in model.modules():
-        if isinstance(layer, TransformerBlock) and kernels.available(model.norm.weight):
-            layer.attention.__class__ = FastAttention
-            cast(FastAttention, layer.attention).window = layer.window
+FASTER: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: FastNorm, FeedForward: FastFeedForward}

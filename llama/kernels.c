@@ -43,6 +43,21 @@ INLINE void put(void *x, long i, int bf16, float value) {
     else ((float *)x)[i] = value;
 }
 
+INLINE floats widened(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+INLINE halves narrowed(floats x) {  /* as `narrow` */
+    const words bits = (words)x, ordered = (words)(x == x);
+    const words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((nearest & ordered) | (0x7fc0 & ~ordered), halves);
+}
+INLINE floats load(const char *x, long vector, int bf16) {
+    if (bf16) return widened(*(const loose_halves *)(x + 32 * vector));
+    return *(const loose_floats *)(x + 64 * vector);
+}
+INLINE void store(char *x, long vector, floats value, int bf16) {
+    if (bf16) *(loose_halves *)(x + 32 * vector) = narrowed(value);
+    else *(loose_floats *)(x + 64 * vector) = value;
+}
+
 /* --- one step along K: w has 4 bytes of 16 rows, x the 4 bytes that they are multiplied by ---------------------------- */
 
 INLINE floats step_float(floats sum, words w, uint32_t x) { return sum + (floats)w * as_float(x); }
@@ -185,8 +200,7 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
             }
         }
         UNROLL for (int v = 0; v < VECTORS; v++) {
-            const halves short_scale = *(const loose_halves *)(scales + v * LANES);
-            const floats scale = (floats)(__builtin_convertvector(short_scale, words) << 16);
+            const floats scale = load((const char *)scales, v, 1);
             UNROLL for (int m = 0; m < rows; m++)
                 total[m][v] += __builtin_convertvector(sum[m][v], floats) * (scale * x_scales[m * groups + g]);
         }
@@ -232,7 +246,7 @@ INTEGER_PRODUCT(product_int8_bf16, 8, 1)
 INTEGER_PRODUCT(product_int4_float, 4, 0)
 INTEGER_PRODUCT(product_int4_bf16, 4, 1)
 
-/* --- attention of one new token a row ----------------------------------------------------------------------------------- */
+/* --- between the products: each number is rounded where the plain network rounds it -------------------------------------- */
 
 INLINE floats larger(floats a, floats b) {
     const ints first = a > b;
@@ -246,6 +260,53 @@ INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) /
     const floats e = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
     return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
 }
+
+INLINE float rounded(float x, int bf16) { return bf16 ? widen(narrow(x)) : x; }
+
+INLINE void rms_norm(const char *x, const char *weight, char *y, long M, long D, double eps, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) if (M > 8)
+    for (long m = 0; m < M; m++) {
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (long d = 0; d < D; d++) squares += get(x, m * D + d, bf16) * get(x, m * D + d, bf16);
+        const float scale = 1 / __builtin_sqrtf(squares / (float)D + (float)eps);
+        for (long d = 0; d < D; d++)
+            put(y, m * D + d, bf16, rounded(get(x, m * D + d, bf16) * scale, bf16) * get(weight, d, bf16));
+    }
+}
+
+INLINE floats swiglu_of(floats a, floats b, int bf16) {
+    const floats e = exponential(larger(a, -a) * -1.0f), one = (floats){0} + 1;
+    const ints up = a >= 0;
+    const floats sigmoid = (floats)(((ints)one & up) | ((ints)e & ~up)) / (one + e);
+    return (bf16 ? widened(narrowed(a * sigmoid)) : a * sigmoid) * b;
+}
+
+INLINE void swiglu(const char *a, const char *b, char *y, long count, int bf16, int threads) {
+    const long size = bf16 ? 2 : 4, whole = count / LANES;
+#pragma omp parallel for num_threads(threads) if (count > 16384)
+    for (long i = 0; i < whole; i++) store(y, i, swiglu_of(load(a, i, bf16), load(b, i, bf16), bf16), bf16);
+    if (whole * LANES < count) {
+        char rest[3][LANES * 4] = {{0}};
+        const long from = whole * LANES * size, bytes = count * size - from;
+        memcpy(rest[0], a + from, (size_t)bytes);
+        memcpy(rest[1], b + from, (size_t)bytes);
+        store(rest[2], 0, swiglu_of(load(rest[0], 0, bf16), load(rest[1], 0, bf16), bf16), bf16);
+        memcpy(y + from, rest[2], (size_t)bytes);
+    }
+}
+
+#define BETWEEN(type, bf16) \
+    void rms_norm_##type(const char *x, const char *weight, char *y, long M, long D, double eps, int threads) { \
+        rms_norm(x, weight, y, M, D, eps, bf16, threads); \
+    } \
+    void swiglu_##type(const char *a, const char *b, char *y, long count, int threads) { \
+        swiglu(a, b, y, count, bf16, threads); \
+    }
+BETWEEN(float, 0)
+BETWEEN(bf16, 1)
+
+/* --- attention of one new token a row ----------------------------------------------------------------------------------- */
 
 /* The sum of each of 16 vectors: pairs are folded together until one vector is left. */
 INLINE floats sums_of(floats *x) {
@@ -264,11 +325,6 @@ INLINE floats largest(floats x) {
                                  {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
     UNROLL for (int i = 0; i < 4; i++) x = larger(x, __builtin_shuffle(x, turns[i]));
     return x;
-}
-
-INLINE floats load(const char *x, long vector, int bf16) {
-    if (!bf16) return *(const loose_floats *)(x + 64 * vector);
-    return (floats)(__builtin_convertvector(*(const loose_halves *)(x + 32 * vector), words) << 16);
 }
 
 /* Turn each pair of neighbours of x (D) by its angle, a complex number, and round as the cache does. */

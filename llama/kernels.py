@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,13 +72,21 @@ def available(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype in DTYPES and library() is not None
 
 
-def call(name: str, *arguments: Tensor | int) -> None:
+def call(name: str, *arguments: Tensor | int | float) -> None:
     """Run a function of kernels.c. Tensors become their addresses: they must be contiguous."""
-    values = (
-        ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_long(a)
-        for a in (*arguments, torch.get_num_threads())
-    )
-    getattr(library(), name)(*values)
+    kinds = tuple(map(type, arguments))
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    function(name, kinds)(*values, torch.get_num_threads())
+
+
+@functools.cache
+def function(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
+    """A function of kernels.c that takes arguments of these kinds, and the number of threads."""
+    found = getattr(library(), name)
+    plain = {int: ctypes.c_long, float: ctypes.c_double}
+    found.argtypes = [*(plain.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_long]
+    found.restype = None
+    return found
 
 
 def fit(weight: Tensor) -> bool:
@@ -112,6 +121,36 @@ def product(x: Tensor, panels: Tensor, rows: int) -> Tensor:
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     call(f"product_{DTYPES[x.dtype]}", x, panels, y, x.numel() // columns, rows, columns)
+    return y
+
+
+def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T of x (..., K) and W as `panels.IntegerPanels` has it: (..., rows), in the dtype of x.
+
+    Each group of x is rounded to 8 bits too, so that integers are multiplied.
+    """
+    columns, group = x.shape[-1], integers.shape[2] * WORD * 8 // bits
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    count = x.numel() // columns
+    room = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
+    name = f"product_int{bits}_{DTYPES[x.dtype]}"
+    call(name, x, integers, scales, y, count, rows, columns, 0, group, room)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`model.RMSNorm` over the last dimension."""
+    x, dim = x.contiguous(), x.shape[-1]
+    y = x.new_empty(x.shape)
+    call(f"rms_norm_{DTYPES[x.dtype]}", x, weight, y, x.numel() // dim, dim, float(eps))
+    return y
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b, of the same shape."""
+    y = a.new_empty(a.shape)
+    call(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel())
     return y
 
 
