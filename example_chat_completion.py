@@ -4,6 +4,8 @@ python example_chat_completion.py
 torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR --tokenizer_path DIR/tokenizer.model
 """
 
+from typing import Literal
+
 from llama import Dialog, Llama
 from llama.cli import checkpoint_or_demo, run
 from llama.parallel import is_printer
@@ -20,6 +22,8 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 1,
+    compile: bool = False,
+    quantization: Literal["int8", "int4"] | None = None,
 ) -> None:
     """Answer the example dialogs.
 
@@ -34,6 +38,8 @@ def main(
         device: cpu, cuda or mps; the best there is where not given.
         dtype: bfloat16, float16 or float32; the best for the device where not given.
         seed: the same seed gives the same answers.
+        compile: let torch.compile make the decoding steps before the first answer.
+        quantization: int8 or int4 rounds matrices as they are loaded; none where not given.
     """
     llama = Llama.build(
         ckpt_dir=checkpoint_or_demo(ckpt_dir),
@@ -43,6 +49,8 @@ def main(
         seed=seed,
         device=device,
         dtype=dtype,
+        compile=compile,
+        quantization=quantization,
     )
 
     dialogs: list[Dialog] = [

@@ -18,6 +18,7 @@ from .errors import LlamaError
 from .generation import Llama
 from .inspection import report_on
 from .measure import RAGGED
+from .panels import BITS
 from .parallel import is_printer, named_dtype
 from .peers import PEERS
 
@@ -35,7 +36,15 @@ def model_options() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", help="bfloat16, float16, float32, or auto: the files' (default: the best for the device)")
     add("--seed", type=int, default=1, help="the same seed gives the same text (default: %(default)s)")
+    add_form(options)
     return options
+
+
+def add_form(command: argparse.ArgumentParser) -> None:
+    """The options that choose the fast form of a model."""
+    add = command.add_argument
+    add("--compile", action="store_true", help="let torch.compile make the decoding steps before the first answer")
+    add("--quantization", choices=sorted(BITS), help="round matrices to 8 or 4 bits as they are loaded")
 
 
 def parse() -> argparse.Namespace:
@@ -87,8 +96,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     add("--compare", default="", metavar="PEERS", help=f"run beside it: {', '.join(PEERS)}")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", help="bfloat16, float16, float32, or auto: the files' (default: the best for the device)")
-    add("--compile", action="store_true", help="as Llama.build(compile=True)")
-    add("--quantization", help="as Llama.build(quantization=...)")
+    add_form(command)
     add("--json", action="store_true", help="print one JSON object, for programs and for --with")
     add("--plot", metavar="FILE", help="draw speed against batch size, prompt length and ranks: .png, .svg or .pdf")
     add("--with", nargs="+", default=[], dest="earlier", metavar="FILE", help="draw these outputs of --json too")
@@ -102,6 +110,8 @@ def build(options: argparse.Namespace) -> Llama:
         max_seq_len=options.max_seq_len,
         max_batch_size=1,
         seed=options.seed,
+        compile=options.compile,
+        quantization=options.quantization,
         device=options.device,
         dtype=options.dtype,
     )

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,7 +25,7 @@ from .inference import Form
 from .layout import part_sizes
 from .measure import RAGGED, Bandwidth, Batch, Peak, interleaved, timed
 from .model import ModelArgs
-from .panels import Quantization
+from .panels import Quantization, bits_of
 from .parallel import Place
 from .peers import Measured, NoText, Streaming, build_peers, check_peers, random_model
 
@@ -87,18 +86,16 @@ class Plan:
         if self.ckpt_dir is None:
             args = replace(shape(self.model), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_ranks(Path(f"shape {self.model}"), args, place.mp_size)
-            check_memory(args, place)
+            check_memory(args, place, bits_of(self.quantization))
             return random_llama(args, place, self.compile, self.quantization)
-        options: dict[str, Any] = {"compile": True} if self.compile else {}
-        if self.quantization is not None:
-            options["quantization"] = self.quantization
         llama = Llama.build(
             self.ckpt_dir,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             device=self.device,
             dtype=self.dtype,
-            **options,
+            compile=self.compile,
+            quantization=self.quantization,
         )
         llama.tokenizer = NoText()
         return llama
@@ -123,7 +120,7 @@ def shape(name: str) -> ModelArgs:
 
 def random_llama(args: ModelArgs, place: Place, compile: bool, quantization: Quantization | None) -> Llama:
     """A Llama of these sizes with random weights and without text."""
-    form = Form(quantization)
+    form = Form(quantization, compile)
     model = random_model(args, place, form.take)
     form.finish(model)
     return Llama(model, NoText())

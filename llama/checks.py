@@ -107,9 +107,12 @@ def check_ranks(directory: Path, args: ModelArgs, mp_size: int) -> None:
         )
 
 
-def check_memory(args: ModelArgs, place: Place) -> None:
-    """Refuse, with the arithmetic, what can't fit: on a GPU a rank's share, on the CPU that of all ranks together."""
-    weights, cache = memory_needed(args, place.mp_size, place.dtype)
+def check_memory(args: ModelArgs, place: Place, bits: float | None = None) -> None:
+    """Refuse, with the arithmetic, what can't fit: on a GPU a rank's share, on the CPU that of all ranks together.
+
+    bits: of a number of the matrices, where they are rounded.
+    """
+    weights, cache = memory_needed(args, place.mp_size, place.dtype, bits)
     ranks = 1 if place.device.type == "cuda" else place.world_size
     have = available_memory(place.device)
     if ranks * (weights + cache) > have:

@@ -33,7 +33,7 @@ from .errors import LlamaError
 from .hf_tokenizer import HFStreamDecoder, HFTokenizer, open_tokenizer
 from .inference import Form
 from .model import Transformer
-from .panels import Quantization
+from .panels import Quantization, bits_of
 from .remote import cache_directory, is_url, local_copy
 from .sampling import sample, sample_top_p, token_logprobs
 from .tokenizer import Dialog, Message, StreamDecoder, Tokenizer
@@ -114,6 +114,7 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        compile: bool = False,
         quantization: Quantization | None = None,
     ) -> "Llama":
         """Load a checkpoint directory on the ranks that run.
@@ -124,9 +125,10 @@ class Llama:
         torch's objects, default the best there is; dtype "auto" is that of the files. Raises LlamaError, on every rank,
         for whatever can't work.
 
+        compile: let torch.compile make the decoding steps, which takes a while here and less when it was done before.
         quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes.
         """
-        form = Form(quantization)
+        form = Form(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         if is_url(ckpt_dir):
             with parallel.together(parallel.patient_group()):
@@ -145,7 +147,7 @@ class Llama:
                 place = replace(place, dtype=checkpoint.dtype)
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
-            check_memory(args, place)
+            check_memory(args, place, bits_of(quantization))
         model = load_model(checkpoint, args, place, form.take)
         form.finish(model)
         return Llama(model, tokenizer, seed=seed, today=today)

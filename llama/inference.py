@@ -1,15 +1,17 @@
 """The fast form of a built model: layers for inference in the place of fairscale's, with the same shards and names.
 
-Knows layers and kernels; knows no files and no generation. Where there are no kernels the model stays as it is.
+Knows layers and kernels; knows no files and no generation. Where there are no kernels, matrices stay as they are.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from fairscale.nn.model_parallel.mappings import (
     copy_to_model_parallel_region,
@@ -22,6 +24,7 @@ from . import kernels
 from .errors import LlamaError
 from .model import Attention, FeedForward, RMSNorm, StartPos, Transformer, TransformerBlock
 from .panels import BITS, FloatPanels, IntegerPanels, Panels, Quantization
+from .steps import compile_steps
 
 ALL = 1 << 60  # positions of a window that has no end
 
@@ -33,7 +36,7 @@ class PackedLinear(nn.Module):
     gradients, and `eval()` packs it. Packed, gradients flow through W to x, and to b.
     """
 
-    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, pack: Callable[[Tensor], Panels]):
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, pack: Callable[[Tensor], Panels | None]):
         super().__init__()
         self.by_rows = isinstance(layer, ColumnParallelLinear)
         self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
@@ -42,6 +45,8 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
         self.pack = pack
         self.panels: Panels | None = pack(layer.weight.detach())
+        if self.panels is None:
+            self.weight = layer.weight
         self.training = False
 
     def __getattr__(self, name: str) -> Any:
@@ -55,7 +60,8 @@ class PackedLinear(nn.Module):
             self.weight = nn.Parameter(weight)
         elif not mode and self.panels is None:
             self.panels = self.pack(self.weight.detach())
-            del self.weight
+            if self.panels is not None:
+                del self.weight
         return super().train(mode)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -67,9 +73,9 @@ class PackedLinear(nn.Module):
         if self.alone:
             return self.product(x, self.bias)
         if self.by_rows:
-            y = self.product(copy_to_model_parallel_region(x), self.bias)
-            return gather_from_model_parallel_region(y) if self.gathers else y
-        y = reduce_from_model_parallel_region(self.product(x, None))
+            y = self.product(copy_to_model_parallel_region(x) if torch.is_grad_enabled() else x, self.bias)
+            return gathered(y) if self.gathers else y
+        y = summed(self.product(x, None))
         return y if self.bias is None else y + self.bias
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,8 +103,9 @@ class FastAttention(Attention):
         bsz, seqlen, _, head_dim = xq.shape
         if start_pos is None or seqlen > 1 or head_dim % kernels.LANES:
             return super().attend(xq, xk, xv, start_pos, freqs_cis, mask)
-        cache_k, cache_v = (cache.transpose(1, 2) for cache in self.caches(xk))  # (max_batch_size, KV, S, D)
-        angles = freqs_cis.view(-1, head_dim // 2).expand(bsz, -1)
+        cache_k, cache_v = self.caches(xk)
+        angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
+        angles = angles.reshape(-1, head_dim).expand(bsz, -1)
         positions = torch.full((bsz,), start_pos) if isinstance(start_pos, int) else start_pos
         xq, xk, xv = (x.squeeze(1) for x in (xq, xk, xv))  # (B, H, D), (B, KV, D) twice
         return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, positions, self.window or ALL)[:, None]
@@ -132,23 +139,63 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> (B, T, dim)."""
         output = self._output[0]
-        if output.alone:
-            return output.lookup(tokens)
-        own = tokens - self.first
-        here = (own >= 0) & (own < output.rows)
-        return reduce_from_model_parallel_region(output.lookup(own.where(here, 0)) * here[..., None])
+        return looked_up(tokens, output.lookup, self.first, output.rows)
+
+
+class FastEmbedding(VocabParallelEmbedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, T) -> (B, T, dim)."""
+        return looked_up(tokens, self.lookup, self.vocab_start_index, len(self.weight))
+
+    def lookup(self, rows: Tensor) -> Tensor:
+        return F.embedding(rows, self.weight)
+
+
+def looked_up(tokens: Tensor, lookup: Callable[[Tensor], Tensor], first: int, count: int) -> Tensor:
+    """Rows of a matrix of which this rank has `count`, from `first` on."""
+    if get_model_parallel_world_size() == 1:
+        return lookup(tokens)
+    own = tokens - first
+    here = (own >= 0) & (own < count)
+    return summed(lookup(own.where(here, 0)) * here[..., None])
+
+
+def summed(x: Tensor) -> Tensor:
+    """The sum of what the ranks have; without gradients in place, and so that it can be traced."""
+    if torch.is_grad_enabled():
+        return reduce_from_model_parallel_region(x)
+    dist.all_reduce(x, group=get_model_parallel_group())
+    return x
+
+
+def gathered(x: Tensor) -> Tensor:
+    """What the ranks have, side by side: (..., N) -> (..., ranks x N)."""
+    if torch.is_grad_enabled():
+        return gather_from_model_parallel_region(x)
+    parts = [torch.empty_like(x) for _ in range(get_model_parallel_world_size())]
+    dist.all_gather(parts, x, group=get_model_parallel_group())
+    return torch.cat(parts, dim=-1)
+
+
+def reads_own_positions(block: nn.Module) -> bool:
+    """Whether attention is a kernel here, which needs no mask."""
+    return isinstance(block.attention, FastAttention) and block.attention.head_dim % kernels.LANES == 0
 
 
 @dataclass(frozen=True)
 class Form:
     """What becomes of a model as it is loaded: `take` goes to whoever loads it, `finish` comes after.
 
-    quantization: None keeps the matrices as they are. Raises LlamaError for what isn't known.
+    quantization: None keeps the matrices as they are. compile: have torch.compile make the decoding steps.
+    Raises LlamaError for what isn't known or can't be had.
     """
 
     quantization: Quantization | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
+        if self.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+            raise LlamaError("compile=True needs a C++ compiler, and none is here: install g++ or leave compile out")
         if self.quantization is not None and self.quantization not in BITS:
             raise LlamaError(f"quantization is {self.quantization!r}, expected None or one of {', '.join(BITS)}")
 
@@ -156,29 +203,33 @@ class Form:
         """Give the layer whose tensor `name` was just loaded its fast form, before the next one is."""
         owner_name, _, kind = name.rpartition(".")
         layer = model.get_submodule(owner_name)
-        if kind != "weight" or not self._packs(layer.get_parameter(kind)):
+        if kind != "weight":
             return
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             model.set_submodule(owner_name, PackedLinear(layer, self._pack))
         elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:
             model.output = PackedLinear(model.output, self._pack)
             model.tok_embeddings = PackedEmbedding(layer, model.output)
+        elif isinstance(layer, VocabParallelEmbedding):
+            layer.__class__ = FastEmbedding
 
     def finish(self, model: Transformer) -> None:
         """What is left to do when all tensors have come."""
         if kernels.available(model.norm.weight):
+            kernels.register()
             for layer in model.modules():
                 if isinstance(layer, TransformerBlock):
                     layer.attention.__class__ = FastAttention
                     cast(FastAttention, layer.attention).window = layer.window
                 elif type(layer) in FASTER:
                     layer.__class__ = FASTER[type(layer)]
+        if self.compile:
+            compile_steps(model, all(reads_own_positions(layer) for layer in model.layers))
 
-    def _packs(self, weight: Tensor) -> bool:
-        return weight.ndim == 2 and (self.quantization is not None or kernels.fit(weight))
-
-    def _pack(self, weight: Tensor) -> Panels:
-        return FloatPanels(weight) if self.quantization is None else IntegerPanels(weight, BITS[self.quantization])
+    def _pack(self, weight: Tensor) -> Panels | None:
+        if self.quantization is not None:
+            return IntegerPanels(weight, BITS[self.quantization])
+        return FloatPanels(weight) if kernels.fit(weight) else None
 
 
 FASTER: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: FastNorm, FeedForward: FastFeedForward}

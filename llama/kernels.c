@@ -140,10 +140,10 @@ void product_bf16(const char *x, const char *w, char *y, long M, long N, long K,
 
 /* --- packing: steps of 4 bytes, of which a row has `steps`; rows past N are zeros --------------------------------------- */
 
-void pack(const uint32_t *source, uint32_t *target, long N, long steps, int threads) {
+void pack(const loose_word *source, uint32_t *target, long N, long steps, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long p = 0; p < (N + PANEL - 1) / PANEL; p++) {
-        const uint32_t *rows = source + p * PANEL * steps;
+        const loose_word *rows = source + p * PANEL * steps;
         uint32_t *panel = target + p * PANEL * steps;
         const long count = left(p * PANEL, PANEL, N);
         for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
@@ -254,7 +254,7 @@ INLINE floats larger(floats a, floats b) {
 }
 
 INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) / 2, by the series of e^r */
-    x = larger(x, (floats){0} - 87);
+    x = larger((floats){0} - 87, x);  /* in this order NaN stays */
     const floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  /* rounded: there, floats are 1 apart */
     const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     const floats e = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));

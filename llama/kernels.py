@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +38,10 @@ def library() -> ctypes.CDLL | None:
     try:
         key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, processor())).encode()).hexdigest()
         path = cache_home() / "kernels" / f"{key[:32]}.so"
-        if not path.exists():
+        if not is_whole(path):
             compile_to(path, source, compiler)
         return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
 
 
@@ -51,6 +52,12 @@ def processor() -> str:
         return next(line for line in lines if line.startswith(("flags", "Features")))
     except (OSError, StopIteration):
         return f"{platform.machine()} {platform.processor()}"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether it ends with the hash of all before, as `compile_to` leaves it: to load a part would end the process."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
 def compile_to(path: Path, source: Path, compiler: str) -> None:
@@ -64,6 +71,8 @@ def compile_to(path: Path, source: Path, compiler: str) -> None:
         run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE)
         run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", made])
         run([compiler, "-shared", made, "-o", linked])
+        with linked.open("r+b") as f:
+            f.write(hashlib.sha256(f.read()).digest())
         os.replace(linked, path)
 
 
@@ -115,21 +124,64 @@ def lookup(panels: Tensor, rows: Tensor) -> Tensor:
     return panels[rows // PANEL, :, rows % PANEL].flatten(-2)
 
 
+OPERATORS: dict[str, Callable[..., Tensor]] = {}  # once `register` was called
+LIBRARIES: list[torch.library.Library] = []
+OUTPUTS: dict[str, Callable[..., Tensor]] = {  # of what shape the result is, for who traces a function
+    "product": lambda x, panels, rows: x.new_empty(*x.shape[:-1], rows),
+    "integer_product": lambda x, integers, scales, rows, bits: x.new_empty(*x.shape[:-1], rows),
+    "rms_norm": lambda x, *_: x.new_empty(x.shape),
+    "swiglu": lambda x, *_: x.new_empty(x.shape),
+    "attention": lambda x, *_: x.new_empty(x.shape),
+}
+
+
+def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, which torch.compile takes as one operation that it doesn't look into."""
+
+    @functools.wraps(function)
+    def either(*arguments: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            return OPERATORS[function.__name__](*arguments)
+        return function(*arguments)
+
+    return either
+
+
+@functools.cache
+def register() -> None:
+    """Make the functions known to torch's dispatcher, in `torch.ops.llama`. To be called before they are traced."""
+    library = torch.library.Library("llama", "FRAGMENT")
+    for name, output in OUTPUTS.items():
+        function = globals()[name].__wrapped__
+        # That attention writes to its caches isn't told: a step has nothing else that touches them.
+        library.define(name + torch.library.infer_schema(function, mutates_args=()))
+        library.impl(name, function, "CPU")
+        torch.library.register_fake(f"llama::{name}", output, lib=library)
+        OPERATORS[name] = getattr(torch.ops.llama, name).default
+    LIBRARIES.append(library)  # which they live as long as
+
+
+@traced
 def product(x: Tensor, panels: Tensor, rows: int) -> Tensor:
     """x W^T of x (..., K) and W (rows, K), packed: (..., rows), in their dtype, summed in float32."""
     columns = panels.shape[1] * panels.shape[3]
+    if (x.dtype, x.shape[-1]) != (panels.dtype, columns):
+        raise RuntimeError(f"x is {x.dtype} of {x.shape[-1]} columns, and the matrix {panels.dtype} of {columns}")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     call(f"product_{DTYPES[x.dtype]}", x, panels, y, x.numel() // columns, rows, columns)
     return y
 
 
+@traced
 def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
     """x W^T of x (..., K) and W as `panels.IntegerPanels` has it: (..., rows), in the dtype of x.
 
     Each group of x is rounded to 8 bits too, so that integers are multiplied.
     """
     columns, group = x.shape[-1], integers.shape[2] * WORD * 8 // bits
+    if -(-columns // group) != integers.shape[1]:
+        raise RuntimeError(f"x has {columns} columns, and the matrix {integers.shape[1]} groups of {group}")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     count = x.numel() // columns
@@ -139,6 +191,7 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
     return y
 
 
+@traced
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`model.RMSNorm` over the last dimension."""
     x, dim = x.contiguous(), x.shape[-1]
@@ -147,25 +200,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+@traced
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) * b, of the same shape."""
+    a, b = a.contiguous(), b.contiguous()
     y = a.new_empty(a.shape)
     call(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel())
     return y
 
 
+@traced
 def attention(
     xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, positions: Tensor, window: int
 ) -> Tensor:
     """Attention of one new token a row, its key and value written to the caches: (B, H, D).
 
-    xq: (B, H, D), not rotated; xk, xv: (B, KV, D); caches: contiguous (rows, KV, S, D); angles: complex64 (B, D / 2);
-    positions: int64 (B), of the tokens, which look at the last `window` up to their own.
+    xq: (B, H, D), not rotated; xk, xv: (B, KV, D); caches: (rows, S, KV, D), which lie in memory as
+    (rows, KV, S, D); angles: complex numbers as (B, D);
+    positions: integers (B), of the tokens, which look at the last `window` up to their own.
     """
     bsz, heads, head_dim = xq.shape
-    kv_heads, room = cache_k.shape[1:3]
+    room, kv_heads = cache_k.shape[1:3]
     out = xq.new_empty(xq.shape)
     name = f"attention_{DTYPES[xq.dtype]}"
-    xq, xk, xv, angles = (x.contiguous() for x in (xq, xk, xv, angles))
+    xq, xk, xv, angles, positions = (x.contiguous() for x in (xq, xk, xv, angles, positions.long()))
     call(name, xq, xk, xv, cache_k, cache_v, angles, positions, out, bsz, heads, kv_heads, head_dim, room, window)
     return out

@@ -90,9 +90,22 @@ def mp_sizes(args: ModelArgs) -> list[int]:
     return [m for m in range(1, args.n_heads + 1) if runs(m)]
 
 
-def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes that one model-parallel rank takes for (weights, KV cache)."""
-    weights = sum(part_sizes(args, mp_size).values())
+def is_multiplied(name: str, args: ModelArgs) -> bool:
+    """Whether the tensor is a matrix that every token is multiplied by; the embedding is only where it is tied."""
+    stem, _, kind = name.rpartition(".")
+    embeds = stem == "tok_embeddings" and not args.tied_embeddings
+    return kind == "weight" and stem.rpartition(".")[2] in SPLIT_DIM and not embeds
+
+
+def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype, bits: float | None = None) -> tuple[int, int]:
+    """Bytes that one model-parallel rank takes for (weights, KV cache).
+
+    bits: of a number of the matrices that are multiplied; None: as many as the dtype has.
+    """
+    sizes = part_sizes(args, mp_size)
+    multiplied = sum(size for name, size in sizes.items() if is_multiplied(name, args))
+    share = 1 if bits is None else bits / (8 * dtype.itemsize)
+    weights = sum(sizes.values()) - multiplied + int(multiplied * share)
     heads = max(args.kv_heads // mp_size, 1)
     cache = 2 * args.n_layers * args.max_batch_size * args.max_seq_len * heads * args.head_size
     return weights * dtype.itemsize, cache * dtype.itemsize

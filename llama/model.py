@@ -358,6 +358,17 @@ class Transformer(nn.Module):
         window, window_mask = self.params.sliding_window, mask
         if window is not None and end > window:
             window_mask = attention_mask(positions, end, window)
+        return self.run(tokens, start_pos, freqs_cis, mask, window_mask)
+
+    def run(
+        self,
+        tokens: Tensor,
+        start_pos: StartPos | None,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        window_mask: Tensor | None,
+    ) -> Tensor:
+        """The network itself, of which all else is preparation: (B, T) -> (B, T, dim), normed."""
         h = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer in self.layers:
             h = layer(h, start_pos, freqs_cis, mask if layer.window is None else window_mask)

@@ -22,6 +22,11 @@ SLAB = 1 << 22  # bytes of a matrix that are packed at a time: what is made of t
 LARGEST = {8: (-127.0,), 4: (-8.0, -7.5, -7.0, 7.5)}
 
 
+def bits_of(quantization: Quantization | None) -> float | None:
+    """Of a number in a matrix, with its share of the group's scale; None: as many as its dtype has."""
+    return None if quantization is None else BITS[quantization] + 16 / GROUP[BITS[quantization]]
+
+
 class Panels(nn.Module):
     """W (rows, K). Its state isn't saved: whose matrix it is saves that."""
 
@@ -74,7 +79,7 @@ class IntegerPanels(Panels):
     def __init__(self, weight: Tensor, bits: int):
         super().__init__()
         self.rows, self.columns = weight.shape
-        self.bits, self.dtype = bits, weight.dtype
+        self.bits, self.dtype, self.fast = bits, weight.dtype, kernels.available(weight)
         group = GROUP[bits]
         panels, groups = -(-self.rows // PANEL), -(-self.columns // group)
         integers = weight.new_empty(panels, groups, group * bits // 32, PANEL, 4, dtype=torch.uint8)
@@ -86,7 +91,7 @@ class IntegerPanels(Panels):
         self.scales = nn.Parameter(scales, requires_grad=False)
 
     def product(self, x: Tensor) -> Tensor:
-        if not kernels.available(x):
+        if not self.fast:
             return F.linear(x, self.unpacked())
         return kernels.integer_product(x, self.integers, self.scales, self.rows, self.bits)
 
