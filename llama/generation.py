@@ -34,13 +34,14 @@ from .hf_tokenizer import HFStreamDecoder, HFTokenizer, open_tokenizer
 from .inference import Form
 from .model import Transformer
 from .panels import Quantization, bits_of
+from .prefill import prefill
 from .remote import cache_directory, is_url, local_copy
 from .sampling import sample, sample_top_p, token_logprobs
 from .tokenizer import Dialog, Message, StreamDecoder, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
 
-LOGPROB_CHUNK = 256  # prompt positions whose logits are held at once
+PREFILL_CHUNK = 2048  # tokens of prompts in one forward pass
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -116,6 +117,7 @@ class Llama:
         dtype: str | torch.dtype | None = None,
         compile: bool = False,
         quantization: Quantization | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ) -> "Llama":
         """Load a checkpoint directory on the ranks that run.
 
@@ -127,6 +129,7 @@ class Llama:
 
         compile: let torch.compile make the decoding steps, which takes a while here and less when it was done before.
         quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes.
+        prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
         """
         form = Form(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
@@ -139,6 +142,7 @@ class Llama:
         with parallel.together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
+            check_count("prefill_chunk", prefill_chunk)
             check_seed(seed)
             checkpoint = open_checkpoint(ckpt_dir)
             args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
@@ -150,7 +154,7 @@ class Llama:
             check_memory(args, place, bits_of(quantization))
         model = load_model(checkpoint, args, place, form.take)
         form.finish(model)
-        return Llama(model, tokenizer, seed=seed, today=today)
+        return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk)
 
     def __init__(
         self,
@@ -159,11 +163,13 @@ class Llama:
         *,
         seed: int = 1,
         today: datetime | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter(tokenizer, today or datetime.now())
         self._seed = seed
+        self._prefill_chunk = prefill_chunk
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
         self._current: object = None  # the stream that owns the KV cache
 
@@ -269,20 +275,17 @@ class Llama:
     ) -> Iterator[list[Step]]:
         self._current = ticket = object()
         rows = [self._row(i, prompt, max_gen_len) for i, prompt in enumerate(prompts)]
-        # Right padding: a pad's key is overwritten by the row's own next token before any query can see it.
-        longest = max(map(len, prompts))
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        tokens = torch.tensor(padded, device=self._device)  # (B, T)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self._device)  # (B)
-        h = self.model.hidden_states(tokens, 0, lengths)  # (B, T, dim)
+        rows.sort(key=lambda row: -row.position)  # the longest prompt owns the first slot of the KV cache
+        h, known = prefill(self.model, [prompts[row.index] for row in rows], self._prefill_chunk, echo and logprobs)
         if echo:
-            yield self._echo(prompts, h, tokens, logprobs)
+            yield self._echo(prompts, {row.index: known[i] for i, row in enumerate(rows)} if known else None)
             self._refuse_if_not(ticket)
         live = self._compact(rows, [row for row in rows if row.left > 0])
-        h = h[[row.index for row in live], [row.position - 1 for row in live]]  # (B, dim)
+        h = h[[rows.index(row) for row in live]]  # (B, dim)
         while live:
             chosen, chances = self._choose(self.model.logits(h), live, temperature, top_p, logprobs)
-            yield [r.accept(t, c, self.tokenizer.stop_tokens) for r, t, c in zip(live, chosen, chances, strict=True)]
+            steps = [r.accept(t, c, self.tokenizer.stop_tokens) for r, t, c in zip(live, chosen, chances, strict=True)]
+            yield sorted(steps, key=lambda step: step.row)
             going = [row for row in live if row.finish_reason is None]
             if not going:
                 return
@@ -340,23 +343,15 @@ class Llama:
                 rows[slot] = rows[source]
         return rows[: len(keep)]
 
-    def _echo(self, prompts: list[list[int]], h: Tensor, tokens: Tensor, logprobs: bool) -> list[Step]:
-        """The prompts' own tokens as steps. h: (B, T, dim); tokens: (B, T), padded."""
-        chances: list[list[float | None]] = [[None] * len(prompt) for prompt in prompts]
-        if logprobs:
-            predicted = [torch.zeros(len(prompts), 1, device=self._device)]  # nothing predicts the first token
-            for a in range(0, tokens.shape[1] - 1, LOGPROB_CHUNK):
-                following = tokens[:, 1:][:, a : a + LOGPROB_CHUNK]  # (B, chunk)
-                logits = self.model.logits(h[:, :-1][:, a : a + LOGPROB_CHUNK])  # (B, chunk, vocab_size)
-                predicted.append(token_logprobs(logits, following))
-            chances = torch.cat(predicted, dim=1).tolist()
+    def _echo(self, prompts: list[list[int]], chances: dict[int, list[float]] | None) -> list[Step]:
+        """The prompts' own tokens as steps; chances: their logprobs, by row, where asked for."""
         steps = []
         for row, prompt in enumerate(prompts):
             decoder = self.tokenizer.stream_decoder()
             texts = [decoder.push(token) for token in prompt]
             texts[-1] += decoder.flush()
-            pieces = zip(prompt, texts, chances[row][: len(prompt)], strict=True)
-            steps += [Step(row, token, text, chance) for token, text, chance in pieces]
+            logprobs = [None] * len(prompt) if chances is None else chances[row]
+            steps += [Step(row, t, text, c) for t, text, c in zip(prompt, texts, logprobs, strict=True)]
         return steps
 
     def _row(self, index: int, prompt: list[int], max_gen_len: int | None) -> _Row:

@@ -167,7 +167,7 @@ def test_finished_rows_cost_nothing(tiny_dir: Path, monkeypatch: pytest.MonkeyPa
     prompts = [[1] * 90, [2] * 20, [3] * 93]  # 6, 76 and 3 tokens fit
     tokens, _ = llama.generate(prompts, None, temperature=0)
     assert [len(t) for t in tokens] == [6, 76, 3]
-    assert shapes == [(3, 93)] + [(3, 1)] * 2 + [(2, 1)] * 3 + [(1, 1)] * 70
+    assert shapes == [(3, 20), (2, 73)] + [(3, 1)] * 2 + [(2, 1)] * 3 + [(1, 1)] * 70
     llama.tokenizer.stop_tokens = set()
     assert tokens[1] == greedy_by_hand(llama, prompts[1], 76)
 
