@@ -50,7 +50,8 @@ def load(directory: Path, dtype: str) -> dict[str, float]:
     """Load it in a process of its own, which says seconds and bytes."""
     with tempfile.TemporaryDirectory() as out:
         environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)}
-        subprocess.run([sys.executable, str(PROGRAM), f"{out}/r", dtype, str(directory)], check=True, env=environment)
+        program = (str(PROGRAM), f"{out}/r", "plain", dtype, str(directory))
+        subprocess.run([sys.executable, *program], check=True, env=environment)
         return json.loads(Path(f"{out}/r.0").read_text())[0]
 
 

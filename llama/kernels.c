@@ -1,13 +1,18 @@
 /* Products of a few rows with a large matrix, as fast as the matrix is read, and attention of one new token a row.
  *
  * Knows numbers in memory; knows no tensors and no model. kernels.py compiles it for the processor that it runs on, and
- * says what its arguments are. Vectors are GNU C's, which any processor has; two products are the x86 instructions that
- * were made for them where there are those.
+ * says what its arguments are. Vectors are GNU C's, of 64 bytes, and where a processor's are shorter nothing is compiled:
+ * that took half a minute, and torch's own products were 3 to 15 times as fast. Two products are the x86 instructions
+ * that were made for them where there are those.
  *
  * A packed matrix W (N, K) is a row of panels of 64 rows each. In a panel the 64 rows' numbers of one step along K stand
  * side by side, 4 bytes a row: one float, two bfloat16, or four integers. So one panel is read from its first byte to its
  * last, and each vector that is read is multiplied by one number, or one pair or four, of x.
  */
+
+#ifndef __AVX512F__
+#error "vectors of 64 bytes are needed"
+#endif
 
 #include <omp.h>
 #include <stdint.h>
@@ -16,7 +21,8 @@
 #include <immintrin.h>
 #endif
 
-enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6, INTEGER_ROWS = 4, POSITIONS = 128 };
+enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6, INTEGER_ROWS = 4 };
+enum { GROUP8 = 64, GROUP4 = 32 };
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -28,6 +34,7 @@ typedef halves loose_halves __attribute__((aligned(2), may_alias));
 typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
+#define ENTRY static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -109,25 +116,29 @@ INLINE void tile(int rows, const char *x, const char *w, char *y, long K, long N
     write_rows(sum, rows, y, N, count, bf16);
 }
 
-INLINE void product(const char *x, const char *w, char *y, long M, long N, long K, int bf16, int threads) {
-    const long panels = (N + PANEL - 1) / PANEL, size = bf16 ? 2 : 4;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (long p = 0; p < panels; p++) {
-        const char *panel = w + p * PANEL * K * size;
-        for (long m = 0; m < M; m += FLOAT_ROWS) {
-            const char *rows = x + m * K * size;
-            char *out = y + (m * N + p * PANEL) * size;
-            const long count = left(p * PANEL, PANEL, N);
-            switch (left(m, FLOAT_ROWS, M)) {  /* each number of rows is compiled by itself, its sums in registers */
-                case 1: tile(1, rows, panel, out, K, N, count, bf16); break;
-                case 2: tile(2, rows, panel, out, K, N, count, bf16); break;
-                case 3: tile(3, rows, panel, out, K, N, count, bf16); break;
-                case 4: tile(4, rows, panel, out, K, N, count, bf16); break;
-                case 5: tile(5, rows, panel, out, K, N, count, bf16); break;
-                default: tile(6, rows, panel, out, K, N, count, bf16);
-            }
+INLINE void panel_product(long p, const char *x, const char *w, char *y, long M, long N, long K, int bf16) {
+    const long size = bf16 ? 2 : 4, count = left(p * PANEL, PANEL, N);
+    const char *panel = w + p * PANEL * K * size;
+    for (long m = 0; m < M; m += FLOAT_ROWS) {
+        const char *rows = x + m * K * size;
+        char *out = y + (m * N + p * PANEL) * size;
+        switch (left(m, FLOAT_ROWS, M)) {  /* each number of rows is compiled by itself, its sums in registers */
+            case 1: tile(1, rows, panel, out, K, N, count, bf16); break;
+            case 2: tile(2, rows, panel, out, K, N, count, bf16); break;
+            case 3: tile(3, rows, panel, out, K, N, count, bf16); break;
+            case 4: tile(4, rows, panel, out, K, N, count, bf16); break;
+            case 5: tile(5, rows, panel, out, K, N, count, bf16); break;
+            default: tile(6, rows, panel, out, K, N, count, bf16);
         }
     }
+}
+
+/* Of what stands in a parallel loop the compiler takes no argument for a constant: here and below, a branch says it. */
+ENTRY void product(const char *x, const char *w, char *y, long M, long N, long K, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
+        if (bf16) panel_product(p, x, w, y, M, N, K, 1);
+        else panel_product(p, x, w, y, M, N, K, 0);
 }
 
 void product_float(const char *x, const char *w, char *y, long M, long N, long K, int threads) {
@@ -155,33 +166,30 @@ void pack(const loose_word *source, uint32_t *target, long N, long steps, int th
 
 /* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale ------------------------- */
 
-/* Each group of x to signed bytes, with its own scale and the sum of its bytes. x begins `lead` numbers into its first
- * group, and what the last one lacks is zeros. */
-static void round_to_bytes(const void *x, int bf16, long K, long lead, long group, long groups,
-                           int8_t *bytes, float *scales, int32_t *sums) {
-    for (long g = 0; g < groups; g++) {
-        const long first = g * group - lead, from = first < 0 ? 0 : first, to = from + left(first, group, K) - (from - first);
+/* Each group of x to signed bytes, with its own scale and the sum of its bytes. What the last one lacks is zeros. */
+INLINE void round_to_bytes(const char *x, long K, long group, int8_t *bytes, float *scales, int32_t *sums, int bf16) {
+    for (long g = 0; g * group < K; g++) {
+        const long from = g * group, count = left(from, group, K);
         float most = 0;
-        for (long k = from; k < to; k++) {
+        for (long k = from; k < from + count; k++) {
             const float size = __builtin_fabsf(get(x, k, bf16));
             most = size > most || size != size ? size : most;  /* NaN stays, to be seen in the logits */
         }
-        const float scale = most / 127, inverse = most > 0 ? 127 / most : 0;
+        const float inverse = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
-        memset(bytes + g * group, 0, (size_t)group);
-        for (long k = from; k < to; k++) {
-            const int8_t byte = (int8_t)__builtin_rintf(get(x, k, bf16) * inverse);
-            bytes[k - first + g * group] = byte;
-            sum += byte;
+        memset(bytes + from, 0, (size_t)group);
+        for (long k = from; k < from + count; k++) {
+            bytes[k] = (int8_t)__builtin_rintf(get(x, k, bf16) * inverse);
+            sum += bytes[k];
         }
-        scales[g] = scale;
+        scales[g] = most / 127;
         sums[g] = sum;
     }
 }
 
 INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_scales, const int32_t *x_sums, const char *w,
-                         const uint16_t *scales, char *y, long N, long group, long groups, long count, int bf16) {
-    const long steps = group * bits / 32, length = group * groups;
+                         const uint16_t *scales, char *y, long N, long groups, long count, int bf16) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, steps = group * bits / 32, length = group * groups;
     const int32_t zero = bits == 8 ? 128 : 8;  /* what stands for 0 */
     floats total[INTEGER_ROWS][VECTORS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
@@ -208,38 +216,48 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
     write_rows(total, rows, y, N, count, bf16);
 }
 
-INLINE void integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
-                            long lead, long group, char *room, int bf16, int threads) {
-    const long panels = (N + PANEL - 1) / PANEL, groups = (lead + K + group - 1) / group, size = bf16 ? 2 : 4;
+INLINE void integer_panel_product(int bits, long p, const int8_t *x, const float *x_scales, const int32_t *x_sums,
+                                  const char *w, const uint16_t *scales, char *y, long M, long N, long groups, int bf16) {
+    const long count = left(p * PANEL, PANEL, N), group = bits == 8 ? GROUP8 : GROUP4;
+    const char *panel = w + p * groups * group * PANEL * bits / 8;
+    for (long m = 0; m < M; m += INTEGER_ROWS) {
+#define TILE(rows) integer_tile(rows, bits, x + m * groups * group, x_scales + m * groups, x_sums + m * groups, panel, \
+        scales + p * groups * PANEL, y + (m * N + p * PANEL) * (bf16 ? 2 : 4), N, groups, count, bf16)
+        switch (left(m, INTEGER_ROWS, M)) {
+            case 1: TILE(1); break;
+            case 2: TILE(2); break;
+            case 3: TILE(3); break;
+            default: TILE(4);
+        }
+    }
+}
+
+ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
+                           char *room, int bf16, int threads) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, groups = (K + group - 1) / group;
     float *x_scales = (float *)room;  /* room: M x groups x (4 + 4 + group) bytes */
     int32_t *x_sums = (int32_t *)(x_scales + M * groups);
     int8_t *bytes = (int8_t *)(x_sums + M * groups);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
-        for (long m = 0; m < M; m++)
-            round_to_bytes(x + m * K * size, bf16, K, lead, group, groups, bytes + m * groups * group,
-                           x_scales + m * groups, x_sums + m * groups);
+        for (long m = 0; m < M; m++) {
+#define ROUND(bf16) round_to_bytes(x + m * K * (bf16 ? 2 : 4), K, group, bytes + m * groups * group, x_scales + m * groups, \
+        x_sums + m * groups, bf16)
+            if (bf16) ROUND(1);
+            else ROUND(0);
+        }
 #pragma omp for schedule(dynamic, 4)
-        for (long p = 0; p < panels; p++)
-            for (long m = 0; m < M; m += INTEGER_ROWS) {
-#define TILE(rows) integer_tile(rows, bits, bytes + m * groups * group, x_scales + m * groups, x_sums + m * groups, \
-        w + p * groups * group * PANEL * bits / 8, scales + p * groups * PANEL, y + (m * N + p * PANEL) * size, \
-        N, group, groups, left(p * PANEL, PANEL, N), bf16)
-                switch (left(m, INTEGER_ROWS, M)) {
-                    case 1: TILE(1); break;
-                    case 2: TILE(2); break;
-                    case 3: TILE(3); break;
-                    default: TILE(4);
-                }
-            }
+        for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
+            if (bits == 8) integer_panel_product(8, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
+            else integer_panel_product(4, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
     }
 }
 
 #define INTEGER_PRODUCT(name, bits, bf16) \
-    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, long lead, long group, \
-              char *room, int threads) { \
-        integer_product(bits, x, w, scales, y, M, N, K, lead, group, room, bf16, threads); \
+    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, char *room, \
+              int threads) { \
+        integer_product(bits, x, w, scales, y, M, N, K, room, bf16, threads); \
     }
 INTEGER_PRODUCT(product_int8_float, 8, 0)
 INTEGER_PRODUCT(product_int8_bf16, 8, 1)
@@ -263,16 +281,19 @@ INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) /
 
 INLINE float rounded(float x, int bf16) { return bf16 ? widen(narrow(x)) : x; }
 
-INLINE void rms_norm(const char *x, const char *weight, char *y, long M, long D, double eps, int bf16, int threads) {
-#pragma omp parallel for num_threads(threads) if (M > 8)
-    for (long m = 0; m < M; m++) {
-        float squares = 0;
+INLINE void norm_row(const char *x, const char *weight, char *y, long D, double eps, int bf16) {
+    float squares = 0;
 #pragma omp simd reduction(+ : squares)
-        for (long d = 0; d < D; d++) squares += get(x, m * D + d, bf16) * get(x, m * D + d, bf16);
-        const float scale = 1 / __builtin_sqrtf(squares / (float)D + (float)eps);
-        for (long d = 0; d < D; d++)
-            put(y, m * D + d, bf16, rounded(get(x, m * D + d, bf16) * scale, bf16) * get(weight, d, bf16));
-    }
+    for (long d = 0; d < D; d++) squares += get(x, d, bf16) * get(x, d, bf16);
+    const float scale = 1 / __builtin_sqrtf(squares / (float)D + (float)eps);
+    for (long d = 0; d < D; d++) put(y, d, bf16, rounded(get(x, d, bf16) * scale, bf16) * get(weight, d, bf16));
+}
+
+ENTRY void rms_norm(const char *x, const char *weight, char *y, long M, long D, double eps, int bf16, int threads) {
+#pragma omp parallel for num_threads(threads) if (M > 8)
+    for (long m = 0; m < M; m++)
+        if (bf16) norm_row(x + m * D * 2, weight, y + m * D * 2, D, eps, 1);
+        else norm_row(x + m * D * 4, weight, y + m * D * 4, D, eps, 0);
 }
 
 INLINE floats swiglu_of(floats a, floats b, int bf16) {
@@ -282,10 +303,12 @@ INLINE floats swiglu_of(floats a, floats b, int bf16) {
     return (bf16 ? widened(narrowed(a * sigmoid)) : a * sigmoid) * b;
 }
 
-INLINE void swiglu(const char *a, const char *b, char *y, long count, int bf16, int threads) {
+ENTRY void swiglu(const char *a, const char *b, char *y, long count, int bf16, int threads) {
     const long size = bf16 ? 2 : 4, whole = count / LANES;
 #pragma omp parallel for num_threads(threads) if (count > 16384)
-    for (long i = 0; i < whole; i++) store(y, i, swiglu_of(load(a, i, bf16), load(b, i, bf16), bf16), bf16);
+    for (long i = 0; i < whole; i++)
+        if (bf16) store(y, i, swiglu_of(load(a, i, 1), load(b, i, 1), 1), 1);
+        else store(y, i, swiglu_of(load(a, i, 0), load(b, i, 0), 0), 0);
     if (whole * LANES < count) {
         char rest[3][LANES * 4] = {{0}};
         const long from = whole * LANES * size, bytes = count * size - from;
@@ -328,9 +351,9 @@ INLINE floats largest(floats x) {
 }
 
 /* Turn each pair of neighbours of x (D) by its angle, a complex number, and round as the cache does. */
-INLINE void rotate(const void *x, long at, const float *angles, float *out, long D, int bf16) {
+INLINE void rotate(const void *x, const float *angles, float *out, long D, int bf16) {
     for (long d = 0; d < D; d += 2) {
-        const float a = get(x, at + d, bf16), b = get(x, at + d + 1, bf16), cosine = angles[d], sine = angles[d + 1];
+        const float a = get(x, d, bf16), b = get(x, d + 1, bf16), cosine = angles[d], sine = angles[d + 1];
         out[d] = a * cosine - b * sine;
         out[d + 1] = a * sine + b * cosine;
     }
@@ -385,31 +408,40 @@ INLINE void attend_head(const floats *q, const char *keys, const char *values, f
     }
 }
 
+/* One key/value head of one row: its new key and value to the caches, (S, D), and its queries over what stands there. */
+INLINE void attention_head(const char *q, const char *k, const char *v, char *keys, char *values, const float *angles,
+                           char *out, long group, long D, long end, long window, int bf16) {
+    const long size = bf16 ? 2 : 4, from = end > window ? end - window : 0;
+    floats turned_[group][D / LANES], sums_[group][D / LANES];
+    float(*turned)[D] = (float(*)[D])turned_, *sums = (float *)sums_;
+    rotate(k, angles, turned[0], D, bf16);
+    for (long d = 0; d < D; d++) put(keys, (end - 1) * D + d, bf16, turned[0][d]);
+    memcpy(values + (end - 1) * D * size, v, (size_t)(D * size));
+    for (long g = 0; g < group; g++) {
+        rotate(q + g * D * size, angles, turned[g], D, bf16);
+        for (long d = 0; d < D; d++) turned[g][d] /= __builtin_sqrtf((float)D);
+    }
+    switch (D) {  /* the usual sizes are compiled by themselves */
+        case 64: attend_head(turned_[0], keys, values, sums_[0], group, 4, from, end, bf16); break;
+        case 128: attend_head(turned_[0], keys, values, sums_[0], group, 8, from, end, bf16); break;
+        default: attend_head(turned_[0], keys, values, sums_[0], group, D / LANES, from, end, bf16);
+    }
+    for (long i = 0; i < group * D; i++) put(out, i, bf16, sums[i]);
+}
+
 /* q (B, H, D), k and v (B, KV, D) of the tokens at `positions` (B); angles (B, D / 2) complex; out (B, H, D). Writes the
  * rotated keys, and the values, into the caches (rows, KV, S, D) and attends to what stands there, the last `window`. */
-INLINE void attention(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                      const int64_t *positions, char *out, long B, long H, long KV, long D, long S, long window, int bf16,
-                      int threads) {
-    const long group = H / KV, size = bf16 ? 2 : 4;
+ENTRY void attention(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                     const int64_t *positions, char *out, long B, long H, long KV, long D, long S, long window, int bf16,
+                     int threads) {
+    const long group = H / KV, head = D * (bf16 ? 2 : 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long task = 0; task < B * KV; task++) {
-        const long b = task / KV, end = positions[b] + 1, from = end > window ? end - window : 0;
-        char *keys = cache_k + task * S * D * size, *values = cache_v + task * S * D * size;
-        floats turned_[group][D / LANES], sums_[group][D / LANES];
-        float(*turned)[D] = (float(*)[D])turned_, *sums = (float *)sums_;
-        rotate(k, task * D, angles + b * D, turned[0], D, bf16);
-        for (long d = 0; d < D; d++) put(keys, (end - 1) * D + d, bf16, turned[0][d]);
-        memcpy(values + (end - 1) * D * size, v + task * D * size, (size_t)(D * size));
-        for (long g = 0; g < group; g++) {
-            rotate(q, (task * group + g) * D, angles + b * D, turned[g], D, bf16);
-            for (long d = 0; d < D; d++) turned[g][d] /= __builtin_sqrtf((float)D);
-        }
-        switch (D) {  /* the usual sizes are compiled by themselves */
-            case 64: attend_head(turned_[0], keys, values, sums_[0], group, 4, from, end, bf16); break;
-            case 128: attend_head(turned_[0], keys, values, sums_[0], group, 8, from, end, bf16); break;
-            default: attend_head(turned_[0], keys, values, sums_[0], group, D / LANES, from, end, bf16);
-        }
-        for (long i = 0; i < group * D; i++) put(out, task * group * D + i, bf16, sums[i]);
+#define HEAD(bf16) attention_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
+        cache_v + task * S * head, angles + task / KV * D, out + task * group * head, group, D, positions[task / KV] + 1, \
+        window, bf16)
+        if (bf16) HEAD(1);
+        else HEAD(0);
     }
 }
 

@@ -1,6 +1,7 @@
 """The products of kernels.c on tensors. Compiled once for each processor, in about 2 seconds, and kept in a cache.
 
-Knows tensors; knows no layers. Where there is no compiler, or nothing that it made can be loaded, `available` says so.
+Knows tensors; knows no layers. Where there is no compiler, or nothing for this processor that it made and that can be
+loaded, `available` says so.
 """
 
 import ctypes
@@ -23,7 +24,15 @@ from .remote import cache_home
 LANES = 16  # floats of a vector
 PANEL = 64  # rows of a matrix whose numbers stand side by side
 WORD = 4  # bytes of a row that stand together
-FLAGS = ["-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+FLAGS = [
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
 SECONDS_TO_COMPILE = 120
 
@@ -187,7 +196,7 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
     count = x.numel() // columns
     room = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
     name = f"product_int{bits}_{DTYPES[x.dtype]}"
-    call(name, x, integers, scales, y, count, rows, columns, 0, group, room)
+    call(name, x, integers, scales, y, count, rows, columns, room)
     return y
 
 

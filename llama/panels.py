@@ -16,7 +16,7 @@ from .mapped import let_go, mapped_ranges
 
 Quantization = Literal["int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
-GROUP = {8: 64, 4: 32}  # numbers of a row that share a scale
+GROUP = {8: 64, 4: 32}  # numbers of a row that share a scale, as in kernels.c
 SLAB = 1 << 22  # bytes of a matrix that are packed at a time: what is made of them stays in the cache
 # What a group's number of the largest size becomes, of those that 4 bits have: the best is found by trying.
 LARGEST = {8: (-127.0,), 4: (-8.0, -7.5, -7.0, 7.5)}

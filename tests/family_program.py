@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node N tests/family_program.py JOBS.json
 
-JOBS.json is a list of {"directory": a checkpoint, "rows": two rows of tokens, "ways": names of WAYS, "output": the file
-that rank 0 writes with torch.save}. Each way of asking gives the logits of all its positions.
+JOBS.json is a list of {"directory": a checkpoint, "rows": two rows of tokens, "ways": names of WAYS, "fast": those that
+the fast form is asked in too, "output": the file that rank 0 writes with torch.save}. Each way of asking gives the
+logits of all its positions.
 """
 
 import json
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama.checkpoint import load_model, open_checkpoint
+from llama.inference import Form
 from llama.model import Transformer
 from llama.parallel import initialize
 
@@ -52,13 +54,26 @@ WAYS: dict[str, Callable[[Transformer, Tensor], Tensor]] = {
 }
 
 
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """On every rank, which has a part of its own."""
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def main(jobs: str) -> None:
     place = initialize(device="cpu", dtype=torch.float32)
     for job in json.loads(Path(jobs).read_text()):
         checkpoint, rows = open_checkpoint(job["directory"]), torch.tensor(job["rows"])
-        model = load_model(checkpoint, replace(checkpoint.sizes, **SIZES), place)
+        args, form = replace(checkpoint.sizes, **SIZES), Form()
+        model = load_model(checkpoint, args, place)
         with torch.no_grad():
             result = {way: WAYS[way](model, rows) for way in job["ways"]}
+        if job["fast"]:
+            fast = load_model(checkpoint, args, place, form.take)
+            form.finish(fast)
+            with torch.no_grad():
+                result |= {f"{way}, fast": WAYS[way](fast, rows) for way in job["fast"]}
+            assert_same(fast.state_dict(), model.state_dict())
         result["bytes"] = torch.tensor([sum(x.nbytes for x in xs) for xs in (model.parameters(), model.buffers())])
         result["tied"] = torch.tensor(model.output.weight is model.tok_embeddings.weight)
         if dist.get_rank() == 0:

@@ -1,8 +1,9 @@
 """What tests/test_memory.py and benchmarks/loading.py run on ranks: loads checkpoints and says what it took.
 
-    torchrun --nproc_per_node M tests/memory_program.py OUTPUT DTYPE CKPT_DIR...
+    torchrun --nproc_per_node M tests/memory_program.py OUTPUT plain|fast DTYPE CKPT_DIR...
 
-Writes to OUTPUT.RANK, as JSON, for each directory: seconds, and the bytes of private memory at their peak.
+Writes to OUTPUT.RANK, as JSON, for each directory: seconds, the bytes of private memory before and at their peak, and
+of all that was resident, with the files' pages.
 """
 
 import gc
@@ -16,18 +17,26 @@ import torch.distributed as dist
 
 from llama import parallel
 from llama.checkpoint import load_model, open_checkpoint
-from llama.measure import Peak
+from llama.inference import Form
+from llama.measure import Peak, status_bytes
 
 
-def main(output: str, dtype: str, *directories: str) -> None:
+def main(output: str, form: str, dtype: str, *directories: str) -> None:
     place = parallel.initialize(device="cpu", dtype=dtype)
     results = []
     for directory in directories:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), status_bytes("RssAnon")
         with Peak() as peak:
             checkpoint = open_checkpoint(directory)
-            model = load_model(checkpoint, replace(checkpoint.sizes, max_seq_len=8, max_batch_size=1), place)
-        results.append({"seconds": time.perf_counter() - started, "peak": peak.private})
+            args = replace(checkpoint.sizes, max_seq_len=8, max_batch_size=1)
+            if form == "plain":
+                model = load_model(checkpoint, args, place)
+            else:
+                fast = Form()
+                model = load_model(checkpoint, args, place, fast.take)
+                fast.finish(model)
+        results.append({"seconds": time.perf_counter() - started, "before": before})
+        results[-1] |= {"peak": peak.private, "resident": peak.resident}
         results[-1]["shard"] = sum(p.nbytes for p in model.parameters())
         del model, checkpoint
         gc.collect()

@@ -31,6 +31,7 @@ from llama.parallel import Place
 SWITCH = 8  # the length past which scaled rotary embeddings may change: SHORT and the first prompt end below it
 WAYS = ("whole", "whole through the cache", "token by token", "ragged rows")
 CONVERTED_WAYS = ["whole", "token by token"]
+FAST_WAYS = {1: WAYS, 2: WAYS[-1:]}  # in which the fast form is compared too, on so many ranks
 COUNTS = (1, 2, 4, 8)  # of shards, and of ranks
 Logits = dict[str, Tensor]
 
@@ -103,8 +104,11 @@ KINDS = {
 
 
 def make_model(family: str, config: dict[str, Any], seed: int) -> PreTrainedModel:
-    """Random weights, large enough for attention to have preferences; norms and biases are random too."""
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    """Random weights, large enough for attention to have preferences; norms and biases are random too.
+
+    Heads have 16 numbers unless `config` says otherwise: the fast form has a kernel for some sizes only.
+    """
+    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2}
     made = AutoConfig.for_model(family, **{**sizes, **copy.deepcopy(config)})
     model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
@@ -201,7 +205,12 @@ def shard(tensors: dict[str, Tensor], rank: int, count: int, kv_heads: int, embe
 def write_meta(directory: Path, meta: Meta) -> PreTrainedModel:
     sizes = META_SIZES
     width = hidden_size(sizes.dim, sizes.multiple_of, sizes.ffn_dim_multiplier)
-    config = {"intermediate_size": width, "rms_norm_eps": sizes.norm_eps, **rope("default", sizes.rope_theta)}
+    config = {
+        "hidden_size": sizes.dim,
+        "intermediate_size": width,
+        "rms_norm_eps": sizes.norm_eps,
+        **rope("default", sizes.rope_theta),
+    }
     model = make_model("llama", config | meta.config, 7)
     kv_heads = model.config.num_key_value_heads
     tensors = to_meta(model.state_dict(), replace(sizes, n_kv_heads=kv_heads))
@@ -248,6 +257,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         jobs = [
             {"directory": str(directories[n]), "output": f"{directories[n]}.{ranks}", "rows": rows.tolist()}
             | {"ways": WAYS if n in KINDS else WAYS[:1] if n in METAS else CONVERTED_WAYS}
+            | {"fast": FAST_WAYS.get(ranks, ()) if n in KINDS else ()}
             for n in (METAS if ranks == 8 else directories)
         ]
         (root / "jobs.json").write_text(json.dumps(jobs))
@@ -276,6 +286,12 @@ def read_hf(directory: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face_layout(world: World, kind: str, way: str, ranks: int) -> None:
     assert_close(world.found(kind, ranks)[way], world.expected(kind)[way])
+
+
+@pytest.mark.parametrize(("ranks", "way"), [(ranks, way) for ranks, ways in FAST_WAYS.items() for way in ways])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fast_form(world: World, kind: str, way: str, ranks: int) -> None:
+    assert_close(world.found(kind, ranks)[f"{way}, fast"], world.expected(kind)[way])
 
 
 @pytest.mark.parametrize("ranks", COUNTS)

@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_program
 
+from llama import kernels
 from llama.checkpoint import open_checkpoint
 from llama.hf_config import config_of
 from llama.hf_format import hf_name
 from llama.layout import part_sizes, split_dim, tensor_shapes
+from llama.mapped import let_go, mapped_ranges
+from llama.measure import status_bytes
 from llama.meta_format import params_of
 from llama.model import ModelArgs
 
@@ -24,6 +27,7 @@ ARGS = ModelArgs(dim=2048, n_layers=8, n_heads=16, n_kv_heads=8, vocab_size=3200
 SHAPES = tensor_shapes(ARGS)
 LARGEST = max(torch.Size(shape).numel() for shape in SHAPES.values())
 ALLOWED = 300 * 10**6
+FREED = 50 * 10**6  # that waits to be used again
 
 
 def write_shards(directory: Path, shards: int) -> Path:
@@ -65,7 +69,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 def test_a_rank_takes_its_shard_and_a_tensor_more(
     directories: dict[str, Path], tmp_path: Path, ranks: int, dtype: str
 ) -> None:
-    program = ("tests/memory_program.py", str(tmp_path / "out"), dtype, *map(str, directories.values()))
+    program = ("tests/memory_program.py", str(tmp_path / "out"), "plain", dtype, *map(str, directories.values()))
     done = run_program(*program, ranks=ranks if ranks > 1 else 0)
     assert done.returncode == 0, done.stderr
     itemsize = getattr(torch, dtype).itemsize
@@ -76,6 +80,44 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
             assert result["peak"] <= result["shard"] + LARGEST * itemsize + ALLOWED, (name, rank)
             if (name, dtype) == (f"{ranks} shards", "bfloat16"):
                 assert result["peak"] <= ALLOWED, "what is as it will be used stays mapped"
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+@pytest.mark.parametrize(
+    ("names", "dtype"), [(("1 shards", "safetensors"), "bfloat16"), (("1 shards",), "float32")], ids=["mapped", "cast"]
+)
+def test_the_fast_form_is_packed_tensor_by_tensor(
+    directories: dict[str, Path], tmp_path: Path, names: tuple[str, ...], dtype: str
+) -> None:
+    """What is packed is held once: neither as it was before, nor, where it was used as it lies there, in the file."""
+    paths = [str(directories[name]) for name in names]
+    done = run_program("tests/memory_program.py", str(tmp_path / "out"), "fast", dtype, *paths)
+    assert done.returncode == 0, done.stderr
+    itemsize = getattr(torch, dtype).itemsize
+    sizes = part_sizes(ARGS, 1)
+    shard, embedding = sum(sizes.values()) * itemsize, sizes["tok_embeddings.weight"] * itemsize
+    for name, result in zip(names, json.loads(Path(f"{tmp_path / 'out'}.0").read_text()), strict=True):
+        taken = result["peak"] - result["before"]
+        assert shard - embedding <= taken <= shard + LARGEST * itemsize + 3 * FREED, name
+        if (name, dtype) == ("1 shards", "bfloat16"):
+            assert taken <= shard - embedding + FREED
+            assert result["resident"] <= shard - embedding + 2 * ALLOWED, "a file's pages are let go of"
+
+
+def test_letting_go_takes_nothing_from_others(tmp_path: Path) -> None:
+    """A file's pages leave this process and are read again; other memory, and what is only partly a file, stays."""
+    size = 1 << 26
+    (tmp_path / "file").write_bytes(bytes(range(256)) * (size // 256))
+    mapped = torch.from_file(str(tmp_path / "file"), size=size, dtype=torch.uint8)
+    own, total = mapped.clone(), int(mapped.sum(dtype=torch.int64))
+    ranges, before = mapped_ranges(), status_bytes("RssFile")
+    for tensor in (own, mapped[5000:9000], mapped[1:2], mapped[:0], mapped[-1:]):
+        let_go(tensor, ranges)
+    let_go(mapped, [])
+    assert status_bytes("RssFile") > before - size / 2
+    let_go(mapped, ranges)
+    assert status_bytes("RssFile") < before - size / 2
+    assert int(own.sum(dtype=torch.int64)) == int(mapped.sum(dtype=torch.int64)) == total
 
 
 @pytest.mark.parametrize(("source", "to", "mp_size"), [("4 shards", "hf", 1), ("safetensors", "meta", 2)])
