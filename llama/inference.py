@@ -64,6 +64,28 @@ class PackedLinear(nn.Module):
                 del self.weight
         return super().train(mode)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        """To another dtype or device, where the matrix is packed anew, or can't be."""
+        packed, self.panels = self.panels, None
+        super()._apply(fn, recurse)
+        if packed is not None:
+            weight = fn(packed.unpacked())
+            self.panels = self.pack(weight)
+            if self.panels is None:
+                self.weight = nn.Parameter(weight)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        if self.panels is not None:
+            loaded_elsewhere(prefix + "weight", state, *rest)
+            own = self.panels.unpacked()
+            weight = state.get(prefix + "weight", own)
+            if weight.shape == own.shape:
+                self.panels = self.pack(weight.to(own))
+            else:
+                rest[-1].append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} is not {tuple(own.shape)}")
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
@@ -101,7 +123,7 @@ class FastAttention(Attention):
         self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
         bsz, seqlen, _, head_dim = xq.shape
-        if start_pos is None or seqlen > 1 or head_dim % kernels.LANES:
+        if start_pos is None or seqlen > 1 or head_dim % kernels.LANES or not kernels.takes(xq):
             return super().attend(xq, xk, xv, start_pos, freqs_cis, mask)
         cache_k, cache_v = self.caches(xk)
         angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
@@ -113,12 +135,14 @@ class FastAttention(Attention):
 
 class FastNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else kernels.rms_norm(x, self.weight, self.eps)
+        plain = torch.is_grad_enabled() or not kernels.takes(x)
+        return super().forward(x) if plain else kernels.rms_norm(x, self.weight, self.eps)
 
 
 class FastFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if torch.is_grad_enabled() else self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
+        plain = torch.is_grad_enabled() or not kernels.takes(x)
+        return super().forward(x) if plain else self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
 
 
 class PackedEmbedding(nn.Module):
@@ -136,6 +160,10 @@ class PackedEmbedding(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
 
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        loaded_elsewhere(prefix + "weight", state, *rest)  # by the output layer
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> (B, T, dim)."""
         output = self._output[0]
@@ -152,12 +180,27 @@ class FastEmbedding(VocabParallelEmbedding):
 
 
 def looked_up(tokens: Tensor, lookup: Callable[[Tensor], Tensor], first: int, count: int) -> Tensor:
-    """Rows of a matrix of which this rank has `count`, from `first` on."""
-    if get_model_parallel_world_size() == 1:
-        return lookup(tokens)
+    """Rows of a matrix of which this rank has `count`, from `first` on; zeros for those that no rank has."""
     own = tokens - first
     here = (own >= 0) & (own < count)
-    return summed(lookup(own.where(here, 0)) * here[..., None])
+    rows = lookup(own.where(here, 0)) * here[..., None]
+    return rows if get_model_parallel_world_size() == 1 else summed(rows)
+
+
+def loaded_elsewhere(
+    key: str,
+    state: dict[str, Tensor],
+    _: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    *rest: object,
+) -> None:
+    """Tell torch's loading of a state that a tensor which isn't a parameter here has its use."""
+    if key in unexpected:
+        unexpected.remove(key)
+    if strict and key not in state:
+        missing.append(key)
 
 
 def summed(x: Tensor) -> Tensor:
@@ -223,6 +266,7 @@ class Form:
                     cast(FastAttention, layer.attention).window = layer.window
                 elif type(layer) in FASTER:
                     layer.__class__ = FASTER[type(layer)]
+        model.eval()  # which packed layers are
         if self.compile:
             compile_steps(model, all(reads_own_positions(layer) for layer in model.layers))
 

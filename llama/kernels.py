@@ -85,9 +85,14 @@ def compile_to(path: Path, source: Path, compiler: str) -> None:
         os.replace(linked, path)
 
 
+def takes(x: Tensor) -> bool:
+    """Whether `x` is what kernels compute with, where there are any."""
+    return x.device.type == "cpu" and x.dtype in DTYPES
+
+
 def available(like: Tensor) -> bool:
     """Whether there are kernels for tensors such as this one."""
-    return like.device.type == "cpu" and like.dtype in DTYPES and library() is not None
+    return takes(like) and library() is not None
 
 
 def call(name: str, *arguments: Tensor | int | float) -> None:

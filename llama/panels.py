@@ -47,6 +47,9 @@ class Panels(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         pass
 
+    def _load_from_state_dict(self, *_: object) -> None:
+        pass
+
 
 class FloatPanels(Panels):
     """The matrix as it is, bit for bit."""
