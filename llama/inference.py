@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .errors import LlamaError
+from .mapped import trim
 from .model import Attention, FeedForward, RMSNorm, StartPos, Transformer, TransformerBlock
 from .panels import BITS, FloatPanels, IntegerPanels, Panels, Quantization
 from .steps import compile_steps
@@ -248,6 +249,7 @@ class Form:
         layer = model.get_submodule(owner_name)
         if kind != "weight":
             return
+        trim()  # what the tensor before this one was made from
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
             model.set_submodule(owner_name, PackedLinear(layer, self._pack))
         elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:

@@ -1,4 +1,4 @@
-"""Memory that is a file: which of it is, and how to let go of what was read. Knows addresses; knows no format.
+"""Memory to let go of: what was read of a mapped file, and what was freed. Knows addresses; knows no format.
 
 Pages that were read of a mapped file count as this process's memory until it lets go of them; the system keeps them
 cached.
@@ -6,6 +6,7 @@ cached.
 
 import ctypes
 import mmap
+import sys
 
 from torch import Tensor
 
@@ -29,3 +30,9 @@ def let_go(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
     if any(a <= start and end <= b for a, b in ranges):
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), DONTNEED)
+
+
+def trim() -> None:
+    """Give what was freed back to the system, where the C library keeps it for later (glibc)."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
