@@ -113,7 +113,7 @@ class PackedLinear(nn.Module):
 
 
 class FastAttention(Attention):
-    """Attention whose steps of one token a row are one kernel: rotated, cached and looked at in a single pass.
+    """Attention over the cache as one kernel: rotated, cached and looked at.
 
     Each row reads the positions that it has, whatever the longest row has. window: how many of them; None: all.
     """
@@ -124,14 +124,24 @@ class FastAttention(Attention):
         self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
         bsz, seqlen, _, head_dim = xq.shape
-        if start_pos is None or seqlen > 1 or head_dim % kernels.LANES or not kernels.takes(xq):
+        if start_pos is None or not kernels.takes(xq):
             return super().attend(xq, xk, xv, start_pos, freqs_cis, mask)
         cache_k, cache_v = self.caches(xk)
         angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
-        angles = angles.reshape(-1, head_dim).expand(bsz, -1)
-        positions = torch.full((bsz,), start_pos) if isinstance(start_pos, int) else start_pos
-        xq, xk, xv = (x.squeeze(1) for x in (xq, xk, xv))  # (B, H, D), (B, KV, D) twice
-        return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, positions, self.window or ALL)[:, None]
+        angles = angles.reshape(-1, seqlen, head_dim)  # (1 or B, T, D)
+        starts = torch.full((bsz,), start_pos) if isinstance(start_pos, int) else start_pos
+        return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, starts, self.window or ALL)
+
+
+class FastTransformer(Transformer):
+    """A model in which each layer's attention is FastAttention's kernel, which needs no mask."""
+
+    def masks(
+        self, start_pos: StartPos | None, positions: Tensor, first: int, last: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if start_pos is None or not kernels.takes(self.norm.weight):
+            return super().masks(start_pos, positions, first, last)
+        return None, None
 
 
 class FastNorm(RMSNorm):
@@ -221,11 +231,6 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def reads_own_positions(block: nn.Module) -> bool:
-    """Whether attention is a kernel here, which needs no mask."""
-    return isinstance(block.attention, FastAttention) and block.attention.head_dim % kernels.LANES == 0
-
-
 @dataclass(frozen=True)
 class Form:
     """What becomes of a model as it is loaded: `take` goes to whoever loads it, `finish` comes after.
@@ -262,15 +267,18 @@ class Form:
         """What is left to do when all tensors have come."""
         if kernels.available(model.norm.weight):
             kernels.register()
+            whole_vectors = model.params.head_size % kernels.LANES == 0
+            if whole_vectors:
+                model.__class__ = FastTransformer
             for layer in model.modules():
-                if isinstance(layer, TransformerBlock):
+                if isinstance(layer, TransformerBlock) and whole_vectors:
                     layer.attention.__class__ = FastAttention
                     cast(FastAttention, layer.attention).window = layer.window
                 elif type(layer) in FASTER:
                     layer.__class__ = FASTER[type(layer)]
         model.eval()  # which packed layers are
         if self.compile:
-            compile_steps(model, all(reads_own_positions(layer) for layer in model.layers))
+            compile_steps(model, isinstance(model, FastTransformer))
 
     def _pack(self, weight: Tensor) -> Panels | None:
         if self.quantization is not None:

@@ -21,7 +21,7 @@
 #include <immintrin.h>
 #endif
 
-enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6, INTEGER_ROWS = 4 };
+enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6, INTEGER_ROWS = 4, QUERIES = 256 };
 enum { GROUP8 = 64, GROUP4 = 32 };
 
 typedef float floats __attribute__((vector_size(64)));
@@ -100,10 +100,8 @@ static __attribute__((noinline)) void write_rows(floats sum[][VECTORS], int rows
 
 /* --- y = x W^T, x (M, K), y (M, N), both float or both bfloat16 -------------------------------------------------------- */
 
-INLINE void tile(int rows, const char *x, const char *w, char *y, long K, long N, long count, int bf16) {
-    const long size = bf16 ? 2 : 4, steps = K * size / 4;
-    floats sum[FLOAT_ROWS][VECTORS];
-    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) sum[m][v] = (floats){0};
+/* Add to sum the product of `rows` rows of x, and of a panel, of `steps` steps each. */
+INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char *w, long steps, int bf16) {
     for (long k = 0; k < steps; k++, w += 4 * PANEL) {
         words columns[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
@@ -113,6 +111,12 @@ INLINE void tile(int rows, const char *x, const char *w, char *y, long K, long N
                 sum[m][v] = bf16 ? step_bf16(sum[m][v], columns[v], own) : step_float(sum[m][v], columns[v], own);
         }
     }
+}
+
+INLINE void tile(int rows, const char *x, const char *w, char *y, long K, long N, long count, int bf16) {
+    floats sum[FLOAT_ROWS][VECTORS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) sum[m][v] = (floats){0};
+    multiply(sum, rows, x, w, K * (bf16 ? 2 : 4) / 4, bf16);
     write_rows(sum, rows, y, N, count, bf16);
 }
 
@@ -151,17 +155,17 @@ void product_bf16(const char *x, const char *w, char *y, long M, long N, long K,
 
 /* --- packing: steps of 4 bytes, of which a row has `steps`; rows past N are zeros --------------------------------------- */
 
+INLINE void pack_panel(const loose_word *rows, uint32_t *panel, long count, long steps) {
+    for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
+        for (long n = 0; n < PANEL; n++)
+            for (long k = from; k < from + left(from, LANES, steps); k++)
+                panel[k * PANEL + n] = n < count ? rows[n * steps + k] : 0;
+}
+
 void pack(const loose_word *source, uint32_t *target, long N, long steps, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++) {
-        const loose_word *rows = source + p * PANEL * steps;
-        uint32_t *panel = target + p * PANEL * steps;
-        const long count = left(p * PANEL, PANEL, N);
-        for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
-            for (long n = 0; n < PANEL; n++)
-                for (long k = from; k < from + left(from, LANES, steps); k++)
-                    panel[k * PANEL + n] = n < count ? rows[n * steps + k] : 0;
-    }
+    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
+        pack_panel(source + p * PANEL * steps, target + p * PANEL * steps, left(p * PANEL, PANEL, N), steps);
 }
 
 /* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale ------------------------- */
@@ -329,7 +333,7 @@ ENTRY void swiglu(const char *a, const char *b, char *y, long count, int bf16, i
 BETWEEN(float, 0)
 BETWEEN(bf16, 1)
 
-/* --- attention of one new token a row ----------------------------------------------------------------------------------- */
+/* --- attention of one new token a row: one pass over what is cached ----------------------------------------------------- */
 
 /* The sum of each of 16 vectors: pairs are folded together until one vector is left. */
 INLINE floats sums_of(floats *x) {
@@ -350,14 +354,13 @@ INLINE floats largest(floats x) {
     return x;
 }
 
-/* Turn each pair of neighbours of x (D) by its angle, a complex number, and round as the cache does. */
-INLINE void rotate(const void *x, const float *angles, float *out, long D, int bf16) {
+/* Turn each pair of neighbours of x (D) by its angle, a complex number. */
+INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf16) {
     for (long d = 0; d < D; d += 2) {
         const float a = get(x, d, bf16), b = get(x, d + 1, bf16), cosine = angles[d], sine = angles[d + 1];
-        out[d] = a * cosine - b * sine;
-        out[d + 1] = a * sine + b * cosine;
+        put(out, d, bf16, a * cosine - b * sine);
+        put(out, d + 1, bf16, a * sine + b * cosine);
     }
-    if (bf16) for (long d = 0; d < D; d++) out[d] = widen(narrow(out[d]));
 }
 
 /* Rows of V vectors as floats, zeros after the first `count`. */
@@ -412,43 +415,173 @@ INLINE void attend_head(const floats *q, const char *keys, const char *values, f
 INLINE void attention_head(const char *q, const char *k, const char *v, char *keys, char *values, const float *angles,
                            char *out, long group, long D, long end, long window, int bf16) {
     const long size = bf16 ? 2 : 4, from = end > window ? end - window : 0;
-    floats turned_[group][D / LANES], sums_[group][D / LANES];
-    float(*turned)[D] = (float(*)[D])turned_, *sums = (float *)sums_;
-    rotate(k, angles, turned[0], D, bf16);
-    for (long d = 0; d < D; d++) put(keys, (end - 1) * D + d, bf16, turned[0][d]);
+    const floats scale = (floats){0} + 1 / __builtin_sqrtf((float)D);
+    floats turned[group][D / LANES], sums[group][D / LANES];
+    char rounded[D * size];
+    rotate(k, angles, keys + (end - 1) * D * size, D, bf16);
     memcpy(values + (end - 1) * D * size, v, (size_t)(D * size));
     for (long g = 0; g < group; g++) {
-        rotate(q + g * D * size, angles, turned[g], D, bf16);
-        for (long d = 0; d < D; d++) turned[g][d] /= __builtin_sqrtf((float)D);
+        rotate(q + g * D * size, angles, rounded, D, bf16);
+        for (long i = 0; i < D / LANES; i++) turned[g][i] = load(rounded, i, bf16) * scale;
     }
     switch (D) {  /* the usual sizes are compiled by themselves */
-        case 64: attend_head(turned_[0], keys, values, sums_[0], group, 4, from, end, bf16); break;
-        case 128: attend_head(turned_[0], keys, values, sums_[0], group, 8, from, end, bf16); break;
-        default: attend_head(turned_[0], keys, values, sums_[0], group, D / LANES, from, end, bf16);
+        case 64: attend_head(turned[0], keys, values, sums[0], group, 4, from, end, bf16); break;
+        case 128: attend_head(turned[0], keys, values, sums[0], group, 8, from, end, bf16); break;
+        default: attend_head(turned[0], keys, values, sums[0], group, D / LANES, from, end, bf16);
     }
-    for (long i = 0; i < group * D; i++) put(out, i, bf16, sums[i]);
+    for (long i = 0; i < group * D / LANES; i++) store(out, i, sums[0][i], bf16);
 }
 
-/* q (B, H, D), k and v (B, KV, D) of the tokens at `positions` (B); angles (B, D / 2) complex; out (B, H, D). Writes the
- * rotated keys, and the values, into the caches (rows, KV, S, D) and attends to what stands there, the last `window`. */
-ENTRY void attention(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                     const int64_t *positions, char *out, long B, long H, long KV, long D, long S, long window, int bf16,
-                     int threads) {
+/* `attention` of one token a row. */
+ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                       const int64_t *starts, char *out, long B, long H, long KV, long D, long S, long window, long turn,
+                       int bf16, int threads) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long task = 0; task < B * KV; task++) {
 #define HEAD(bf16) attention_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
-        cache_v + task * S * head, angles + task / KV * D, out + task * group * head, group, D, positions[task / KV] + 1, \
+        cache_v + task * S * head, angles + task / KV * turn, out + task * group * head, group, D, starts[task / KV] + 1, \
         window, bf16)
         if (bf16) HEAD(1);
         else HEAD(0);
     }
 }
 
+/* --- attention of many new tokens a row: products with panels of 64 keys, or of their values ---------------------------- */
+
+/* 64 values (count, D) as panels along the keys, of which there are D / 64, rounded up; zeros for what isn't there. */
+INLINE void pack_values(const char *values, words *panels, long count, long D, int bf16) {
+    const long together = bf16 ? 2 : 1, steps = PANEL / together;
+    for (long v = 0; v < (D + PANEL - 1) / PANEL * VECTORS; v++)
+        for (long k = 0; k < steps; k++) {
+            words numbers = {0};
+            for (long i = 0; i < together; i++) {
+                const long key = k * together + i;
+                if (key < count && v * LANES < D) {
+                    const words one = (words)load(values + key * D * (bf16 ? 2 : 4), v, bf16);
+                    numbers |= bf16 && i == 0 ? one >> 16 : one;
+                }
+            }
+            panels[(v / VECTORS * steps + k) * VECTORS + v % VECTORS] = numbers;
+        }
+}
+
+/* A few queries, of tokens at `places`, and their sums and masses, which are relative to the largest score so far. */
+typedef struct { floats mass[FLOAT_ROWS]; float most[FLOAT_ROWS]; long places[FLOAT_ROWS]; } Rows;
+
+/* What a few queries see of 64 keys from `first` on. keys, values: panels; q (rows, D); sums (rows, D rounded up). */
+INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char *values, floats *sums, long D, long first,
+                        long window, int bf16) {
+    const long size = bf16 ? 2 : 4, steps = PANEL * size / 4, chunks = (D + PANEL - 1) / PANEL;
+    const float scale = 1 / __builtin_sqrtf((float)D);
+    floats score[FLOAT_ROWS][VECTORS], shrink[FLOAT_ROWS];
+    char chances[FLOAT_ROWS * PANEL * 4];
+    UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++) score[m][v] = (floats){0};
+    multiply(score, FLOAT_ROWS, q, keys, D * size / 4, bf16);
+    for (int m = 0; m < FLOAT_ROWS; m++) {
+        const long last = rows->places[m] - first, before = last - window;
+        const floats low = (floats){0} - 1e30f;
+        for (int v = 0; v < VECTORS; v++) {
+            score[m][v] *= scale;
+            if (last < PANEL - 1 || before >= 0) {
+                static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+                const ints place = counting + v * LANES;
+                const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
+                score[m][v] = (floats)(((ints)score[m][v] & seen) | ((ints)low & ~seen));
+            }
+        }
+        const floats among = larger(larger(score[m][0], score[m][1]), larger(score[m][2], score[m][3]));
+        const floats old = low * 0 + rows->most[m], most = larger(old, largest(among));
+        shrink[m] = exponential(old - most);
+        rows->most[m] = most[0];
+        rows->mass[m] *= shrink[m];
+        for (int v = 0; v < VECTORS; v++) {
+            const floats chance = exponential(score[m][v] - most);
+            rows->mass[m] += chance;
+            store(chances, m * VECTORS + v, chance, bf16);
+        }
+    }
+    for (long c = 0; c < chunks; c++) {
+        floats sum[FLOAT_ROWS][VECTORS];
+        UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
+            sum[m][v] = sums[(m * chunks + c) * VECTORS + v] * shrink[m];
+        multiply(sum, FLOAT_ROWS, chances, values + c * PANEL * PANEL * size, steps, bf16);
+        UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
+            sums[(m * chunks + c) * VECTORS + v] = sum[m][v];
+    }
+}
+
+/* The queries of one key/value head at from..to of a row's T new tokens, over the cached keys and values, (S, D), of all
+ * before and of their own. q, out: (T, H, D) of this row, from the head's first query on; start: of the T tokens. */
+INLINE void attend_block(const char *q, const char *keys, const char *values, const float *angles, char *out, long from,
+                         long to, long start, long H, long group, long D, long window, int bf16) {
+    const long size = bf16 ? 2 : 4, chunks = (D + PANEL - 1) / PANEL, head = D * size, end = start + to;
+    const long count = (to - from) * group, few = (count + FLOAT_ROWS - 1) / FLOAT_ROWS, lowest = start + from + 1 - window;
+    words key_panel[head / 4 * VECTORS], value_panels[chunks * PANEL * size / 4 * VECTORS];
+    floats sums[few * FLOAT_ROWS * chunks * VECTORS];
+    char turned[few * FLOAT_ROWS * head];
+    Rows rows[few];
+    memset(sums, 0, sizeof sums);
+    memset(turned, 0, sizeof turned);
+    for (long r = 0; r < few * FLOAT_ROWS; r++) {
+        const long t = from + (r < count ? r : count - 1) / group;
+        rows[r / FLOAT_ROWS].places[r % FLOAT_ROWS] = start + t;
+        rows[r / FLOAT_ROWS].most[r % FLOAT_ROWS] = -1e30f;
+        rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS] = (floats){0};
+        if (r < count) rotate(q + (t * H + r % group) * head, angles + t * D, turned + r * head, D, bf16);
+    }
+    for (long first = lowest > 0 ? lowest : 0; first < end; first += PANEL) {
+        pack_panel((const loose_word *)(keys + first * head), (uint32_t *)key_panel, left(first, PANEL, end), head / 4);
+        pack_values(values + first * head, value_panels, left(first, PANEL, end), D, bf16);
+        for (long i = 0; i < few; i++)
+            if (first <= rows[i].places[FLOAT_ROWS - 1] && first + PANEL > rows[i].places[0] + 1 - window)
+                attend_tile(rows + i, turned + i * FLOAT_ROWS * head, (const char *)key_panel, (const char *)value_panels,
+                            sums + i * FLOAT_ROWS * chunks * VECTORS, D, first, window, bf16);
+    }
+    for (long r = 0; r < count; r++) {
+        const floats mass = rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS];
+        float sum = 0;
+        for (long i = 0; i < LANES; i++) sum += mass[i];
+        for (long v = 0; v < D / LANES; v++)
+            store(out + ((from + r / group) * H + r % group) * head, v, sums[r * chunks * VECTORS + v] / sum, bf16);
+    }
+}
+
+/* `attention` of T tokens a row. */
+ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                       const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window,
+                       long turn, int bf16, int threads) {
+    const long group = H / KV, head = D * (bf16 ? 2 : 4), own = (QUERIES + group - 1) / group, blocks = (T + own - 1) / own;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long i = 0; i < B * T * KV; i++) {
+            const long b = i / KV / T, t = i / KV % T, place = ((b * KV + i % KV) * S + starts[b] + t) * head;
+            if (bf16) rotate(k + i * head, angles + b * turn + t * D, cache_k + place, D, 1);
+            else rotate(k + i * head, angles + b * turn + t * D, cache_k + place, D, 0);
+            memcpy(cache_v + place, v + i * head, (size_t)head);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest first */
+            const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * own;
+            const long place = (b * T * H + n * group) * head, cached = (b * KV + n) * S * head;
+#define BLOCK(bf16) attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * turn, out + place, from, \
+        from + left(from, own, T), starts[b], H, group, D, window < S ? window : S, bf16)
+            if (bf16) BLOCK(1);
+            else BLOCK(0);
+        }
+    }
+}
+
+/* q, out (B, T, H, D), k and v (B, T, KV, D) of the T tokens that stand from `starts` (B) on in each row; angles: complex
+ * numbers (T, D / 2) of each row, which are `turn` floats apart. Writes the rotated keys, and the values, into the caches
+ * (rows, KV, S, D), and each query attends to the last `window` of what stands there up to its own. */
 #define ATTENTION(name, bf16) \
     void name(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles, \
-              const int64_t *positions, char *out, long B, long H, long KV, long D, long S, long window, int threads) { \
-        attention(q, k, v, cache_k, cache_v, angles, positions, out, B, H, KV, D, S, window, bf16, threads); \
+              const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window, long turn, \
+              int threads) { \
+        if (T == 1) attend_once(q, k, v, cache_k, cache_v, angles, starts, out, B, H, KV, D, S, window, turn, bf16, threads); \
+        else attend_long(q, k, v, cache_k, cache_v, angles, starts, out, B, T, H, KV, D, S, window, turn, bf16, threads); \
     }
 ATTENTION(attention_float, 0)
 ATTENTION(attention_bf16, 1)

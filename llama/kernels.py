@@ -225,18 +225,19 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 
 @traced
 def attention(
-    xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, positions: Tensor, window: int
+    xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, starts: Tensor, window: int
 ) -> Tensor:
-    """Attention of one new token a row, its key and value written to the caches: (B, H, D).
+    """Attention of each row's T new tokens, their keys and values written to the caches: (B, T, H, D).
 
-    xq: (B, H, D), not rotated; xk, xv: (B, KV, D); caches: (rows, S, KV, D), which lie in memory as
-    (rows, KV, S, D); angles: complex numbers as (B, D);
-    positions: integers (B), of the tokens, which look at the last `window` up to their own.
+    xq: (B, T, H, D), xk: (B, T, KV, D), not rotated; xv: (B, T, KV, D); caches: (rows, S, KV, D), which lie in memory
+    as (rows, KV, S, D); angles: complex numbers as (1 or B, T, D);
+    starts: integers (B), positions of the first tokens. Each looks at the last `window` positions up to its own.
     """
-    bsz, heads, head_dim = xq.shape
+    bsz, seqlen, heads, head_dim = xq.shape
     room, kv_heads = cache_k.shape[1:3]
     out = xq.new_empty(xq.shape)
-    name = f"attention_{DTYPES[xq.dtype]}"
-    xq, xk, xv, angles, positions = (x.contiguous() for x in (xq, xk, xv, angles, positions.long()))
-    call(name, xq, xk, xv, cache_k, cache_v, angles, positions, out, bsz, heads, kv_heads, head_dim, room, window)
+    turn = angles[0].numel() if len(angles) > 1 else 0
+    xq, xk, xv, angles, starts = (x.contiguous() for x in (xq, xk, xv, angles, starts.long()))
+    sizes = (bsz, seqlen, heads, kv_heads, head_dim, room, window, turn)
+    call(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, out, *sizes)
     return out

@@ -352,13 +352,21 @@ class Transformer(nn.Module):
         positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
         end = last + seqlen
         freqs_cis = self._rotary(positions, end, lengths)
-        mask = None
+        return self.run(tokens, start_pos, freqs_cis, *self.masks(start_pos, positions, first, last))
+
+    def masks(
+        self, start_pos: StartPos | None, positions: Tensor, first: int, last: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What tokens at `positions`, (T) or (B, T), look at in layers without a window, and in those with one.
+
+        first, last: of the rows' starts. Both masks are as `Attention.forward` takes them, (1 or B, 1, T, S) or None.
+        """
+        mask, seqlen, window = None, positions.shape[-1], self.params.sliding_window
         if first < last or (first > 0 and seqlen > 1):  # not all of the cache is every query's past
-            mask = attention_mask(positions, end)  # (1 or B, 1, T, S)
-        window, window_mask = self.params.sliding_window, mask
-        if window is not None and end > window:
-            window_mask = attention_mask(positions, end, window)
-        return self.run(tokens, start_pos, freqs_cis, mask, window_mask)
+            mask = attention_mask(positions, last + seqlen)
+        if window is None or last + seqlen <= window:
+            return mask, mask
+        return mask, attention_mask(positions, last + seqlen, window)
 
     def run(
         self,
