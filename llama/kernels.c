@@ -155,11 +155,33 @@ void product_bf16(const char *x, const char *w, char *y, long M, long N, long K,
 
 /* --- packing: steps of 4 bytes, of which a row has `steps`; rows past N are zeros --------------------------------------- */
 
+/* 16 vectors, turned: number i of vector j becomes number j of vector i. */
+INLINE void transpose(words *x) {
+    static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    UNROLL for (int width = 1; width < LANES; width *= 2) {
+        const ints upper = (counting & width) != 0;
+        const ints low = counting + (upper & (LANES - width)), high = counting + (width & ~upper) + (upper & LANES);
+        UNROLL for (int i = 0; i < LANES; i++)
+            if (!(i & width)) {
+                const words a = x[i], b = x[i + width];
+                x[i] = __builtin_shuffle(a, b, low);
+                x[i + width] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
 INLINE void pack_panel(const loose_word *rows, uint32_t *panel, long count, long steps) {
     for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
-        for (long n = 0; n < PANEL; n++)
-            for (long k = from; k < from + left(from, LANES, steps); k++)
-                panel[k * PANEL + n] = n < count ? rows[n * steps + k] : 0;
+        for (long n = 0; n < PANEL; n += LANES) {
+            const long wide = left(from, LANES, steps), here = left(n, LANES, count);
+            words square[LANES] = {{0}};
+            if (wide == LANES && here == LANES)
+                UNROLL for (int i = 0; i < LANES; i++) square[i] = *(const loose_words *)(rows + (n + i) * steps + from);
+            else
+                for (long i = 0; i < here; i++) memcpy(square + i, rows + (n + i) * steps + from, (size_t)wide * 4);
+            transpose(square);
+            for (long k = 0; k < wide; k++) *(loose_words *)(panel + (from + k) * PANEL + n) = square[k];
+        }
 }
 
 void pack(const loose_word *source, uint32_t *target, long N, long steps, int threads) {
