@@ -1,4 +1,4 @@
-"""The products of kernels.c on tensors. Compiled once for each processor, in about 2 seconds, and kept in a cache.
+"""The products of kernels.c on tensors. Compiled once for each processor, in a few seconds, and kept in a cache.
 
 Knows tensors; knows no layers. Where there is no compiler, or nothing for this processor that it made and that can be
 loaded, `available` says so.
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mapped import in_large_pages
 from .remote import cache_home
 
 LANES = 16  # floats of a vector
@@ -120,7 +121,7 @@ def fit(weight: Tensor) -> bool:
 def new_panels(weight: Tensor) -> Tensor:
     """Room for W (N, K), packed: (N / 64, K * itemsize / 4, 64, 4 / itemsize), N rounded up."""
     together = WORD // weight.itemsize
-    return weight.new_empty(-(-len(weight) // PANEL), weight.shape[1] // together, PANEL, together)
+    return in_large_pages((-(-len(weight) // PANEL), weight.shape[1] // together, PANEL, together), weight.dtype)
 
 
 def pack(weight: Tensor, panels: Tensor) -> None:

@@ -1,16 +1,36 @@
-"""Memory to let go of: what was read of a mapped file, and what was freed. Knows addresses; knows no format.
+"""Memory as the system hands it out: large pages for what is read all the time, and what is let go of.
 
-Pages that were read of a mapped file count as this process's memory until it lets go of them; the system keeps them
-cached.
+Knows addresses; knows no format. Pages that were read of a mapped file count as this process's memory until it lets go
+of them; the system keeps them cached.
 """
 
 import ctypes
 import mmap
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 
+import torch
 from torch import Tensor
 
 DONTNEED = 4  # Linux's MADV_DONTNEED: what is touched again is read from the file again
+LARGE_PAGE = 1 << 21
+
+
+def in_large_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A new tensor of the CPU in pages of 2 MiB, where the system has them (Linux's transparent huge pages).
+
+    One core then reads it half as fast again: it looks up fewer addresses, and prefetches beyond 4 KiB.
+    """
+    size = torch.Size(shape).numel() * dtype.itemsize
+    if size < LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % LARGE_PAGE  # what stands before it is never touched, and so takes no memory
+    with suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, size // LARGE_PAGE * LARGE_PAGE)
+    return whole[start : start + size].view(dtype).view(*shape)
 
 
 def mapped_ranges() -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .mapped import in_large_pages
 from .parallel import together
 
 METER_BYTES = 1 << 28  # read at a time to measure the bandwidth: more than caches hold
@@ -101,7 +102,7 @@ class Bandwidth:
     """
 
     def __init__(self, device: torch.device):
-        self._source = torch.ones(METER_BYTES // 8, dtype=torch.int64, device=device)
+        self._source = in_large_pages((METER_BYTES // 8,), torch.int64).fill_(1).to(device)
         self._target = None if device.type == "cpu" else torch.empty_like(self._source)
 
     def measure(self) -> float:
