@@ -33,6 +33,8 @@ typedef floats loose_floats __attribute__((aligned(4), may_alias));
 typedef halves loose_halves __attribute__((aligned(2), may_alias));
 typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
 
+static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 #define INLINE static inline __attribute__((always_inline))
 #define ENTRY static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -157,7 +159,6 @@ void product_bf16(const char *x, const char *w, char *y, long M, long N, long K,
 
 /* 16 vectors, turned: number i of vector j becomes number j of vector i. */
 INLINE void transpose(words *x) {
-    static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     UNROLL for (int width = 1; width < LANES; width *= 2) {
         const ints upper = (counting & width) != 0;
         const ints low = counting + (upper & (LANES - width)), high = counting + (width & ~upper) + (upper & LANES);
@@ -378,10 +379,13 @@ INLINE floats largest(floats x) {
 
 /* Turn each pair of neighbours of x (D) by its angle, a complex number. */
 INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf16) {
-    for (long d = 0; d < D; d += 2) {
-        const float a = get(x, d, bf16), b = get(x, d + 1, bf16), cosine = angles[d], sine = angles[d + 1];
-        put(out, d, bf16, a * cosine - b * sine);
-        put(out, d + 1, bf16, a * sine + b * cosine);
+    static const ints first = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
+    static const ints other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+    static const floats sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    for (long v = 0; v < D / LANES; v++) {
+        const floats own = load(x, v, bf16), angle = load((const char *)angles, v, 0);
+        const floats cosine = __builtin_shuffle(angle, first), sine = __builtin_shuffle(angle, first + 1);
+        store(out, v, own * cosine + __builtin_shuffle(own, other) * sine * sign, bf16);
     }
 }
 
@@ -506,7 +510,6 @@ INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char 
         for (int v = 0; v < VECTORS; v++) {
             score[m][v] *= scale;
             if (last < PANEL - 1 || before >= 0) {
-                static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
                 const ints place = counting + v * LANES;
                 const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
                 score[m][v] = (floats)(((ints)score[m][v] & seen) | ((ints)low & ~seen));
