@@ -127,17 +127,7 @@ def show(found: Profile, layers: int) -> None:
 def main() -> None:
     options = parse()
     place = parallel.initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
-    plan = Plan(
-        ckpt_dir=options.ckpt_dir,
-        shape=options.shape,
-        device=options.device,
-        dtype=options.dtype,
-        compile=options.compile,
-        quantization=options.quantization,
-        batches=[options.batch],
-        prompts=[options.context],
-        gen=1 + WARM_UP + 3 * STEPS,
-    )
+    plan = Plan.of(options, batches=[options.batch], prompts=[options.context], gen=1 + WARM_UP + 3 * STEPS)
     llama, (batch,) = plan.build(place), plan.kinds
     say(f"{plan.model}, {batch.name} tokens, {llama.model.norm.weight.dtype} on {place.device.type}")
     show(look(llama, batch, place.device.type == "cuda"), llama.model.params.n_layers)

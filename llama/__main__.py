@@ -118,13 +118,8 @@ def build(options: argparse.Namespace) -> Llama:
 
 
 def bench(options: argparse.Namespace) -> None:
-    plan = Plan(
-        ckpt_dir=options.ckpt_dir,
-        shape=options.shape,
-        device=options.device,
-        dtype=options.dtype,
-        compile=options.compile,
-        quantization=options.quantization,
+    plan = Plan.of(
+        options,
         batches=counts("--batch", options.batch),
         prompts=counts("--prompt", options.prompt),
         gen=options.gen,

@@ -6,11 +6,14 @@
 Knows shapes and the order of things; leaves clocks to `measure`, models to `peers`, and what is shown to `figures`.
 """
 
+import argparse
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +70,12 @@ class Plan:
             raise LlamaError(f"--gen is {self.gen}, expected at least 2: decoding begins with the second token")
         if self.ckpt_dir is not None and self.shape is not None:
             raise LlamaError("both --ckpt_dir and --shape were given: a checkpoint has a shape of its own, give one")
+
+    @staticmethod
+    def of(options: argparse.Namespace, **what: Any) -> "Plan":
+        """What a command's options say of the model, and `what` is measured of it."""
+        built = ("ckpt_dir", "shape", "device", "dtype", "compile", "quantization")
+        return Plan(**{name: getattr(options, name) for name in built}, **what)
 
     @property
     def model(self) -> str:
@@ -199,4 +208,8 @@ def compare(
 def processor_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -144,16 +144,19 @@ class FastTransformer(Transformer):
         return None, None
 
 
+def for_kernels(x: Tensor) -> bool:
+    """Whether kernels, which have no gradients, may compute with x."""
+    return kernels.takes(x) and not torch.is_grad_enabled()
+
+
 class FastNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or not kernels.takes(x)
-        return super().forward(x) if plain else kernels.rms_norm(x, self.weight, self.eps)
+        return kernels.rms_norm(x, self.weight, self.eps) if for_kernels(x) else super().forward(x)
 
 
 class FastFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
-        plain = torch.is_grad_enabled() or not kernels.takes(x)
-        return super().forward(x) if plain else self.w2(kernels.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(kernels.swiglu(self.w1(x), self.w3(x))) if for_kernels(x) else super().forward(x)
 
 
 class PackedEmbedding(nn.Module):

@@ -82,6 +82,28 @@ def test_data_parallel_groups_may_do_different_work(directory: Path, one: dict, 
     assert json.loads((tmp_path / "out.1").read_text()) == ["prompt 0 is empty: give it at least one character"]
 
 
+def test_collectives_of_a_step(directory: Path, tmp_path: Path) -> None:
+    """One after wo and one after w2 in each of 2 layers, one for the embedding, the logits', and the tokens chosen."""
+    program = tmp_path / "counting.py"
+    program.write_text(
+        "import json, os, sys\n"
+        "from torch.profiler import ProfilerActivity, profile\n"
+        "from llama import Llama\n"
+        "llama = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
+        "stream = llama.stream([[1, 2, 3], [4]], 6, temperature=0)\n"
+        "next(stream)\n"
+        "with profile(activities=[ProfilerActivity.CPU]) as seen:\n"
+        "    next(stream), next(stream)\n"
+        "calls = {event.key: event.count for event in seen.key_averages() if event.key.startswith('c10d::')}\n"
+        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(json.dumps(calls))\n"
+    )
+    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        calls = json.loads((tmp_path / f"out.{rank}").read_text())
+        assert calls == {"c10d::allreduce_": 2 * (2 * 2 + 1), "c10d::allgather_": 2, "c10d::broadcast_": 2}
+
+
 def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
     done = run_program("example_text_completion.py", "--ckpt_dir", str(directory), "--device", "cpu", ranks=3)
     assert done.returncode != 0
