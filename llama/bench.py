@@ -148,7 +148,7 @@ def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype, batch: Batch)
 def carry_out(plan: Plan) -> Report:
     """Measure it, on every rank; the report of rank 0 is the one to show. Raises LlamaError for what can't work."""
     place = parallel.initialize(None, plan.device, None if plan.dtype == "auto" else plan.dtype)
-    check_peers(plan.peers, place.world_size)
+    check_peers(plan.peers, place)
     with Peak() as peak:
         started = time.perf_counter()
         ours = Streaming("llama", plan.build(place))
@@ -157,7 +157,7 @@ def carry_out(plan: Plan) -> Report:
     device_peak = torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else None
     args = ours.llama.model.params
     place = replace(place, dtype=ours.llama.model.norm.weight.dtype)
-    peers = build_peers(plan.peers, args, place, plan.ckpt_dir)
+    peers = build_peers(plan.peers, args, place, plan.ckpt_dir, plan.quantization)
     for peer in peers:
         warm_up(peer, plan.kinds, args.vocab_size)
     figures, ratios = compare([ours, *peers], plan, args, place)

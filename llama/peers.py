@@ -1,11 +1,13 @@
 """What is measured, and what it is compared with: models of the same sizes that turn prompts into tokens.
 
-Knows how each is built and run; knows no clock. `transformers` is imported only where its model is made.
+Knows how each is built and run, but for llama.cpp, which has a file of its own; knows no clock. `transformers` is
+imported only where its model is made.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +21,16 @@ from .hf_config import config_of
 from .layout import tensor_shapes
 from .measure import Subject
 from .model import ModelArgs, Transformer
+from .panels import Quantization
 from .parallel import Place
+from .peer_llama_cpp import LlamaCpp
 from .tokenizer import Tokenizer
 
-PEERS = ("transformers", "plain", "meta")
+PEERS = ("transformers", "plain", "meta", "llama.cpp")
+PACKAGES = {  # what a peer imports, and what pip calls it
+    "transformers": {"transformers": "transformers"},
+    "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
+}
 CACHES = ("cache_k", "cache_v")
 STD = 0.02  # of random weights
 
@@ -132,50 +140,69 @@ def multiplied_bytes(model: nn.Module, embedding: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
+def random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) -> Iterator[tuple[str, Tensor]]:
+    """Weights of these shapes by name, made one at a time and not kept; the same in every run."""
+    generator = torch.Generator(place.device).manual_seed(0)
+    for name, shape in shapes.items():
+        new = partial(torch.empty, shape, dtype=place.dtype, device=place.device)
+        yield name, new().fill_(1) if len(shape) == 1 else new().normal_(0, STD, generator=generator)
+
+
 def random_model(args: ModelArgs, place: Place, take: Callable[[Transformer, str], None] | None = None) -> Transformer:
     """A Transformer with random weights, made a tensor at a time; the same in every run. take: as `load_model`'s."""
     model = build_on_meta(args)
-    generator = torch.Generator(place.device).manual_seed(0)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}  # of this rank
-    for name in tensor_shapes(args):
-        weight = torch.empty(shapes[name], dtype=place.dtype, device=place.device)
-        place_tensor(model, name, weight.fill_(1) if weight.ndim == 1 else weight.normal_(0, STD, generator=generator))
+    own = model.state_dict()  # of this rank
+    for name, weight in random_tensors({name: own[name].shape for name in tensor_shapes(args)}, place):
+        place_tensor(model, name, weight)
         del weight
         if take is not None:
             take(model, name)
     return model
 
 
-def build_peers(names: Sequence[str], args: ModelArgs, place: Place, ckpt_dir: str | None) -> list[Measured]:
-    """The peers of these names, of the sizes `args`; the plain model has the checkpoint's weights where there is one.
+def build_peers(
+    names: Sequence[str], args: ModelArgs, place: Place, ckpt_dir: str | None, quantization: Quantization | None = None
+) -> list[Measured]:
+    """The peers of these names, of the sizes `args`; all but transformers have the checkpoint's weights where there is
+    one. quantization: of llama.cpp's matrices.
 
     Raises LlamaError where they don't fit in memory, beside the model that is there.
     """
     if names:
-        models = 1 + ("transformers" in names) + ("plain" in names or "meta" in names)
+        models = 1 + ("transformers" in names) + ("plain" in names or "meta" in names) + ("llama.cpp" in names)
         check_memory(args, replace(place, world_size=models * place.world_size))
+    checkpoint = None if ckpt_dir is None else open_checkpoint(ckpt_dir)
     built: dict[str, Measured] = {}
     if "transformers" in names:
         built["transformers"] = Transformers(random_transformers(args, place))
     if "plain" in names or "meta" in names:
-        plain = random_model(args, place) if ckpt_dir is None else load_model(open_checkpoint(ckpt_dir), args, place)
+        plain = random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
         built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(plain)}
+    if "llama.cpp" in names:
+        if checkpoint is None:
+            tensors = random_tensors(tensor_shapes(args), place)
+        else:
+            stored = checkpoint.tensors
+            tensors = ((name, stored[name].read().to(place.dtype)) for name in tensor_shapes(args))
+        built["llama.cpp"] = LlamaCpp(args, place.dtype, quantization, tensors)
     return [built[name] for name in names]
 
 
-def check_peers(names: Sequence[str], world_size: int) -> None:
+def check_peers(names: Sequence[str], place: Place) -> None:
     """Raise LlamaError for peers that aren't known, or can't run here."""
     for name in names:
         if name not in PEERS:
             raise LlamaError(f"--compare has {name!r}, expected one or more of {', '.join(PEERS)}")
-    if "transformers" in names:
-        if world_size > 1:
+        packages = PACKAGES.get(name, {})
+        if packages and place.world_size > 1:
             raise LlamaError(
-                f"--compare transformers runs in one process, and {world_size} are here: leave out torchrun, or "
+                f"--compare {name} runs in one process, and {place.world_size} are here: leave out torchrun, or "
                 "compare with plain"
             )
-        if importlib.util.find_spec("transformers") is None:
-            raise LlamaError("--compare transformers needs a package that isn't here: pip install transformers")
+        if missing := [package for module, package in packages.items() if importlib.util.find_spec(module) is None]:
+            raise LlamaError(f"--compare {name} needs a package that isn't here: pip install {' '.join(missing)}")
+    if "llama.cpp" in names and place.device.type != "cpu":
+        raise LlamaError(f"--compare llama.cpp runs on the CPU, and this on {place.device}: add --device cpu")
 
 
 def random_transformers(args: ModelArgs, place: Place) -> Any:

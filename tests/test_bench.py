@@ -6,24 +6,30 @@ No test asks for a speed, which is the machine's and the moment's.
 import json
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Twin
+from conftest import CASES, Twin, assert_close
 from tiny import run_program
+from torch import Tensor
 
 from llama import Llama, LlamaError, ModelArgs
 from llama.bench import SHAPES, Plan, cache_bytes, shape
 from llama.charts import Chart
 from llama.figures import HEAD, Figures, Ratio, Report
-from llama.layout import part_sizes
+from llama.layout import part_sizes, tensor_shapes
 from llama.measure import RAGGED, Bandwidth, Batch, Peak, Run, Spread, interleaved
+from llama.panels import Quantization
 from llama.parallel import Place
+from llama.peer_llama_cpp import LlamaCpp, check_architecture, write_gguf
 from llama.peers import NoText, Streaming, Transformers, Walking, build_peers, check_peers, random_model
+from llama.rotary import RopeScaling
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--shape", "demo", "--gen", "4"]
 SPREADS = ["first_seconds", "prefill_rate", "decode_rate", "total_seconds", "read_rate", "bandwidth", "share"]
@@ -159,13 +165,117 @@ def test_all_subjects_make_the_models_own_tokens(grouped: Twin) -> None:
     assert alone == [[token] for token in expected[2]]
 
 
-def test_peers_that_are_unknown_missing_or_out_of_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_peers(["plain", "meta", "transformers"], 1)
-    with pytest.raises(LlamaError, match="runs in one process, and 2 are here"):
-        check_peers(["transformers"], 2)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(LlamaError, match="pip install transformers"):
-        check_peers(["transformers"], 1)
+def given(args: ModelArgs, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """In the order of the data, without the output layer where it is the embedding."""
+    return ((name, weights[name]) for name in tensor_shapes(args))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tied_embeddings": True},
+        {"head_dim": 32},
+        {"rope_scaling": RopeScaling("llama3", 8, original_max_position_embeddings=16)},
+        {"rope_scaling": RopeScaling("linear", 4)},
+    ],
+    ids=["plain", "tied", "wide heads", "llama3", "linear"],
+)
+def test_llama_cpp_makes_the_models_own_logits_and_tokens(place: Place, changes: dict[str, Any]) -> None:
+    """Of rows of different lengths, prefilled and then decoded together; in float32, so that close means close."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
+    args = replace(CASES["grouped"], max_seq_len=64, **changes)
+    model = random_model(args, place)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():  # those of the benchmark are so small that all tokens look alike
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = 1 + 0.3 * noise if noise.ndim == 1 else 2 * noise / noise.shape[1] ** 0.5
+    peer = LlamaCpp(args, torch.float32, None, given(args, model.state_dict()))
+    streaming = Streaming("plain", Llama(model, NoText()))
+    assert peer.weight_bytes == streaming.weight_bytes + 4 * (args.head_size // 2) * (args.rope_scaling is not None)
+    prompts = [list(range(3, 3 + length)) for length in (1, 17, 6, 30)]
+    with torch.inference_mode():
+        for row, logits in zip(prompts, peer.logits(prompts, [0] * 4), strict=True):
+            assert_close(torch.from_numpy(logits), model(torch.tensor([row]), 0)[0, -1], share=1e-5)
+    steps = list(streaming.run(prompts, 20))
+    assert list(peer.run(prompts, 20)) == steps
+    assert list(peer.run(prompts[1:], 20)) == [step[1:] for step in steps], "nothing is left of an earlier run"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "share", "bits"),
+    [
+        (torch.bfloat16, None, 0.05, 16),
+        (torch.float16, None, 0.01, 16),
+        (torch.bfloat16, "int8", 0.05, 8.5),
+        (torch.bfloat16, "int4", 0.4, 4.5),
+    ],
+)
+def test_llama_cpp_computes_the_model_in_shorter_numbers(
+    place: Place, dtype: torch.dtype, quantization: Quantization | None, share: float, bits: float
+) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
+    args = ModelArgs(128, 2, 8, 2, 96, 32, max_batch_size=2, max_seq_len=32, tied_embeddings=True)
+    model = random_model(args, place)
+    peer = LlamaCpp(args, dtype, quantization, given(args, model.state_dict()))
+    vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    matrices = sum(p.numel() for p in model.parameters()) - vectors
+    assert peer.weight_bytes == matrices * bits / 8 + vectors * 4
+    (logits,) = peer.logits([[5, 3, 8, 60]], [0])
+    with torch.inference_mode():
+        assert_close(torch.from_numpy(logits), model(torch.tensor([[5, 3, 8, 60]]), 0)[0, -1], share)
+
+
+def test_the_command_compares_with_llama_cpp(bench: Command) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
+    options = ["--device", "cpu", "--prompt", "8", "--gen", "4", "--repeats", "1", "--compare", "llama.cpp", "--ragged"]
+    for more in (["--shape", "demo", "--quantization", "int8"], ["--ckpt_dir", "demo/model", "--dtype", "float32"]):
+        said, error = bench(*options, *more)
+        assert error == ""
+        assert said.count("vs llama.cpp") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "quantization", "message"),
+    [
+        ({"qkv_bias": True, "qk_norm": True}, None, "has biases, norms of queries and keys: leave it out"),
+        ({"sliding_window": 8}, None, "has a sliding window"),
+        ({"rope_scaling": RopeScaling("yarn", 4)}, None, "has rope scaling that depends on length"),
+        ({}, "int4", "has rows that groups of 32 don't fill"),
+    ],
+)
+def test_llama_cpp_is_for_plain_llama(changes: dict[str, Any], quantization: Quantization | None, message: str) -> None:
+    check_architecture(ModelArgs(48, 2, 4), None)
+    with pytest.raises(LlamaError, match=message):
+        check_architecture(ModelArgs(48, 2, 4, **changes), quantization)
+
+
+def test_a_full_disk_is_told_before_llama_cpps_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf", reason="gguf isn't here")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with pytest.raises(LlamaError, match=r"2\.47 GB are needed for llama\.cpp's file, and 0\.00 GB are free"):
+        write_gguf(tmp_path / "model.gguf", SHAPES["1b"], torch.bfloat16, None, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_peers_that_are_unknown_missing_or_out_of_place(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_peers(["plain", "meta", "transformers"], place)
+    for name in ("transformers", "llama.cpp"):
+        with pytest.raises(LlamaError, match=f"{name} runs in one process, and 2 are here"):
+            check_peers([name], replace(place, world_size=2))
+    for module in ("transformers", "llama_cpp", "gguf"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(LlamaError, match=r"pip install transformers$"):
+        check_peers(["transformers"], place)
+    with pytest.raises(LlamaError, match=r"pip install llama-cpp-python gguf$"):
+        check_peers(["llama.cpp"], place)
+    for module in ("llama_cpp", "gguf"):
+        there = ModuleType(module)
+        there.__spec__ = ModuleSpec(module, None)
+        monkeypatch.setitem(sys.modules, module, there)
+    check_peers(["llama.cpp"], place)
+    with pytest.raises(LlamaError, match="on cuda: add --device cpu"):
+        check_peers(["llama.cpp"], replace(place, device=torch.device("cuda")))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -260,7 +370,10 @@ def test_on_two_ranks_each_reads_its_share_and_the_picture_shows_both(
         (["--gen", "1"], "--gen is 1, expected at least 2"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--shape", "demo", "--prompt", "1000000000"], "max_seq_len=1000000064) in torch."),
-        (["--compare", "plain,vllm"], "--compare has 'vllm', expected one or more of transformers, plain, meta"),
+        (
+            ["--compare", "plain,vllm"],
+            "--compare has 'vllm', expected one or more of transformers, plain, meta, llama.cpp",
+        ),
         (["--device", "abacus"], "device 'abacus' is not known"),
         (["--plot", "speed.txt"], "--plot is 'speed.txt', expected the name of a file that ends in .png, .svg, .pdf"),
         (["--plot", "/nowhere/speed.png"], "there is no directory /nowhere: make it first"),
