@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from . import kernels
 from .errors import LlamaError
 from .mapped import trim
+from .meeting import Meeting, arrange
 from .model import Attention, FeedForward, RMSNorm, StartPos, Transformer, TransformerBlock
 from .panels import BITS, FloatPanels, IntegerPanels, Panels, Quantization
 from .steps import compile_steps
@@ -45,6 +46,7 @@ class PackedLinear(nn.Module):
         self.rows = len(layer.weight)
         self.bias = layer.bias
         self.pack = pack
+        self.meeting: Meeting | None = None
         self.panels: Panels | None = pack(layer.weight.detach())
         if self.panels is None:
             self.weight = layer.weight
@@ -97,8 +99,8 @@ class PackedLinear(nn.Module):
             return self.product(x, self.bias)
         if self.by_rows:
             y = self.product(copy_to_model_parallel_region(x) if torch.is_grad_enabled() else x, self.bias)
-            return gathered(y) if self.gathers else y
-        y = summed(self.product(x, None))
+            return gathered(y, self.meeting) if self.gathers else y
+        y = summed(self.product(x, None), self.meeting)
         return y if self.bias is None else y + self.bias
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -181,24 +183,28 @@ class PackedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> (B, T, dim)."""
         output = self._output[0]
-        return looked_up(tokens, output.lookup, self.first, output.rows)
+        return looked_up(tokens, output.lookup, self.first, output.rows, output.meeting)
 
 
 class FastEmbedding(VocabParallelEmbedding):
+    meeting: Meeting | None = None
+
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> (B, T, dim)."""
-        return looked_up(tokens, self.lookup, self.vocab_start_index, len(self.weight))
+        return looked_up(tokens, self.lookup, self.vocab_start_index, len(self.weight), self.meeting)
 
     def lookup(self, rows: Tensor) -> Tensor:
         return F.embedding(rows, self.weight)
 
 
-def looked_up(tokens: Tensor, lookup: Callable[[Tensor], Tensor], first: int, count: int) -> Tensor:
+def looked_up(
+    tokens: Tensor, lookup: Callable[[Tensor], Tensor], first: int, count: int, meeting: Meeting | None
+) -> Tensor:
     """Rows of a matrix of which this rank has `count`, from `first` on; zeros for those that no rank has."""
     own = tokens - first
     here = (own >= 0) & (own < count)
     rows = lookup(own.where(here, 0)) * here[..., None]
-    return rows if get_model_parallel_world_size() == 1 else summed(rows)
+    return rows if get_model_parallel_world_size() == 1 else summed(rows, meeting)
 
 
 def loaded_elsewhere(
@@ -217,18 +223,27 @@ def loaded_elsewhere(
         missing.append(key)
 
 
-def summed(x: Tensor) -> Tensor:
+def can_meet(x: Tensor) -> bool:
+    """Whether ranks may exchange x where they meet: outside of what is compiled."""
+    return kernels.takes(x) and not torch.compiler.is_compiling()
+
+
+def summed(x: Tensor, meeting: Meeting | None) -> Tensor:
     """The sum of what the ranks have; without gradients in place, and so that it can be traced."""
     if torch.is_grad_enabled():
         return reduce_from_model_parallel_region(x)
+    if meeting is not None and can_meet(x):
+        return meeting.sum(x)
     dist.all_reduce(x, group=get_model_parallel_group())
     return x
 
 
-def gathered(x: Tensor) -> Tensor:
+def gathered(x: Tensor, meeting: Meeting | None) -> Tensor:
     """What the ranks have, side by side: (..., N) -> (..., ranks x N)."""
     if torch.is_grad_enabled():
         return gather_from_model_parallel_region(x)
+    if meeting is not None and can_meet(x):
+        return meeting.gather(x)
     parts = [torch.empty_like(x) for _ in range(get_model_parallel_world_size())]
     dist.all_gather(parts, x, group=get_model_parallel_group())
     return torch.cat(parts, dim=-1)
@@ -279,6 +294,10 @@ class Form:
                     cast(FastAttention, layer.attention).window = layer.window
                 elif type(layer) in FASTER:
                     layer.__class__ = FASTER[type(layer)]
+        meeting = arrange() if next(model.parameters()).device.type == "cpu" else None
+        for layer in model.modules():
+            if isinstance(layer, PackedLinear | FastEmbedding):
+                layer.meeting = meeting
         model.eval()  # which packed layers are
         if self.compile:
             compile_steps(model, isinstance(model, FastTransformer))

@@ -22,6 +22,7 @@ from torch import Tensor
 from .mapped import in_large_pages
 from .remote import cache_home
 
+SOURCES = ("kernels.c", "ranks.c")
 LANES = 16  # floats of a vector
 PANEL = 64  # rows of a matrix whose numbers stand side by side
 WORD = 4  # bytes of a row that stand together
@@ -40,16 +41,17 @@ SECONDS_TO_COMPILE = 120
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels.c, or None where there can't be one."""
-    source = Path(__file__).with_name("kernels.c")
+    """The compiled SOURCES, or None where they can't be."""
+    sources = [Path(__file__).with_name(name) for name in SOURCES]
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
     try:
-        key = hashlib.sha256(source.read_bytes() + repr((FLAGS, compiler, processor())).encode()).hexdigest()
+        content = b"".join(source.read_bytes() for source in sources)
+        key = hashlib.sha256(content + repr((FLAGS, compiler, processor())).encode()).hexdigest()
         path = cache_home() / "kernels" / f"{key[:32]}.so"
         if not is_whole(path):
-            compile_to(path, source, compiler)
+            compile_to(path, sources, compiler)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
         return None
@@ -70,17 +72,19 @@ def is_whole(path: Path) -> bool:
     return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
 
-def compile_to(path: Path, source: Path, compiler: str) -> None:
+def compile_to(path: Path, sources: list[Path], compiler: str) -> None:
     """Make the library under another name and rename it: ranks may do this at the same time.
 
     It isn't linked with OpenMP: what it calls is found in torch's own, so that both share one set of threads.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        made, linked = Path(directory, "kernels.o"), Path(directory, "kernels.so")
-        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE)
-        run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source, "-o", made])
-        run([compiler, "-shared", made, "-o", linked])
+        run = functools.partial(
+            subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE, cwd=directory
+        )
+        run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", *sources])
+        linked = Path(directory, "kernels.so")
+        run([compiler, "-shared", *(source.with_suffix(".o").name for source in sources), "-o", linked])
         with linked.open("r+b") as f:
             f.write(hashlib.sha256(f.read()).digest())
         os.replace(linked, path)
@@ -96,20 +100,21 @@ def available(like: Tensor) -> bool:
     return takes(like) and library() is not None
 
 
-def call(name: str, *arguments: Tensor | int | float) -> None:
-    """Run a function of kernels.c. Tensors become their addresses: they must be contiguous."""
+def call(name: str, *arguments: Tensor | int | float) -> int:
+    """Run a function of the library, and give what it returns, if it does. Tensors become their addresses: they must be
+    contiguous."""
     kinds = tuple(map(type, arguments))
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    function(name, kinds)(*values, torch.get_num_threads())
+    return function(name, kinds)(*values, torch.get_num_threads())
 
 
 @functools.cache
-def function(name: str, kinds: tuple[type, ...]) -> Callable[..., None]:
-    """A function of kernels.c that takes arguments of these kinds, and the number of threads."""
+def function(name: str, kinds: tuple[type, ...]) -> Callable[..., int]:
+    """A function of the library that takes arguments of these kinds, and the number of threads."""
     found = getattr(library(), name)
     plain = {int: ctypes.c_long, float: ctypes.c_double}
     found.argtypes = [*(plain.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_long]
-    found.restype = None
+    found.restype = ctypes.c_long
     return found
 
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from tiny import environment, launched, run_program, split_checkpoint, write_checkpoint
 
+from llama import kernels
+
 PROGRAM = "tests/rank_program.py"
 
 
@@ -82,26 +84,37 @@ def test_data_parallel_groups_may_do_different_work(directory: Path, one: dict, 
     assert json.loads((tmp_path / "out.1").read_text()) == ["prompt 0 is empty: give it at least one character"]
 
 
-def test_collectives_of_a_step(directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sockets", [False, True])
+def test_collectives_of_a_step(directory: Path, tmp_path: Path, sockets: bool) -> None:
     """One after wo and one after w2 in each of 2 layers, one for the embedding, the logits', and the tokens chosen."""
     program = tmp_path / "counting.py"
     program.write_text(
         "import json, os, sys\n"
+        "from collections import Counter\n"
         "from torch.profiler import ProfilerActivity, profile\n"
-        "from llama import Llama\n"
+        "from llama import Llama, inference, kernels\n"
+        "if sys.argv[3] == 'sockets':\n"
+        "    inference.arrange = lambda: None\n"
         "llama = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
         "stream = llama.stream([[1, 2, 3], [4]], 6, temperature=0)\n"
         "next(stream)\n"
+        "calls, call = Counter(), kernels.call\n"
+        "def counted(name, *rest):\n"
+        "    calls.update([name] if 'of_ranks' in name and rest[-1] == 0 else [])  # and not one that waits on\n"
+        "    return call(name, *rest)\n"
+        "kernels.call = counted\n"
         "with profile(activities=[ProfilerActivity.CPU]) as seen:\n"
         "    next(stream), next(stream)\n"
-        "calls = {event.key: event.count for event in seen.key_averages() if event.key.startswith('c10d::')}\n"
+        "calls.update({event.key: event.count for event in seen.key_averages() if 'c10d::' in event.key})\n"
         "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(json.dumps(calls))\n"
     )
-    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
+    done = run_program(str(program), str(directory), str(tmp_path / "out"), "sockets" if sockets else "memory", ranks=2)
     assert done.returncode == 0, done.stderr
+    meet = kernels.library() is not None and not sockets
+    sums, gathers = ("sum_of_ranks_float", "gather_of_ranks") if meet else ("c10d::allreduce_", "c10d::allgather_")
     for rank in range(2):
         calls = json.loads((tmp_path / f"out.{rank}").read_text())
-        assert calls == {"c10d::allreduce_": 2 * (2 * 2 + 1), "c10d::allgather_": 2, "c10d::broadcast_": 2}
+        assert calls == {sums: 2 * (2 * 2 + 1), gathers: 2, "c10d::broadcast_": 2}
 
 
 def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
