@@ -80,6 +80,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add("--to", required=True, choices=["meta", "hf"], help="Meta's layout, or Hugging Face's")
     add("--mp_size", type=int, default=1, help="shards to write in Meta's layout (default: %(default)s)")
     add("--dtype", help="bfloat16, float16 or float32 (default: that of each tensor)")
+    add("--quantization", choices=sorted(BITS), help="store the matrices of layers rounded to 8 or 4 bits (--to hf)")
     add("--force", action="store_true", help="replace the checkpoint in dst")
     command.set_defaults(run=convert_checkpoint)
 
@@ -143,7 +144,7 @@ def chat(options: argparse.Namespace) -> None:
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
     dtype = None if options.dtype is None else named_dtype(options.dtype)
-    convert(options.src, options.dst, options.to, options.mp_size, dtype, options.force)
+    convert(options.src, options.dst, options.to, options.mp_size, dtype, options.force, options.quantization)
     say(f"wrote {options.dst}: {', '.join(sorted(path.name for path in Path(options.dst).iterdir()))}")
 
 

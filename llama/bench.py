@@ -27,8 +27,8 @@ from .generation import Llama
 from .inference import Form
 from .layout import part_sizes
 from .measure import RAGGED, Bandwidth, Batch, Peak, interleaved, timed
-from .model import ModelArgs
-from .panels import Quantization, bits_of
+from .model import ModelArgs, Transformer
+from .panels import BITS, IntegerPanels, Quantization, bits_of
 from .parallel import Place
 from .peers import Measured, NoText, Streaming, build_peers, check_peers, random_model
 
@@ -135,6 +135,12 @@ def random_llama(args: ModelArgs, place: Place, compile: bool, quantization: Qua
     return Llama(model, NoText())
 
 
+def quantization_of(model: Transformer) -> Quantization | None:
+    """How its matrices are rounded, whether in the checkpoint or as they were loaded."""
+    bits = {layer.bits for layer in model.modules() if isinstance(layer, IntegerPanels)}
+    return next((name for name in BITS if BITS[name] in bits), None)
+
+
 def cache_bytes(args: ModelArgs, mp_size: int, dtype: torch.dtype, batch: Batch) -> float:
     """Bytes of cached keys and values that a decoding step reads on one rank, on average over a run's steps."""
     per_position = 2 * max(args.kv_heads // mp_size, 1) * args.head_size * dtype.itemsize
@@ -157,7 +163,8 @@ def carry_out(plan: Plan) -> Report:
     device_peak = torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else None
     args = ours.llama.model.params
     place = replace(place, dtype=ours.llama.model.norm.weight.dtype)
-    peers = build_peers(plan.peers, args, place, plan.ckpt_dir, plan.quantization)
+    quantization = quantization_of(ours.llama.model)
+    peers = build_peers(plan.peers, args, place, plan.ckpt_dir, quantization)
     for peer in peers:
         warm_up(peer, plan.kinds, args.vocab_size)
     figures, ratios = compare([ours, *peers], plan, args, place)
@@ -167,7 +174,7 @@ def carry_out(plan: Plan) -> Report:
         parameters=sum(part_sizes(args, 1).values()),
         dtype=str(place.dtype).removeprefix("torch."),
         compile=plan.compile,
-        quantization=plan.quantization,
+        quantization=quantization,
         device=place.device.type,
         processor=processor_of(place.device),
         ranks=place.world_size,

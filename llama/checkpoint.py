@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from . import hf_config, hf_format, meta_format
+from .compressed import SCALES, WORDS, check_groups, file_dtypes, file_shapes, is_rounded, wrong_shapes
 from .errors import LlamaError
-from .layout import Stored, check_sizes, part_sizes, tensor_shapes
+from .layout import New, Stored, check_sizes, in_memory, part_sizes, tensor_shapes
 from .model import ModelArgs, Transformer
-from .parallel import DTYPES, Place, is_printer, together
+from .panels import BITS, GROUP, IntegerPanels, Quantization, Rounded
+from .parallel import Place, is_printer, together
 from .remote import is_url
 
 Format = Literal["meta", "hf"]
 CONFIG = {"meta": "params.json", "hf": "config.json"}
 SECONDS_BEFORE_BAR = 2
+LOOKED_UP = 256  # rows of a rounded matrix whose numbers are made at a time
+Take = Callable[[Transformer, str, IntegerPanels | None], None]
 
 
 @dataclass
@@ -34,7 +38,8 @@ class Checkpoint:
     """What a directory was found to hold. With problems, what they left unknown is missing.
 
     directory: where the files lie, which may be the `original/` folder of the one that was asked for. family: as
-    Hugging Face's configuration calls it; None in Meta's layout. tensors: by Meta's names. problems: what is wrong with
+    Hugging Face's configuration calls it; None in Meta's layout. quantization: how the matrices of layers are rounded;
+    None: they aren't. tensors: by Meta's names, of rounded ones as `compressed` has them. problems: what is wrong with
     files; faults: those of them that are of one file, by its path; misfits: what is wrong with the tensors in whole
     files.
     """
@@ -43,6 +48,7 @@ class Checkpoint:
     format: Format
     args: ModelArgs | None = None
     family: str | None = None
+    quantization: Quantization | None = None
     files: list[Path] = field(default_factory=list)
     tensors: dict[str, Stored] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -67,6 +73,36 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         return self.tensors["tok_embeddings.weight"].dtype
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of the tensor's numbers; of those that a rounded matrix stands for, the embedding's."""
+        return self.dtype if self.is_rounded(name) else self.tensors[name].dtype
+
+    @property
+    def group(self) -> int:
+        """How many numbers of a row ranks can't divide."""
+        return 1 if self.quantization is None else GROUP[BITS[self.quantization]]
+
+    def is_rounded(self, name: str) -> bool:
+        return self.quantization is not None and is_rounded(name)
+
+    def panels(
+        self, name: str, mp_rank: int, mp_size: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> IntegerPanels:
+        """What one rank keeps of a rounded matrix, to be computed with in this dtype; device: None is the CPU."""
+        bits = BITS[cast(Quantization, self.quantization)]
+        parts = (self.tensors[key].part(self.sizes, mp_rank, mp_size, key) for key in (name + WORDS, name + SCALES))
+        return IntegerPanels(Rounded(*(part.to(device).contiguous() for part in parts)), bits, dtype)
+
+    def part(self, name: str, mp_rank: int = 0, mp_size: int = 1, new: New = in_memory) -> Tensor:
+        """What one rank keeps of the tensor; of a rounded matrix, the numbers that it stands for, in a `new` tensor."""
+        if not self.is_rounded(name):
+            return self.tensors[name].part(self.sizes, mp_rank, mp_size, name, new)
+        panels = self.panels(name, mp_rank, mp_size, self.dtype)
+        numbers = new((panels.rows, panels.columns), self.dtype)
+        for rows in torch.arange(panels.rows).split(LOOKED_UP):
+            numbers[rows] = panels.lookup(rows)
+        return numbers
 
 
 def find(ckpt_dir: str | os.PathLike) -> tuple[Path, Format]:
@@ -140,11 +176,12 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
         contents = meta_contents(checkpoint, thorough)
     else:
         contents, spell = hf_contents(checkpoint), hf_format.hf_name
-        gather = partial(hf_format.gather, thorough=thorough)
+        gather = partial(hf_format.gather, thorough=thorough, quantization=checkpoint.quantization)
     if checkpoint.args is None:
         return checkpoint
     try:
         check_sizes(checkpoint.args)
+        check_groups(checkpoint.args, checkpoint.quantization)
         if checkpoint.args.vocab_size < 1:
             raise LlamaError("vocab_size is -1, and no tok_embeddings.weight or output.weight tells how many words")
     except LlamaError as e:
@@ -153,9 +190,10 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
         return checkpoint
     checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args)
     if not checkpoint.problems:  # else what is missing may lie in a file that is broken
-        absent = [name for name in tensor_shapes(checkpoint.args) if name not in checkpoint.tensors]
+        expected = file_shapes(checkpoint.args, checkpoint.quantization)
+        absent = [name for name in expected if name not in checkpoint.tensors]
         checkpoint.misfits += [f"missing {spell(name)}" for name in absent]
-    checkpoint.misfits += misfits(checkpoint.tensors, checkpoint.args)
+    checkpoint.misfits += misfits(checkpoint)
     return checkpoint
 
 
@@ -188,7 +226,8 @@ def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
     if not config.is_file():
         checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
     else:
-        checkpoint.family, checkpoint.args = attempt(checkpoint, hf_config.read_config, config) or (None, None)
+        found = attempt(checkpoint, hf_config.read_config, config) or (None, None, None)
+        checkpoint.family, checkpoint.args, checkpoint.quantization = found
     files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
     if not any(path.exists() for path in files):  # the index is broken or gone, but there are files
         files = sorted({*files, *directory.glob("*.safetensors")})
@@ -224,16 +263,17 @@ def attempt(checkpoint: Checkpoint, read: Callable[[Path], Any], path: Path) -> 
     return None
 
 
-def misfits(found: dict[str, Stored], args: ModelArgs) -> list[str]:
+def misfits(checkpoint: Checkpoint) -> list[str]:
     """What is misshapen or of no use among the tensors, by the names that the files use."""
-    shapes = tensor_shapes(args)
+    shapes = file_shapes(checkpoint.sizes, checkpoint.quantization)
     problems = []
-    for name, stored in found.items():
+    for name, stored in checkpoint.tensors.items():
         if stored.shape != shapes[name]:
             problems.append(f"{stored.name} of shape {stored.shape}, expected {shapes[name]}")
-        if stored.dtype not in DTYPES.values():
-            problems.append(f"{stored.name} of {stored.dtype}, expected one of bfloat16, float16, float32")
-    return problems
+        if stored.dtype not in (useful := file_dtypes(name)):
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in useful)
+            problems.append(f"{stored.name} of {stored.dtype}, expected {'one of ' * (len(useful) > 1)}{expected}")
+    return problems + wrong_shapes(checkpoint.tensors, checkpoint.sizes)
 
 
 def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
@@ -278,27 +318,34 @@ def load_model(
     checkpoint: Checkpoint,
     args: ModelArgs,
     place: Place,
-    take: Callable[[Transformer, str], None] = lambda model, name: None,
+    take: Take | None = None,
 ) -> Transformer:
     """The Transformer of this rank with its weights. On the CPU, in the file's own dtype and layout, they stay mapped:
     all that are whole or cut along their rows.
 
-    take(model, name) is called when the tensor `name` has its place, and may put another layer there before the next
-    tensor comes. If one rank fails, every rank raises its LlamaError.
+    take(model, name, panels) is called when the tensor `name` has its place, and may put another layer there before the
+    next tensor comes. A matrix that is rounded in the files has no place yet, and comes as panels; without `take`, as
+    the numbers that it stands for. If one rank fails, every rank raises its LlamaError.
     """
     with together():
         model = build_on_meta(args)
-        total = sum(part_sizes(args, place.mp_size).values()) * place.dtype.itemsize
+        sizes = part_sizes(args, place.mp_size)
+        total = sum(sizes.values()) * place.dtype.itemsize
         silent = not is_printer() or None  # None: unless on a terminal
         with tqdm(
             desc="loading", total=total, unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR, disable=silent
         ) as bar:
             for name in tensor_shapes(args):  # one by one: at most one tensor is held twice
-                part = checkpoint.tensors[name].part(args, place.mp_rank, place.mp_size, name)
-                place_tensor(model, name, part.to(place.device, place.dtype).contiguous())
-                bar.update(part.numel() * place.dtype.itemsize)
-                del part
-                take(model, name)
+                panels = None
+                if take is not None and checkpoint.is_rounded(name):
+                    panels = checkpoint.panels(name, place.mp_rank, place.mp_size, place.dtype, place.device)
+                else:
+                    part = checkpoint.part(name, place.mp_rank, place.mp_size)
+                    place_tensor(model, name, part.to(place.device, place.dtype).contiguous())
+                    del part
+                bar.update(sizes[name] * place.dtype.itemsize)
+                if take is not None:
+                    take(model, name, panels)
     return model
 
 

@@ -13,6 +13,7 @@ from .errors import LlamaError
 from .hf_tokenizer import HFTokenizer
 from .layout import memory_needed, mp_sizes
 from .model import ModelArgs
+from .panels import Quantization
 from .parallel import Place, available_memory
 from .tokenizer import Tokenizer
 
@@ -96,15 +97,31 @@ def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer | HFTokenizer) -> Non
         )
 
 
-def check_ranks(directory: Path, args: ModelArgs, mp_size: int) -> None:
-    """Whether a model of these sizes runs on so many ranks; says on how many it does."""
-    fitting = mp_sizes(args)
+def check_ranks(directory: Path, args: ModelArgs, mp_size: int, group: int = 1) -> None:
+    """Whether a model of these sizes runs on so many ranks; says on how many it does.
+
+    group: how many numbers of a row were rounded together, and so can't be divided.
+    """
+    fitting = mp_sizes(args, group)
     if mp_size not in fitting:
         raise LlamaError(
             f"{directory} can't be divided over {mp_size} model-parallel ranks (n_heads {args.n_heads}, "
-            f"n_kv_heads {args.kv_heads}, hidden_dim {args.hidden_dim}, vocab_size {args.vocab_size}): "
+            f"n_kv_heads {args.kv_heads}, hidden_dim {args.hidden_dim}, vocab_size {args.vocab_size}"
+            f"{f'; rounded in groups of {group}' * (group > 1)}): "
             f"start with torchrun --nproc_per_node {' or '.join(map(str, fitting))}"
         )
+
+
+def agreed_quantization(
+    directory: Path, stored: Quantization | None, asked: Quantization | None
+) -> Quantization | None:
+    """How matrices are rounded in memory: as they are stored, else as was asked for."""
+    if stored is not None and asked not in (None, stored):
+        raise LlamaError(
+            f"{directory} holds matrices rounded to {stored}, but quantization is {asked!r}: leave it out, or take the "
+            "checkpoint that this one was made of"
+        )
+    return stored or asked
 
 
 def check_memory(args: ModelArgs, place: Place, bits: float | None = None) -> None:

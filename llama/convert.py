@@ -29,10 +29,12 @@ from .checkpoint import (
     is_binary,
     open_checkpoint,
 )
+from .compressed import check_groups, is_rounded, quantization_config, rounded_tensors
 from .errors import LlamaError, one_line
 from .files import read_json, write_json
 from .layout import New, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
+from .panels import BITS, Quantization, bits_of
 from .remote import is_url
 from .tokenizer import Tokenizer
 from .tokenizer_json import write_tokenizer_json
@@ -53,12 +55,15 @@ def convert(
     mp_size: int = 1,
     dtype: torch.dtype | None = None,
     force: bool = False,
+    quantization: Quantization | None = None,
 ) -> None:
     """Write the checkpoint in `src` to the directory `dst`, in Meta's layout (mp_size shards) or Hugging Face's.
 
-    dtype: None keeps each tensor's own. The tokenizer's files and generation_config.json come along. The configuration,
-    without which nothing loads, is written last; whatever fails before leaves nothing of it. Raises LlamaError for a
-    checkpoint that can't be read or written so, and where `dst` holds files, unless `force` lets it replace them.
+    dtype: None keeps each tensor's own; that of rounded matrices is the embedding's. quantization: "int8" or "int4"
+    stores the matrices of layers rounded from that dtype, as `compressed` tells; only in Hugging Face's layout. The
+    tokenizer's files and generation_config.json come along. The configuration, without which nothing loads, is written
+    last; whatever fails before leaves nothing of it. Raises LlamaError for a checkpoint that can't be read or written
+    so, and where `dst` holds files, unless `force` lets it replace them.
     """
     if is_url(dst):
         raise LlamaError(f"{dst} is a URL: expected a directory of this machine to write to")
@@ -66,24 +71,32 @@ def convert(
     args = checkpoint.sizes
     if to == "hf" and mp_size != 1:
         raise LlamaError(f"mp_size is {mp_size}, but Hugging Face's layout isn't divided over ranks: leave it out")
-    if mp_size not in mp_sizes(args):
-        fitting = ", ".join(map(str, mp_sizes(args)))
+    if mp_size not in mp_sizes(args, checkpoint.group):
+        fitting = ", ".join(map(str, mp_sizes(args, checkpoint.group)))
         raise LlamaError(f"mp_size is {mp_size}, but {checkpoint.directory} can be divided over {fitting} ranks")
+    check_quantization(checkpoint, to, quantization)
     if to == "meta":
         config = meta_format.params_of(args)
     else:
         config = hf_config.config_of(args, source_config(checkpoint), dtype or checkpoint.dtype)
+    if quantization is not None:
+        config["quantization_config"] = quantization_config(quantization, args.tied_embeddings)
     check_target(checkpoint, target, force)
     with unfinished_directory(target) as unfinished:
-        check_space(checkpoint, unfinished, dtype, mp_size if to == "meta" else None)
+        sizes = file_bytes(checkpoint, dtype, quantization)
+        check_space(sum(sizes.values()), unfinished, mp_size if to == "meta" else None)
         try:
-            write = write_meta if to == "meta" else write_hf
-            write(checkpoint, args, unfinished, mp_size, dtype)
+            if to == "meta":
+                write_meta(checkpoint, args, unfinished, mp_size, dtype)
+            else:
+                write_hf(checkpoint, sizes, unfinished, dtype, quantization)
         except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
             raise LlamaError(f"{target} can't be written ({one_line(e)})") from e
         if to == "hf":
             write_tokenizer(checkpoint, unfinished)
-        copy_settings(checkpoint, unfinished, [*SETTINGS, *(["config.json"] if to == "meta" else [])])
+        elif source := source_config(checkpoint):  # what only a config.json says
+            write_json(unfinished / "config.json", source)
+        copy_settings(checkpoint, unfinished)
         publish(unfinished, target)
         write_json(target / CONFIG[to], config)
 
@@ -108,7 +121,23 @@ def source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The `config.json` of the same model, where there is one: it holds settings that no layout of Meta's has."""
     paths = find_settings(checkpoint, "config.json")
     found = read_json(paths[0], "a model's configuration") if paths else {}
-    return found if isinstance(found.get("model_type"), str) and not found.get("quantization_config") else {}
+    quantization = found.pop("quantization_config", None)
+    return found if isinstance(found.get("model_type"), str) and (checkpoint.quantization or not quantization) else {}
+
+
+def check_quantization(checkpoint: Checkpoint, to: Format, quantization: Quantization | None) -> None:
+    if quantization is None:
+        return
+    if quantization not in BITS:
+        raise LlamaError(f"quantization is {quantization!r}, expected None or one of {', '.join(BITS)}")
+    if to == "meta":
+        raise LlamaError("Meta's layout has no place for rounded matrices: use --to hf, or leave out --quantization")
+    if checkpoint.quantization is not None:
+        raise LlamaError(
+            f"{checkpoint.directory} holds matrices rounded to {checkpoint.quantization} already: take the checkpoint "
+            "that it was made of, or leave out --quantization to write the numbers that they stand for"
+        )
+    check_groups(checkpoint.sizes, quantization)
 
 
 def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
@@ -121,10 +150,17 @@ def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
         raise LlamaError(f"{target} isn't empty: choose another directory, or replace its checkpoint with --force")
 
 
-def check_space(checkpoint: Checkpoint, target: Path, dtype: torch.dtype | None, shards: int | None) -> None:
+def file_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: Quantization | None) -> dict[str, int]:
+    """What each tensor of the model takes in files, in the order in which they are written."""
+    sizes = {}
+    for name, shape in tensor_shapes(checkpoint.sizes).items():
+        bits = bits_of(quantization) if is_rounded(name) else None
+        sizes[name] = int(torch.Size(shape).numel() * (bits or 8 * (dtype or checkpoint.dtype_of(name)).itemsize) / 8)
+    return sizes
+
+
+def check_space(size: int, target: Path, shards: int | None) -> None:
     """Refuse what the disk can't hold: all that is written, and the tensors of one file again until it is."""
-    stored = checkpoint.tensors.values()
-    size = sum(torch.Size(s.shape).numel() * (dtype or s.dtype).itemsize for s in stored)
     needed = size + (min(size, FILE_BYTES) if shards is None else size // shards)
     free = shutil.disk_usage(target).free
     if needed > free:
@@ -139,29 +175,37 @@ def write_meta(
         for rank in range(mp_size):
             tensors = {}
             for name in names:
-                stored = checkpoint.tensors[name]
-                tensors[name] = packed(stored.part(args, rank, mp_size, name, new), dtype, new)
+                tensors[name] = packed(checkpoint.part(name, rank, mp_size, new), dtype, new)
                 bar.update()
             if args.tied_embeddings:  # in both places, as Meta has it; stored once
                 tensors["output.weight"] = tensors["tok_embeddings.weight"]
             torch.save(tensors, directory / f"consolidated.{rank:02d}.pth")
 
 
-def write_hf(checkpoint: Checkpoint, args: ModelArgs, directory: Path, mp_size: int, dtype: torch.dtype | None) -> None:
-    files, new = list(hf_files(checkpoint, args, dtype)), partial(on_disk, directory)
+def write_hf(
+    checkpoint: Checkpoint,
+    sizes: dict[str, int],
+    directory: Path,
+    dtype: torch.dtype | None,
+    quantization: Quantization | None,
+) -> None:
+    files, new = list(hf_files(sizes)), partial(on_disk, directory)
     places: dict[str, str] = {}
     total = 0
-    with tqdm(desc="writing", total=len(tensor_shapes(args)), unit=" tensors", disable=None) as bar:
+    with tqdm(desc="writing", total=len(sizes), unit=" tensors", disable=None) as bar:
         for number, names in enumerate(files, start=1):
             single = len(files) == 1
             file = hf_format.SINGLE if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            tensors = {}
+            tensors: dict[str, Tensor] = {}
             for name in names:
-                stored = checkpoint.tensors[name]
-                whole = stored.read(new=new)
+                whole = checkpoint.part(name, new=new)
                 if is_rotary(name):
-                    whole = permute_rotary(whole, args.head_size, "hf", new)
-                tensors[hf_format.hf_name(name)] = packed(whole, dtype, new)
+                    whole = permute_rotary(whole, checkpoint.sizes.head_size, "hf", new)
+                if quantization is not None and is_rounded(name):
+                    named = rounded_tensors(whole, name, quantization, dtype or whole.dtype, new)
+                else:
+                    named = {name: packed(whole, dtype, new)}
+                tensors |= {hf_format.hf_name(name): tensor for name, tensor in named.items()}
                 bar.update()
             save_file(tensors, directory / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
@@ -170,12 +214,11 @@ def write_hf(checkpoint: Checkpoint, args: ModelArgs, directory: Path, mp_size: 
         write_json(directory / hf_format.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def hf_files(checkpoint: Checkpoint, args: ModelArgs, dtype: torch.dtype | None) -> Iterator[list[str]]:
-    """Which tensors go into each file."""
+def hf_files(sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Which tensors go into each file; what they take is in `sizes`."""
     names: list[str] = []
     size = 0
-    for name, shape in tensor_shapes(args).items():
-        more = torch.Size(shape).numel() * (dtype or checkpoint.tensors[name].dtype).itemsize
+    for name, more in sizes.items():
         if names and size + more > FILE_BYTES:
             yield names
             names, size = [], 0
@@ -211,9 +254,9 @@ def write_tokenizer(checkpoint: Checkpoint, unfinished: Path) -> None:
         write_tokenizer_json(Tokenizer(path), unfinished)
 
 
-def copy_settings(checkpoint: Checkpoint, unfinished: Path, names: list[str]) -> None:
-    """Bring along the tokenizer's files and the settings of generation; and what only a config.json says."""
-    for name in names:
+def copy_settings(checkpoint: Checkpoint, unfinished: Path) -> None:
+    """Bring along the tokenizer's files and the settings of generation."""
+    for name in SETTINGS:
         for found in find_settings(checkpoint, name)[:1]:
             shutil.copyfile(found, unfinished / name)
 

@@ -19,6 +19,7 @@ from . import parallel
 from .chat_template import formatter
 from .checkpoint import find_tokenizer, load_model, open_checkpoint
 from .checks import (
+    agreed_quantization,
     check_count,
     check_list,
     check_memory,
@@ -128,7 +129,8 @@ class Llama:
         for whatever can't work.
 
         compile: let torch.compile make the decoding steps, which takes a while here and less when it was done before.
-        quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes.
+        quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes;
+        those that the checkpoint has rounded stay as they are.
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
         """
         form = Form(quantization, compile)
@@ -146,12 +148,14 @@ class Llama:
             check_seed(seed)
             checkpoint = open_checkpoint(ckpt_dir)
             args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            check_ranks(checkpoint.directory, args, place.mp_size)
+            check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
+            stored = checkpoint.quantization
+            form = replace(form, quantization=agreed_quantization(checkpoint.directory, stored, quantization))
             if dtype == "auto":
                 place = replace(place, dtype=checkpoint.dtype)
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
-            check_memory(args, place, bits_of(quantization))
+            check_memory(args, place, bits_of(form.quantization))
         model = load_model(checkpoint, args, place, form.take)
         form.finish(model)
         return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk)

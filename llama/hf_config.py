@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from .compressed import quantization_of
 from .errors import LlamaError
 from .files import read_json
 from .model import ModelArgs, feed_forward_size
+from .panels import Quantization
 from .rotary import LARGEST, RopeScaling
 
 # What each family's configuration means where it says nothing.
@@ -78,11 +80,14 @@ class Config:
         return value
 
 
-def read_config(path: Path) -> tuple[str, ModelArgs]:
-    """(family, what its `config.json` means). Raises LlamaError for no model of these families, naming the key."""
+def read_config(path: Path) -> tuple[str, ModelArgs, Quantization | None]:
+    """(family, what its `config.json` means, how its matrices are rounded).
+
+    Raises LlamaError for no model of these families and for what can't be read, naming the key.
+    """
     values = read_json(path, "a model's configuration")
     args = args_of(values, path)
-    return values["model_type"], args
+    return values["model_type"], args, quantization_of(values.get("quantization_config"), args.tied_embeddings, path)
 
 
 def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
@@ -90,8 +95,6 @@ def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
     family = values.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise LlamaError(f"{path}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
-    if values.get("quantization_config") is not None:
-        raise LlamaError(f"{path}: the weights are quantized (quantization_config), expected plain ones")
     config = Config(path, values, FAMILIES[family])
     if config.value("hidden_act", "silu") != "silu":
         raise config.error("hidden_act", config.value("hidden_act"), "'silu'")

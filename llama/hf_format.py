@@ -9,10 +9,12 @@ from pathlib import Path, PurePath
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .compressed import file_shapes
 from .errors import LlamaError
 from .files import describe_content, read_json, unreadable
-from .layout import Stored, is_rotary, repeats, tensor_shapes
+from .layout import Stored, is_rotary, repeats
 from .model import ModelArgs
+from .panels import Quantization
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -79,12 +81,14 @@ def read_file(path: Path) -> dict[str, Tensor]:
         raise LlamaError(f"{path} is truncated, damaged or no safetensors file ({wrong}): download it again") from None
 
 
-def gather(files: list[dict[str, Tensor]], args: ModelArgs, thorough: bool) -> tuple[dict[str, Stored], list[str]]:
+def gather(
+    files: list[dict[str, Tensor]], args: ModelArgs, thorough: bool, quantization: Quantization | None
+) -> tuple[dict[str, Stored], list[str]]:
     """(whole tensors by Meta's name, what is surplus or doesn't fit)."""
     found = {name: tensor for file in files for name, tensor in file.items()}
     counts = Counter(name for file in files for name in file)
     tensors, head_dim = {}, args.head_size
-    for name in tensor_shapes(args):
+    for name in file_shapes(args, quantization):
         tensor = found.pop(hf_name(name), None)
         if tensor is not None:
             halves = head_dim if is_rotary(name) and tensor.shape[:1].numel() % head_dim == 0 else None

@@ -38,7 +38,13 @@ class PackedLinear(nn.Module):
     gradients, and `eval()` packs it. Packed, gradients flow through W to x, and to b.
     """
 
-    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, pack: Callable[[Tensor], Panels | None]):
+    def __init__(
+        self,
+        layer: ColumnParallelLinear | RowParallelLinear,
+        pack: Callable[[Tensor], Panels | None],
+        panels: Panels | None = None,
+    ):
+        """panels: W, where that isn't in the layer."""
         super().__init__()
         self.by_rows = isinstance(layer, ColumnParallelLinear)
         self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
@@ -47,7 +53,7 @@ class PackedLinear(nn.Module):
         self.bias = layer.bias
         self.pack = pack
         self.meeting: Meeting | None = None
-        self.panels: Panels | None = pack(layer.weight.detach())
+        self.panels: Panels | None = pack(layer.weight.detach()) if panels is None else panels
         if self.panels is None:
             self.weight = layer.weight
         self.training = False
@@ -266,15 +272,18 @@ class Form:
         if self.quantization is not None and self.quantization not in BITS:
             raise LlamaError(f"quantization is {self.quantization!r}, expected None or one of {', '.join(BITS)}")
 
-    def take(self, model: Transformer, name: str) -> None:
-        """Give the layer whose tensor `name` was just loaded its fast form, before the next one is."""
+    def take(self, model: Transformer, name: str, panels: IntegerPanels | None = None) -> None:
+        """Give the layer whose tensor `name` was just loaded its fast form, before the next one is.
+
+        panels: of a matrix that was stored rounded, as this form rounds them.
+        """
         owner_name, _, kind = name.rpartition(".")
         layer = model.get_submodule(owner_name)
         if kind != "weight":
             return
         trim()  # what the tensor before this one was made from
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            model.set_submodule(owner_name, PackedLinear(layer, self._pack))
+            model.set_submodule(owner_name, PackedLinear(layer, self._pack, panels))
         elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:
             model.output = PackedLinear(model.output, self._pack)
             model.tok_embeddings = PackedEmbedding(layer, model.output)

@@ -18,6 +18,7 @@ from .errors import LlamaError, printable
 from .hf_tokenizer import open_tokenizer
 from .layout import memory_needed, mp_sizes, part_sizes
 from .model import ModelArgs
+from .panels import BITS, GROUP, Quantization, bits_of
 from .parallel import DTYPES, named_dtype
 from .tokenizer import Tokenizer
 
@@ -70,7 +71,8 @@ class Report:
 
     In JSON these are the keys, with "ok" before them: whether there are neither problems nor misfits.
     directory: where the files lie. format: "meta" or "hf". family: of which published models, for people. sizes: see
-    `sizes_of`. parameters: how many numbers. dtypes: name -> how many tensors. files, tokenizer, memory: objects with
+    `sizes_of`. parameters: how many numbers. quantization: how the files' matrices are rounded; None: they aren't.
+    dtypes: name -> how many tensors. files, tokenizer, memory: objects with
     the fields of File, Vocabulary and Memory. mp_sizes: on how many ranks it runs. problems: a line for each, those of
     files too. misfits: what is wrong with the tensors in whole files.
     """
@@ -80,6 +82,7 @@ class Report:
     family: str | None
     sizes: dict[str, Any] | None
     parameters: int | None
+    quantization: Quantization | None
     dtypes: dict[str, int]
     files: list[File]
     tokenizer: Vocabulary | None
@@ -110,21 +113,23 @@ def report_on(
 ) -> Report:
     """What a survey found, with the tokenizer, and the memory that a model so built would take.
 
-    dtype: None is that of most tensors in the files. Raises LlamaError for numbers and dtypes that mean nothing.
+    dtype: None is that of most tensors in the files, rounded ones aside. Raises LlamaError for numbers and dtypes that
+    mean nothing.
     """
     for name, count in (("mp_size", mp_size), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         check_count(name, count)
     chosen = None if dtype is None else named_dtype(dtype)
     args, problems = checkpoint.args, list(checkpoint.problems)
     found = Counter(stored.dtype for stored in checkpoint.tensors.values())
-    chosen = chosen or next((dtype for dtype, _ in found.most_common() if dtype in DTYPES.values()), None)
+    plain = Counter(stored.dtype for name, stored in checkpoint.tensors.items() if name.endswith((".weight", ".bias")))
+    chosen = chosen or next((dtype for dtype, _ in plain.most_common() if dtype in DTYPES.values()), None)
     memory = None
     if args is not None:
         try:
-            check_ranks(checkpoint.directory, args, mp_size)
+            check_ranks(checkpoint.directory, args, mp_size, checkpoint.group)
             if chosen is not None:
                 sized = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-                memory = memory_of(sized, mp_size, chosen)
+                memory = memory_of(sized, mp_size, chosen, checkpoint.quantization)
         except LlamaError as e:
             problems.append(str(e))
     vocabulary, wrong = look_at_tokenizer(checkpoint)
@@ -134,11 +139,12 @@ def report_on(
         family=None if args is None else family_of(args, checkpoint.family),
         sizes=None if args is None else sizes_of(args),
         parameters=None if args is None else sum(part_sizes(args, 1).values()),
+        quantization=checkpoint.quantization,
         dtypes={dtype_name(dtype): count for dtype, count in found.most_common()},
         files=[File(path.name, bytes_of(path), checkpoint.faults.get(path)) for path in checkpoint.files],
         tokenizer=vocabulary,
         memory=memory,
-        mp_sizes=[] if args is None else mp_sizes(args),
+        mp_sizes=[] if args is None else mp_sizes(args, checkpoint.group),
         problems=problems + wrong,
         misfits=list(checkpoint.misfits),
     )
@@ -155,8 +161,8 @@ def bytes_of(path: Path) -> int | None:
         return None
 
 
-def memory_of(args: ModelArgs, mp_size: int, dtype: torch.dtype) -> Memory:
-    weights, cache = memory_needed(args, mp_size, dtype)
+def memory_of(args: ModelArgs, mp_size: int, dtype: torch.dtype, quantization: Quantization | None) -> Memory:
+    weights, cache = memory_needed(args, mp_size, dtype, bits_of(quantization))
     lengths = (args.max_seq_len, args.max_batch_size)
     return Memory(mp_size, *lengths, dtype_name(dtype), weights, cache, mp_size * weights, mp_size * cache)
 
@@ -225,6 +231,9 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     if report.sizes is not None:
         yield from rows_of_sizes(report.sizes)
         yield "parameters", f"{report.parameters:,}"
+    if report.quantization is not None:
+        bits = BITS[report.quantization]
+        yield "rounded", f"{report.quantization}: integers of {bits} bits, of which {GROUP[bits]} share a scale"
     tensors = [f"{count} of {dtype}" for dtype, count in report.dtypes.items()]
     yield "tensors", ", ".join(tensors) or "unknown"
     yield from labelled("files", rows_of_files(report))

@@ -89,6 +89,9 @@ INLINE ints step_int8(ints sum, words w, uint32_t x) {  /* w: four unsigned byte
 #endif
 }
 
+INLINE floats choose(ints mask, floats a, floats b) { return (floats)(((ints)a & mask) | ((ints)b & ~mask)); }
+INLINE floats to_nearest(floats x) { return (x + 12582912.f) - 12582912.f; }  /* there, floats are 1 apart; ties to even */
+INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
 INLINE long left(long from, long most, long end) { return from + most < end ? most : end - from; }
 
 /* The first `count` columns of some rows of sums to y, whose rows are N numbers apart. */
@@ -191,24 +194,30 @@ void pack(const loose_word *source, uint32_t *target, long N, long steps, int th
         pack_panel(source + p * PANEL * steps, target + p * PANEL * steps, left(p * PANEL, PANEL, N), steps);
 }
 
-/* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale ------------------------- */
+/* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale -------------------------
+ *
+ * Of 4 bits a byte has two, that of the lower column in its low half. */
 
-/* Each group of x to signed bytes, with its own scale and the sum of its bytes. What the last one lacks is zeros. */
-INLINE void round_to_bytes(const char *x, long K, long group, int8_t *bytes, float *scales, int32_t *sums, int bf16) {
+/* Each group of x to signed bytes, with its own scale and the sum of its bytes. What the last one lacks is zeros. Of 4
+ * bits, the numbers that meet low halves of bytes come first, those that meet high halves after them. */
+INLINE void round_to_bytes(int bits, const char *x, long K, int8_t *bytes, float *scales, int32_t *sums, int bf16) {
+    const long group = bits == 8 ? GROUP8 : GROUP4;
     for (long g = 0; g * group < K; g++) {
         const long from = g * group, count = left(from, group, K);
+        int8_t rounded[GROUP8] = {0};
         float most = 0;
-        for (long k = from; k < from + count; k++) {
-            const float size = __builtin_fabsf(get(x, k, bf16));
+        for (long k = 0; k < count; k++) {
+            const float size = __builtin_fabsf(get(x, from + k, bf16));
             most = size > most || size != size ? size : most;  /* NaN stays, to be seen in the logits */
         }
         const float inverse = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
-        memset(bytes + from, 0, (size_t)group);
-        for (long k = from; k < from + count; k++) {
-            bytes[k] = (int8_t)__builtin_rintf(get(x, k, bf16) * inverse);
-            sum += bytes[k];
+        for (long k = 0; k < count; k++) {
+            rounded[k] = (int8_t)__builtin_rintf(get(x, from + k, bf16) * inverse);
+            sum += rounded[k];
         }
+        if (bits == 8) memcpy(bytes + from, rounded, GROUP8);
+        else for (long k = 0; k < GROUP4; k++) bytes[from + k] = rounded[k % (GROUP4 / 2) * 2 + k / (GROUP4 / 2)];
         scales[g] = most / 127;
         sums[g] = sum;
     }
@@ -225,11 +234,11 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sum[m][v] = (ints){0} - zero * x_sums[m * groups + g];
         for (long s = 0; s < steps; s++, w += 4 * PANEL) {
-            const int8_t *own = x + g * group + s * 32 / bits;
+            const int8_t *own = x + g * group + s * 4;
             words columns[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
             UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
-                const uint32_t four = *(const loose_word *)(own + m * length + 4 * half);
+                const uint32_t four = *(const loose_word *)(own + m * length + half * group / 2);
                 UNROLL for (int v = 0; v < VECTORS; v++)
                     sum[m][v] = step_int8(sum[m][v], bits == 8 ? columns[v] : columns[v] >> 4 * half & 0x0f0f0f0fu, four);
             }
@@ -269,10 +278,12 @@ ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_
     {
 #pragma omp for
         for (long m = 0; m < M; m++) {
-#define ROUND(bf16) round_to_bytes(x + m * K * (bf16 ? 2 : 4), K, group, bytes + m * groups * group, x_scales + m * groups, \
-        x_sums + m * groups, bf16)
-            if (bf16) ROUND(1);
-            else ROUND(0);
+#define ROUND(bits, bf16) round_to_bytes(bits, x + m * K * (bf16 ? 2 : 4), K, bytes + m * groups * group, \
+        x_scales + m * groups, x_sums + m * groups, bf16)
+            if (bits == 8 && bf16) ROUND(8, 1);
+            else if (bits == 8) ROUND(8, 0);
+            else if (bf16) ROUND(4, 1);
+            else ROUND(4, 0);
         }
 #pragma omp for schedule(dynamic, 4)
         for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
@@ -291,16 +302,85 @@ INTEGER_PRODUCT(product_int8_bf16, 8, 1)
 INTEGER_PRODUCT(product_int4_float, 4, 0)
 INTEGER_PRODUCT(product_int4_bf16, 4, 1)
 
-/* --- between the products: each number is rounded where the plain network rounds it -------------------------------------- */
+/* --- rounding W (N, K) to such integers -------------------------------------------------------------------------------- */
 
-INLINE floats larger(floats a, floats b) {
-    const ints first = a > b;
-    return (floats)(((ints)a & first) | ((ints)b & ~first));
+/* The integers, as floats, that x becomes by a scale. */
+INLINE floats integers_of(int bits, floats x, floats scale) {
+    const float half = bits == 8 ? 128 : 8;
+    const floats least = (floats){0} - half, most = (floats){0} + (half - 1);
+    const floats whole = larger(to_nearest(x / choose(scale != 0, scale, (floats){0} + 1)), least);
+    return choose(whole > most, most, whole);
 }
+
+/* Halves are added until one is left. Not inlined: squares are rounded before they are added, as in torch. (Of integers
+ * times scales that need not be said: they are exact.) */
+static __attribute__((noinline)) floats sum_by_halves(floats *x, long count) {
+    for (long half = count / 2; half > 0; half /= 2)
+        for (long k = 0; k < half; k++) x[k] += x[k + half];
+    return x[0];
+}
+
+/* A group of 16 rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row: of those that make its
+ * largest number one of the targets, as panels.py has them, that of the least squared error; NaN where none is finite. */
+INLINE void round_rows(int bits, const floats *x, char *target, char *scales) {
+    static const float targets[2][4] = {{-127}, {-8, -7.5f, -7, 7.5f}};
+    const long group = bits == 8 ? GROUP8 : GROUP4, together = 32 / bits;
+    floats most = x[0], scale = {0}, best = (floats){0} + __builtin_inff();
+    for (long k = 1; k < group; k++) {
+        const floats next = x[k * VECTORS];
+        most = choose(larger(next, -next) > larger(most, -most), next, most);
+    }
+    for (int t = 0; t < (bits == 8 ? 1 : 4); t++) {
+        const floats tried = widened(narrowed(most / targets[bits == 4][t]));
+        floats squares[GROUP8];
+        for (long k = 0; k < group; k++) {
+            const floats apart = integers_of(bits, x[k * VECTORS], tried) * tried - x[k * VECTORS];
+            squares[k] = apart * apart;
+        }
+        const floats error = sum_by_halves(squares, group);
+        scale = choose(error < best, tried, scale);
+        best = choose(error < best, error, best);
+    }
+    const ints found = best < __builtin_inff();
+    for (long word = 0; word < group / together; word++) {
+        words whole_word = {0};
+        for (long i = 0; i < together; i++) {
+            const floats number = choose(found, integers_of(bits, x[(word * together + i) * VECTORS], scale), (floats){0});
+            whole_word |= (words)(__builtin_convertvector(number, ints) + (1 << (bits - 1))) << bits * i;
+        }
+        *(loose_words *)(target + word * PANEL * 4) = whole_word;
+    }
+    store(scales, 0, choose(found, scale, (floats){0} + __builtin_nanf("")), 1);
+}
+
+/* A group of a panel's rows, from the first of them on; zeros stand for the numbers that it lacks. */
+INLINE void round_group(int bits, const char *w, long rows, long columns, long K, char *target, char *scales, int bf16) {
+    floats numbers[GROUP8][VECTORS] = {0};
+    for (long n = 0; n < rows; n++)
+        for (long k = 0; k < columns; k++) ((float(*)[PANEL])numbers)[k][n] = get(w, n * K + k, bf16);
+    for (long v = 0; v < VECTORS; v++) round_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
+}
+
+#define ROUND_PANELS(name, bits, group, bf16) \
+    void name(const char *w, char *integers, char *scales, long N, long K, int threads) { \
+        const long panels = (N + PANEL - 1) / PANEL, groups = (K + group - 1) / group; \
+        _Pragma("omp parallel for collapse(2) num_threads(threads)") \
+        for (long p = 0; p < panels; p++) \
+            for (long g = 0; g < groups; g++) \
+                round_group(bits, w + (p * PANEL * K + g * group) * (bf16 ? 2 : 4), left(p * PANEL, PANEL, N), \
+                            left(g * group, group, K), K, integers + (p * groups + g) * group * PANEL * bits / 8, \
+                            scales + (p * groups + g) * PANEL * 2, bf16); \
+    }
+ROUND_PANELS(round_int8_float, 8, GROUP8, 0)
+ROUND_PANELS(round_int8_bf16, 8, GROUP8, 1)
+ROUND_PANELS(round_int4_float, 4, GROUP4, 0)
+ROUND_PANELS(round_int4_bf16, 4, GROUP4, 1)
+
+/* --- between the products: each number is rounded where the plain network rounds it -------------------------------------- */
 
 INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) / 2, by the series of e^r */
     x = larger((floats){0} - 87, x);  /* in this order NaN stays */
-    const floats n = (x * 1.44269504f + 12582912.f) - 12582912.f;  /* rounded: there, floats are 1 apart */
+    const floats n = to_nearest(x * 1.44269504f);
     const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     const floats e = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
     return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
@@ -325,8 +405,7 @@ ENTRY void rms_norm(const char *x, const char *weight, char *y, long M, long D, 
 
 INLINE floats swiglu_of(floats a, floats b, int bf16) {
     const floats e = exponential(larger(a, -a) * -1.0f), one = (floats){0} + 1;
-    const ints up = a >= 0;
-    const floats sigmoid = (floats)(((ints)one & up) | ((ints)e & ~up)) / (one + e);
+    const floats sigmoid = choose(a >= 0, one, e) / (one + e);
     return (bf16 ? widened(narrowed(a * sigmoid)) : a * sigmoid) * b;
 }
 

@@ -193,6 +193,12 @@ def product(x: Tensor, panels: Tensor, rows: int) -> Tensor:
     return y
 
 
+def round_to_integers(weight: Tensor, integers: Tensor, scales: Tensor, bits: int) -> None:
+    """Fill the first panels of `integers` and `scales`, as `panels.IntegerPanels` has them, with W (N, K) rounded."""
+    weight = weight.contiguous()
+    call(f"round_int{bits}_{DTYPES[weight.dtype]}", weight, integers, scales, *weight.shape)
+
+
 @traced
 def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
     """x W^T of x (..., K) and W as `panels.IntegerPanels` has it: (..., rows), in the dtype of x.

@@ -14,6 +14,7 @@ from .errors import LlamaError
 from .model import ModelArgs, divide
 from .rotary import LARGEST
 
+Shapes = dict[str, tuple[int, ...]]  # by the names of tensors
 New = Callable[[Sequence[int], torch.dtype], Tensor]  # makes the tensor that moved numbers are written to
 
 # The dimension along which fairscale divides each matrix over ranks. What isn't here is whole on every rank.
@@ -22,10 +23,10 @@ COMPARED_ROWS, SAMPLED_ROWS = 1024, 64  # of two matrices: at a time, and in all
 MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # beyond, sizes would be computed for hours
 
 
-def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(args: ModelArgs) -> Shapes:
     """Every tensor of the whole model, in the order in which the data meets them; a tied output layer has none."""
     dim, q, kv, hidden = args.dim, args.n_heads * args.head_size, args.kv_heads * args.head_size, args.hidden_dim
-    layer: dict[str, tuple[int, ...]] = {"attention_norm.weight": (dim,)}
+    layer: Shapes = {"attention_norm.weight": (dim,)}
     for name, rows, columns, bias in (
         ("attention.wq", q, dim, args.qkv_bias),
         ("attention.wk", kv, dim, args.qkv_bias),
@@ -41,7 +42,7 @@ def tensor_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     if args.qk_norm:
         layer |= {"attention.q_norm.weight": (args.head_size,), "attention.k_norm.weight": (args.head_size,)}
     layer["ffn_norm.weight"] = (dim,)
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, dim)}
+    shapes: Shapes = {"tok_embeddings.weight": (args.vocab_size, dim)}
     shapes |= {f"layers.{i}.{name}": shape for i in range(args.n_layers) for name, shape in layer.items()}
     shapes["norm.weight"] = (dim,)
     return shapes if args.tied_embeddings else {**shapes, "output.weight": (args.vocab_size, dim)}
@@ -80,12 +81,13 @@ def part_sizes(args: ModelArgs, mp_size: int) -> dict[str, int]:
     return {n: torch.Size(shape).numel() // parts(n, args, mp_size) for n, shape in tensor_shapes(args).items()}
 
 
-def mp_sizes(args: ModelArgs) -> list[int]:
-    """On how many model-parallel ranks these sizes run."""
+def mp_sizes(args: ModelArgs, group: int = 1) -> list[int]:
+    """On how many model-parallel ranks these sizes run, where ranks divide no group of so many numbers of a row."""
 
     def runs(m: int) -> bool:
         together = args.kv_heads % m == 0 or m % args.kv_heads == 0
-        return together and not any(count % m for count in (args.n_heads, args.hidden_dim, args.vocab_size))
+        whole_groups = not any(columns % (m * group) for columns in (args.n_heads * args.head_size, args.hidden_dim))
+        return together and whole_groups and not any(count % m for count in (args.n_heads, args.vocab_size))
 
     return [m for m in range(1, args.n_heads + 1) if runs(m)]
 

@@ -4,6 +4,7 @@ Knows matrices; knows no layers. What lies where in memory is said in kernels.c.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from .kernels import PANEL
 from .mapped import let_go, mapped_ranges
 
 Quantization = Literal["int8", "int4"]
-BITS = {"int8": 8, "int4": 4}
+BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 GROUP = {8: 64, 4: 32}  # numbers of a row that share a scale, as in kernels.c
 SLAB = 1 << 22  # bytes of a matrix that are packed at a time: what is made of them stays in the cache
 # What a group's number of the largest size becomes, of those that 4 bits have: the best is found by trying.
@@ -25,6 +26,18 @@ LARGEST = {8: (-127.0,), 4: (-8.0, -7.5, -7.0, 7.5)}
 def bits_of(quantization: Quantization | None) -> float | None:
     """Of a number in a matrix, with its share of the group's scale; None: as many as its dtype has."""
     return None if quantization is None else BITS[quantization] + 16 / GROUP[BITS[quantization]]
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """W (N, K) rounded, row by row: number = (integer - zero) * scale, where zero is the middle of their range.
+
+    words: int32 (N, K * bits / 32), each of 4 integers of 8 bits or 8 of 4, the first in the lowest bits. scales:
+    bfloat16 (N, groups). Where K isn't whole groups, the last one ends in zeros.
+    """
+
+    words: Tensor
+    scales: Tensor
 
 
 class Panels(nn.Module):
@@ -73,25 +86,48 @@ class FloatPanels(Panels):
 
 
 class IntegerPanels(Panels):
-    """The matrix rounded: number = (integer - zero) * scale, where zero is the middle of what the integer can be.
+    """The matrix rounded: the words and scales of `Rounded`, side by side.
 
-    integers: uint8 (N / 64, groups, words, 64, 4), where a word has 4 bytes of a row, of 4 bits each 8 numbers, the
-    second four in the high halves. scales: bfloat16 (N / 64, groups, 64).
+    integers: uint8 (N / 64, groups, words, 64, 4), the bytes of the words. scales: bfloat16 (N / 64, groups, 64).
     """
 
-    def __init__(self, weight: Tensor, bits: int):
+    def __init__(self, weight: Tensor | Rounded, bits: int, dtype: torch.dtype | None = None):
+        """weight: W (N, K), or what it was rounded to: then dtype is that of the numbers that are computed with."""
         super().__init__()
-        self.rows, self.columns = weight.shape
-        self.bits, self.dtype, self.fast = bits, weight.dtype, kernels.available(weight)
-        group = GROUP[bits]
-        panels, groups = -(-self.rows // PANEL), -(-self.columns // group)
-        integers = weight.new_empty(panels, groups, group * bits // 32, PANEL, 4, dtype=torch.uint8)
-        scales = weight.new_empty(panels, groups, PANEL, dtype=torch.bfloat16)
+        rows = weight if isinstance(weight, Tensor) else weight.words
+        self.bits, self.dtype = bits, dtype or rows.dtype
+        self.rows, self.columns = len(rows), rows.shape[1] * (1 if rows is weight else 32 // bits)
+        self.fast = kernels.available(rows.new_empty(0, dtype=self.dtype))
+        panels, groups = -(-self.rows // PANEL), -(-self.columns // GROUP[bits])
+        self.integers, self.scales = (
+            nn.Parameter(rows.new_empty(panels, groups, *shape, dtype=dtype), requires_grad=False)
+            for shape, dtype in (((GROUP[bits] * bits // 32, PANEL, 4), torch.uint8), ((PANEL,), torch.bfloat16))
+        )
+        if isinstance(weight, Rounded):
+            self._fill(0, weight)
+        else:
+            self._round(weight)
+
+    def _round(self, weight: Tensor) -> None:
         for start, piece in slabs(weight):
-            here = slice(start // PANEL, start // PANEL + -(-len(piece) // PANEL))
-            integers[here], scales[here] = side_by_side(*rounded(piece, bits), bits)
-        self.integers = nn.Parameter(integers, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
+            if self.fast:
+                first = start // PANEL
+                kernels.round_to_integers(piece, self.integers[first:], self.scales[first:], self.bits)
+            else:
+                self._fill(start, rounded(piece, self.bits))
+
+    def _fill(self, first: int, rows: Rounded) -> None:
+        """Put the rows in their places, from the row `first` on, which begins a panel."""
+        words = self.integers.view(torch.int32).flatten(1, 2).squeeze(-1)  # (N / 64, groups * words, 64)
+        for panels, source in ((words, rows.words), (self.scales, rows.scales)):
+            for start, piece in slabs(source):
+                beside = F.pad(piece, (0, 0, 0, -len(piece) % PANEL)).unflatten(0, (-1, PANEL)).mT
+                panels[(first + start) // PANEL :][: len(beside)] = beside
+
+    def by_rows(self) -> Rounded:
+        """The words and scales as they were before they stood side by side."""
+        words = self.integers.view(torch.int32).flatten(1, 2).squeeze(-1)
+        return Rounded(*(x.mT.flatten(0, 1)[: self.rows] for x in (words, self.scales)))
 
     def product(self, x: Tensor) -> Tensor:
         if not self.fast:
@@ -109,7 +145,7 @@ class IntegerPanels(Panels):
     def _numbers(self, integers: Tensor, scales: Tensor) -> Tensor:
         """integers: (..., groups, words, 4); scales: (..., groups) -> (..., K)."""
         if self.bits == 4:
-            integers = torch.stack([integers & 15, integers >> 4], dim=-2)  # (..., groups, words, 2, 4)
+            integers = torch.stack([integers & 15, integers >> 4], dim=-1)  # (..., groups, words, 4, 2)
         numbers = integers.flatten(scales.ndim).float() - (1 << self.bits - 1)  # (..., groups, group)
         return (numbers * scales[..., None].float()).flatten(-2)[..., : self.columns].to(self.dtype)
 
@@ -124,34 +160,33 @@ def slabs(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         let_go(piece, ranges)
 
 
-def rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Integers, uint8 (N, groups, group), and their scales, bfloat16 (N, groups), of W (N, K) with zeros at its end.
+def rounded(weight: Tensor, bits: int) -> Rounded:
+    """W (N, K) rounded, its last group filled up with zeros: what kernels.c does, in torch's operations, bit for bit.
 
-    Of the scales that make a group's largest number one of `LARGEST`, the one with the least squared error is taken.
+    Of the scales that make a group's largest number one of `LARGEST`, the one with the least squared error is taken;
+    where no error is finite it is NaN, to be seen in the logits.
     """
     group, half = GROUP[bits], 1 << bits - 1
     numbers = F.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))  # (N, groups, group)
     largest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True))  # (N, groups, 1), with their signs
     best = torch.full_like(largest, torch.inf)
-    integers, scales = torch.zeros_like(numbers), torch.zeros_like(largest)
+    integers, scales = torch.zeros_like(numbers), torch.full_like(largest, torch.nan)
     for target in LARGEST[bits]:
         scale = (largest / target).bfloat16().float()
         tried = (numbers / scale.where(scale != 0, 1)).round_().clamp_(-half, half - 1)
-        error = (tried * scale - numbers).square_().sum(-1, keepdim=True)
+        error = sum_by_halves((tried * scale - numbers).square_())
         better = error < best
         integers, scales, best = (
-            torch.where(better, *pair) for pair in ((tried, integers), (scale, scales), (error, best))
+            torch.where(better, new, old) for new, old in ((tried, integers), (scale, scales), (error, best))
         )
-    scales = scales.where(largest.isfinite(), torch.nan)  # to be seen in the logits
-    return (integers + half).to(torch.uint8), scales.squeeze(-1).bfloat16()
+    whole = (integers + half).to(torch.uint8).flatten(1)  # (N, K)
+    whole = whole if bits == 8 else whole[:, ::2] | whole[:, 1::2] << 4
+    return Rounded(whole.contiguous().view(torch.int32), scales.squeeze(-1).bfloat16())
 
 
-def side_by_side(integers: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Of `rounded`'s, rows of integers to panels, (N / 64, groups, words, 64, 4), and scales, (N / 64, groups, 64)."""
-    if bits == 4:
-        low, high = integers.unflatten(-1, (-1, 2, 4)).unbind(-2)  # (N, groups, words, 4) each
-        integers = low | high << 4
-    words = integers.contiguous().view(torch.int32).flatten(2)  # (N, groups, words)
-    words, scales = (F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % PANEL)) for x in (words, scales))
-    panels = words.unflatten(0, (-1, PANEL)).permute(0, 2, 3, 1).contiguous()  # (N / 64, groups, words, 64)
-    return panels[..., None].view(torch.uint8), scales.unflatten(0, (-1, PANEL)).mT
+def sum_by_halves(x: Tensor) -> Tensor:
+    """Of the last dimension, which stays, in an order that every processor can keep."""
+    while x.shape[-1] > 1:
+        low, high = x.chunk(2, dim=-1)
+        x = low + high
+    return x

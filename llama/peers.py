@@ -5,7 +5,7 @@ imported only where its model is made.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import build_on_meta, load_model, open_checkpoint, place_tensor
+from .checkpoint import Take, build_on_meta, load_model, open_checkpoint, place_tensor
 from .checks import check_memory
 from .errors import LlamaError
 from .generation import Llama
@@ -148,7 +148,7 @@ def random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) -> Iterato
         yield name, new().fill_(1) if len(shape) == 1 else new().normal_(0, STD, generator=generator)
 
 
-def random_model(args: ModelArgs, place: Place, take: Callable[[Transformer, str], None] | None = None) -> Transformer:
+def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Transformer:
     """A Transformer with random weights, made a tensor at a time; the same in every run. take: as `load_model`'s."""
     model = build_on_meta(args)
     own = model.state_dict()  # of this rank
@@ -156,7 +156,7 @@ def random_model(args: ModelArgs, place: Place, take: Callable[[Transformer, str
         place_tensor(model, name, weight)
         del weight
         if take is not None:
-            take(model, name)
+            take(model, name, None)
     return model
 
 
@@ -182,8 +182,7 @@ def build_peers(
         if checkpoint is None:
             tensors = random_tensors(tensor_shapes(args), place)
         else:
-            stored = checkpoint.tensors
-            tensors = ((name, stored[name].read().to(place.dtype)) for name in tensor_shapes(args))
+            tensors = ((name, checkpoint.part(name).to(place.dtype)) for name in tensor_shapes(args))
         built["llama.cpp"] = LlamaCpp(args, place.dtype, quantization, tensors)
     return [built[name] for name in names]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llama import kernels
 from llama.model import RMSNorm
+from llama.panels import IntegerPanels
 
 few = settings(deadline=None, max_examples=30)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -152,9 +153,9 @@ def integer_panels(integers: Tensor, bits: int) -> Tensor:
     panels = torch.zeros(-(-len(integers) // 64), integers.shape[1], group * bits // 32, 64, 4, dtype=torch.uint8)
     for number in range(group):
         word, place = divmod(number, 32 // bits)
-        high, byte = divmod(place, 4)
+        byte, high = divmod(place * bits, 8)
         column = F.pad(integers[:, :, number], (0, 0, 0, -len(integers) % 64)).unflatten(0, (-1, 64)).mT
-        panels[:, :, word, :, byte] |= column << 4 * high
+        panels[:, :, word, :, byte] |= column << high
     return panels
 
 
@@ -354,6 +355,7 @@ def results(dtype: torch.dtype) -> list[Tensor]:
         kernels.swiglu(x.repeat(20, 1), x.repeat(20, 1)),
         attend(**sizes, room=40, seqlen=1, starts=[8, 0, 39])[0],
         attend(**sizes, room=200, seqlen=170, starts=[8, 0, 30])[0],
+        IntegerPanels(weight, 4).integers.data,
     ]
 
 

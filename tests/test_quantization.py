@@ -4,6 +4,7 @@ Plain rounding is written here: each group's largest number becomes the largest 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from llama import Llama, LlamaError, kernels
 from llama.checkpoint import load_model, open_checkpoint
 from llama.inference import PackedLinear
-from llama.panels import BITS, GROUP, IntegerPanels
+from llama.panels import BITS, GROUP, IntegerPanels, rounded
 from llama.parallel import Place
 
+compiled = pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
 QUANTIZATIONS = ["int8", "int4"]
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -77,7 +79,46 @@ def test_what_is_not_finite_is_not_lost(bits: int, value: float) -> None:
     assert not torch.isfinite(IntegerPanels(weight, bits).unpacked()[5, 7])
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
+    "usual": lambda x: x * 0.02,
+    "ties": lambda x: (x * 4).round(),
+    "of all sizes": lambda x: x * (x.roll(1) * 30).exp(),
+    "next to nothing": lambda x: x * 1e-38 * (x.roll(1) * 3).exp(),
+    "not finite": lambda x: x.where(x < 2, math.nan).where(x > -2, -math.inf),
+    "signed zeros": lambda x: x.where(x.roll(1, 0) > 2, -0.0),
+}
+
+
+@compiled
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_round_as_torch_does(kind: str, bits: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """Bit for bit, whatever the matrix."""
+    for shape in [(1, 1), (7, 20), (64, 64), (100, 96), (130, 1000)]:
+        weight = MATRICES[kind](torch.randn(shape, generator=generator)).to(dtype)
+        panels, expected = IntegerPanels(weight, bits), rounded(weight, bits)
+        found = panels.by_rows()
+        assert panels.fast and torch.equal(found.words, expected.words)
+        assert torch.equal(found.scales.isnan(), expected.scales.isnan())
+        assert torch.equal(*(x.scales.nan_to_num().view(torch.int16) for x in (found, expected)))
+        again = IntegerPanels(expected, bits, dtype).by_rows()
+        assert torch.equal(again.words, expected.words) and torch.equal(again.scales.isnan(), expected.scales.isnan())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_without_kernels(bits: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    """The same numbers, looked up and multiplied."""
+    weight, x = torch.randn(70, 100, generator=generator), torch.randn(3, 100, generator=generator)
+    expected = IntegerPanels(weight, bits).unpacked()
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    panels = IntegerPanels(weight, bits)
+    assert not panels.fast and torch.equal(panels.unpacked(), expected)
+    assert torch.equal(panels.lookup(torch.tensor([69, 0])), expected[[69, 0]])
+    assert torch.equal(panels.product(x), F.linear(x, expected))
+
+
+@compiled
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_those_of_the_rounded_matrix(bits: int, dtype: torch.dtype, generator: torch.Generator) -> None:

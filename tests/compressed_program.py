@@ -1,0 +1,24 @@
+"""What tests/test_compressed.py runs on ranks: a checkpoint that loading rounds, and one that is stored rounded.
+
+torchrun --nproc_per_node N tests/compressed_program.py PLAIN STORED QUANTIZATION
+"""
+
+import sys
+
+import torch
+from test_compressed import OPTIONS, all_panels, same_panels
+
+from llama import Llama
+
+
+def main(plain: str, stored: str, quantization: str) -> None:
+    rounded = Llama.build(plain, **OPTIONS, quantization=quantization)
+    loaded = Llama.build(stored, **OPTIONS)
+    assert all_panels(rounded) and same_panels(loaded, rounded)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.model(tokens), rounded.model(tokens))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
