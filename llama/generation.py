@@ -39,6 +39,7 @@ from .prefill import prefill
 from .remote import cache_directory, is_url, local_copy
 from .sampling import sample, sample_top_p, token_logprobs
 from .tokenizer import Dialog, Message, StreamDecoder, Tokenizer
+from .transfer import Arriving, sent
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
 
@@ -82,14 +83,14 @@ class _Row:
 
     index: int
     position: int  # tokens in the row so far
+    cached: int  # tokens of it in the KV cache
     left: int  # tokens that it may still get
     decoder: StreamDecoder | HFStreamDecoder
     generator: torch.Generator
-    last: int = -1
     finish_reason: FinishReason | None = None
 
     def accept(self, token: int, logprob: float | None, stop_tokens: set[int]) -> Step:
-        self.position, self.left, self.last = self.position + 1, self.left - 1, token
+        self.position, self.left = self.position + 1, self.left - 1
         if token in stop_tokens:
             self.finish_reason, text = "stop", self.decoder.flush()
         else:
@@ -176,6 +177,7 @@ class Llama:
         self._prefill_chunk = prefill_chunk
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
         self._current: object = None  # the stream that owns the KV cache
+        self._ahead = self._device.type == "cuda"  # start a step before the tokens that go into it were read
 
     # --- what callers use -------------------------------------------------------------------------------------------
 
@@ -284,53 +286,81 @@ class Llama:
         if echo:
             yield self._echo(prompts, {row.index: known[i] for i, row in enumerate(rows)} if known else None)
             self._refuse_if_not(ticket)
-        live = self._compact(rows, [row for row in rows if row.left > 0])
-        h = h[[rows.index(row) for row in live]]  # (B, dim)
+        live, h = self._keep([row for row in rows if row.left > 0], rows, h)
         while live:
-            chosen, chances = self._choose(self.model.logits(h), live, temperature, top_p, logprobs)
-            steps = [r.accept(t, c, self.tokenizer.stop_tokens) for r, t, c in zip(live, chosen, chances, strict=True)]
+            picked = self._choose(self.model.logits(h), live, temperature, top_p, logprobs)
+            arriving, next_live = Arriving(picked), live
+            if self._ahead:  # one that now stops is in that step for nothing; whose last token this is isn't
+                next_live, h = self._decode([row for row in live if row.left > 1], live, picked[0])
+            steps = self._accept(arriving.wait(), live, logprobs)
             yield sorted(steps, key=lambda step: step.row)
             going = [row for row in live if row.finish_reason is None]
             if not going:
                 return
             self._refuse_if_not(ticket)
-            live = self._compact(live, going)
-            h = self._decode(live)
+            if self._ahead:
+                live, h = self._keep(going, next_live, h)
+            else:
+                live, h = self._decode(going, live, picked[0])
 
     def _refuse_if_not(self, ticket: object) -> None:
         """To be called after each yield and before the cache is touched: a caller may have started another stream."""
         if self._current is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
 
-    def _decode(self, live: list[_Row]) -> Tensor:
-        """One forward pass over the last token of each row: hidden states (B, dim)."""
-        tokens = torch.tensor([[row.last] for row in live], device=self._device)  # (B, 1)
-        start_pos = torch.tensor([row.position - 1 for row in live], device=self._device)  # (B)
-        return self.model.hidden_states(tokens, start_pos)[:, -1]
+    def _keep(self, keep: list[_Row], rows: list[_Row], x: Tensor) -> tuple[list[_Row], Tensor]:
+        """The rows to keep, which now own the first slots, in their order; and what x, (B, ...), has of them."""
+        kept = self._compact(rows, keep)
+        if kept == rows:
+            return rows, x
+        places = {row.index: place for place, row in enumerate(rows)}
+        return kept, x[sent(torch.tensor([places[row.index] for row in kept], dtype=torch.long), self._device)]
 
-    def _choose(
-        self, logits: Tensor, live: list[_Row], temperature: float, top_p: float, logprobs: bool
-    ) -> tuple[list[int], list[float | None]]:
-        """The next token of each row and its logprob, chosen on the group's first rank. logits: (B, vocab_size)."""
-        picked = torch.empty(2, len(live), dtype=torch.float32 if self._device.type == "mps" else torch.float64)
-        picked = picked.to(self._device)  # token ids and logprobs in one message
+    def _decode(self, keep: list[_Row], rows: list[_Row], tokens: Tensor) -> tuple[list[_Row], Tensor]:
+        """`_keep`, and one forward pass over the token of each row that is kept: (rows, hidden states (B, dim)).
+
+        tokens: (B), of all rows.
+        """
+        rows, tokens = self._keep(keep, rows, tokens)
+        if not rows:
+            return rows, tokens
+        start_pos = torch.tensor([row.cached for row in rows], pin_memory=self._device.type == "cuda")  # (B)
+        for row in rows:
+            row.cached += 1
+        return rows, self.model.hidden_states(tokens[:, None].long(), start_pos)[:, -1]
+
+    def _choose(self, logits: Tensor, live: list[_Row], temperature: float, top_p: float, logprobs: bool) -> Tensor:
+        """The next token of each row, and its logprob, chosen on the group's first rank: (2, B).
+
+        logits: (B, vocab_size). A token of -1 says that they weren't finite.
+        """
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64
+        picked = torch.empty(2, len(live), dtype=dtype, device=self._device)  # in one message
         if parallel.leads_group():
             uniform = None
             if temperature > 0:
                 draws = [torch.rand((), generator=row.generator) for row in live]
-                uniform = torch.stack(draws)[:, None].to(self._device)  # (B, 1)
+                uniform = sent(torch.stack(draws)[:, None], self._device)  # (B, 1)
             tokens = sample(logits, temperature, top_p, uniform)  # (B)
             finite = logits.isfinite().all(dim=-1)
             picked[0] = tokens.where(finite, -1)
             picked[1] = token_logprobs(logits, tokens) if logprobs else 0.0
-        tokens_, chances = parallel.broadcast(picked).tolist()
-        for row, token in zip(live, tokens_, strict=True):
+        return parallel.broadcast(picked)
+
+    def _accept(self, picked: Tensor, live: list[_Row], logprobs: bool) -> list[Step]:
+        """What `_choose` picked, now on the CPU, as the next step of each row."""
+        tokens, chances = picked.tolist()
+        for row, token in zip(live, tokens, strict=True):
             if token < 0:
                 raise LlamaError(
                     f"row {row.index}: the logits at position {row.position} are not finite in {self._dtype}: the "
                     "weights are damaged or this dtype overflows; try --dtype float32"
                 )
-        return [int(t) for t in tokens_], [c if logprobs else None for c in chances]
+        stop_tokens = self.tokenizer.stop_tokens
+        return [
+            row.accept(int(token), chance if logprobs else None, stop_tokens)
+            for row, token, chance in zip(live, tokens, chances, strict=True)
+        ]
 
     def _compact(self, rows: list[_Row], keep: list[_Row]) -> list[_Row]:
         """Let the rows to keep own the first slots of the KV cache, so that finished ones cost nothing.
@@ -343,7 +373,7 @@ class Llama:
         for slot in range(len(keep)):
             if rows[slot].index not in kept:
                 source = movable.pop()
-                self.model.copy_cache_row(source, slot, rows[source].position)
+                self.model.copy_cache_row(source, slot, rows[source].cached)
                 rows[slot] = rows[source]
         return rows[: len(keep)]
 
@@ -365,7 +395,7 @@ class Llama:
         generator = torch.Generator().manual_seed(int.from_bytes(chance, "little", signed=True))
         room = self.model.params.max_seq_len - len(prompt)
         left = room if max_gen_len is None else min(room, max_gen_len)
-        return _Row(index, len(prompt), left, self.tokenizer.stream_decoder(), generator)
+        return _Row(index, len(prompt), len(prompt), left, self.tokenizer.stream_decoder(), generator)
 
     def _add_logprobs(
         self,

@@ -1,6 +1,7 @@
 """The fast form of a built model: layers for inference in the place of fairscale's, with the same shards and names.
 
-Knows layers and kernels; knows no files and no generation. Where there are no kernels, matrices stay as they are.
+Knows layers and kernels; knows no files and no generation. Where there are no kernels, and on a GPU unless they are
+rounded, matrices stay as they are.
 """
 
 import shutil
@@ -22,11 +23,11 @@ from torch import Tensor, nn
 
 from . import kernels
 from .errors import LlamaError
+from .graphs import make_steps
 from .mapped import trim
 from .meeting import Meeting, arrange
 from .model import Attention, FeedForward, RMSNorm, StartPos, Transformer, TransformerBlock
 from .panels import BITS, FloatPanels, IntegerPanels, Panels, Quantization
-from .steps import compile_steps
 
 ALL = 1 << 60  # positions of a window that has no end
 
@@ -121,7 +122,7 @@ class PackedLinear(nn.Module):
 
 
 class FastAttention(Attention):
-    """Attention over the cache as one kernel: rotated, cached and looked at.
+    """Attention over the cache as one kernel, where there is one for so many tokens: rotated, cached and looked at.
 
     Each row reads the positions that it has, whatever the longest row has. window: how many of them; None: all.
     """
@@ -132,12 +133,12 @@ class FastAttention(Attention):
         self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
         bsz, seqlen, _, head_dim = xq.shape
-        if start_pos is None or not kernels.takes(xq):
+        if start_pos is None or not kernels.attends(xq, seqlen):
             return super().attend(xq, xk, xv, start_pos, freqs_cis, mask)
         cache_k, cache_v = self.caches(xk)
         angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
         angles = angles.reshape(-1, seqlen, head_dim)  # (1 or B, T, D)
-        starts = torch.full((bsz,), start_pos) if isinstance(start_pos, int) else start_pos
+        starts = torch.full((bsz,), start_pos, device=xq.device) if isinstance(start_pos, int) else start_pos
         return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, starts, self.window or ALL)
 
 
@@ -147,7 +148,7 @@ class FastTransformer(Transformer):
     def masks(
         self, start_pos: StartPos | None, positions: Tensor, first: int, last: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        if start_pos is None or not kernels.takes(self.norm.weight):
+        if start_pos is None or not kernels.attends(self.norm.weight, positions.shape[-1]):
             return super().masks(start_pos, positions, first, last)
         return None, None
 
@@ -308,8 +309,7 @@ class Form:
             if isinstance(layer, PackedLinear | FastEmbedding):
                 layer.meeting = meeting
         model.eval()  # which packed layers are
-        if self.compile:
-            compile_steps(model, isinstance(model, FastTransformer))
+        make_steps(model, isinstance(model, FastTransformer), self.compile)
 
     def _pack(self, weight: Tensor) -> Panels | None:
         if self.quantization is not None:

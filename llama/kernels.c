@@ -537,13 +537,14 @@ INLINE void attention_head(const char *q, const char *k, const char *v, char *ke
     for (long i = 0; i < group * D / LANES; i++) store(out, i, sums[0][i], bf16);
 }
 
-/* `attention` of one token a row. */
+/* `attention` of one token a row; rows that start below 0 are left out. */
 ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
                        const int64_t *starts, char *out, long B, long H, long KV, long D, long S, long window, long turn,
                        int bf16, int threads) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long task = 0; task < B * KV; task++) {
+        if (starts[task / KV] < 0) continue;
 #define HEAD(bf16) attention_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
         cache_v + task * S * head, angles + task / KV * turn, out + task * group * head, group, D, starts[task / KV] + 1, \
         window, bf16)

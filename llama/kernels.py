@@ -1,12 +1,13 @@
 """The products of kernels.c on tensors. Compiled once for each processor, in a few seconds, and kept in a cache.
 
 Knows tensors; knows no layers. Where there is no compiler, or nothing for this processor that it made and that can be
-loaded, `available` says so.
+loaded, `available` says so. Tensors on a GPU go to functions of the same names in gpu_kernels.py, where Triton works.
 """
 
 import ctypes
 import functools
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +38,7 @@ FLAGS = [
     "-ffp-contract=fast",
 ]
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+GPU_DTYPES = (*DTYPES, torch.float16)
 SECONDS_TO_COMPILE = 120
 
 
@@ -90,14 +93,40 @@ def compile_to(path: Path, sources: list[Path], compiler: str) -> None:
         os.replace(linked, path)
 
 
+@functools.cache
+def on_gpu() -> ModuleType | None:
+    """gpu_kernels.py, where one of its kernels runs; None without the GPU, the Triton or the compiler that it needs."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        module = importlib.import_module(".gpu_kernels", __package__)
+        module.swiglu(*torch.ones(2, 16, device="cuda"))
+    except Exception:  # Triton has many of its own, and torch one for each of CUDA's
+        return None
+    return module
+
+
+@torch.compiler.assume_constant_result
+def gpu_works() -> bool:
+    return on_gpu() is not None
+
+
 def takes(x: Tensor) -> bool:
     """Whether `x` is what kernels compute with, where there are any."""
+    if x.device.type == "cuda":
+        return x.dtype in GPU_DTYPES and gpu_works()
     return x.device.type == "cpu" and x.dtype in DTYPES
+
+
+def attends(x: Tensor, seqlen: int) -> bool:
+    """Whether `attention` is for so many tokens a row: on a GPU it is for one."""
+    return takes(x) and (seqlen == 1 or x.device.type == "cpu")
 
 
 def available(like: Tensor) -> bool:
     """Whether there are kernels for tensors such as this one."""
-    return takes(like) and library() is not None
+    with torch.cuda.device_of(like):  # which is the one to try
+        return takes(like) and (like.device.type == "cuda" or library() is not None)
 
 
 def call(name: str, *arguments: Tensor | int | float) -> int:
@@ -119,8 +148,13 @@ def function(name: str, kinds: tuple[type, ...]) -> Callable[..., int]:
 
 
 def fit(weight: Tensor) -> bool:
-    """Whether there are kernels for this matrix: its rows must be whole words."""
-    return available(weight) and weight.ndim == 2 and weight.shape[1] * weight.itemsize % WORD == 0
+    """Whether this matrix is to be packed: on a CPU that has kernels, where its rows are whole words."""
+    return (
+        weight.device.type == "cpu"
+        and available(weight)
+        and weight.ndim == 2
+        and weight.shape[1] * weight.itemsize % WORD == 0
+    )
 
 
 def new_panels(weight: Tensor) -> Tensor:
@@ -156,13 +190,15 @@ OUTPUTS: dict[str, Callable[..., Tensor]] = {  # of what shape the result is, fo
 
 
 def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function, which torch.compile takes as one operation that it doesn't look into."""
+    """The function, or the GPU's, which torch.compile takes as one operation that it doesn't look into."""
 
     @functools.wraps(function)
-    def either(*arguments: Any) -> Tensor:
+    def either(x: Tensor, *arguments: Any) -> Tensor:
         if torch.compiler.is_compiling():
-            return OPERATORS[function.__name__](*arguments)
-        return function(*arguments)
+            return OPERATORS[function.__name__](x, *arguments)
+        if x.device.type == "cuda":
+            return getattr(on_gpu(), function.__name__)(x, *arguments)
+        return function(x, *arguments)
 
     return either
 
@@ -176,6 +212,8 @@ def register() -> None:
         # That attention writes to its caches isn't told: a step has nothing else that touches them.
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
         library.impl(name, function, "CPU")
+        if hasattr(on_gpu(), name):
+            library.impl(name, getattr(on_gpu(), name), "CUDA")
         torch.library.register_fake(f"llama::{name}", output, lib=library)
         OPERATORS[name] = getattr(torch.ops.llama, name).default
     LIBRARIES.append(library)  # which they live as long as
@@ -243,7 +281,8 @@ def attention(
 
     xq: (B, T, H, D), xk: (B, T, KV, D), not rotated; xv: (B, T, KV, D); caches: (rows, S, KV, D), which lie in memory
     as (rows, KV, S, D); angles: complex numbers as (1 or B, T, D);
-    starts: integers (B), positions of the first tokens. Each looks at the last `window` positions up to its own.
+    starts: integers (B), positions of the first tokens. Each looks at the last `window` positions up to its own. A
+    single token below 0 is none: nothing is written, and what comes out means nothing.
     """
     bsz, seqlen, heads, head_dim = xq.shape
     room, kv_heads = cache_k.shape[1:3]

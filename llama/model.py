@@ -231,12 +231,14 @@ class Attention(nn.Module):
             end = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
             xk, xv = self.update_cache(xk, xv, start_pos, end)  # (B, S, KV, D)
         xq, xk, xv = (x.transpose(1, 2) for x in (xq, xk, xv))  # (B, H, T, D), (B, KV, S, D) twice
-        if seqlen == 1:  # queries that share a key head are read as so many tokens of it, which kernels do faster
-            xq = xq.view(bsz, self.n_local_kv_heads, self.n_rep, self.head_dim)
+        is_causal = mask is None and seqlen > 1
+        if not is_causal:  # queries that share a key head are read as so many tokens of it: no kernel then copies heads
+            xq = xq.reshape(bsz, self.n_local_kv_heads, -1, self.head_dim)  # (B, KV, H / KV * T, D)
+            mask = mask.repeat(1, 1, self.n_rep, 1) if mask is not None and seqlen > 1 else mask
         output = F.scaled_dot_product_attention(
-            xq, xk, xv, attn_mask=mask, is_causal=mask is None and seqlen > 1, enable_gqa=self.n_rep > 1 and seqlen > 1
-        )  # (B, H, T, D), or of one token (B, KV, H / KV, D)
-        return output.transpose(1, 2) if seqlen > 1 else output.view(bsz, 1, *heads)
+            xq, xk, xv, attn_mask=mask, is_causal=is_causal, enable_gqa=is_causal and self.n_rep > 1
+        )  # (B, H, T, D), or (B, KV, H / KV * T, D)
+        return output.reshape(bsz, heads[0], seqlen, self.head_dim).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -323,6 +325,7 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None, lengths: Tensor | None = None) -> Tensor:
         """What `forward` computes before the output layer: (B, T, dim), normed.
 
+        start_pos: may be on the CPU wherever the model is, so that nobody waits for another device to tell its numbers.
         lengths: (B,) how many of each row's tokens are no padding; None: all. Only `dynamic` rotary scaling asks.
         """
         if tokens.ndim != 2 or tokens.numel() == 0:
@@ -334,7 +337,9 @@ class Transformer(nn.Module):
         with torch.no_grad():
             first, last = first_and_last(start_pos, tokens.shape[0])
             self._check_room(tokens.shape[0], tokens.shape[1], first, last)
-            return self._blocks(tokens, first if first == last else start_pos, first, last, lengths)
+            if isinstance(start_pos, Tensor):
+                start_pos = first if first == last else start_pos.to(tokens.device, non_blocking=start_pos.is_pinned())
+            return self._blocks(tokens, start_pos, first, last, lengths)
 
     def _check_room(self, bsz: int, seqlen: int, first: int, last: int) -> None:
         if bsz > self.params.max_batch_size or first < 0 or last + seqlen > self.params.max_seq_len:
