@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=["llama"],
-    package_data={"llama": ["kernels.c", "ranks.c"]},
+    package_data={"llama": ["native/*"]},
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={

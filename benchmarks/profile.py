@@ -81,7 +81,7 @@ def operations(seen: profile, on_gpu: bool) -> list[Operation]:
 
 @contextmanager
 def named_kernels() -> Iterator[None]:
-    """Show the calls of kernels.c to the profiler, which sees only what torch's dispatcher runs."""
+    """Show the calls of llama/native to the profiler, which sees only what torch's dispatcher runs."""
     call = kernels.call
 
     def named(name: str, *arguments: Tensor | int) -> None:

@@ -1,4 +1,4 @@
-"""The products of kernels.c on tensors. Compiled once for each processor, in a few seconds, and kept in a cache.
+"""The functions of native/ on tensors. Compiled once for each processor, in a few seconds, and kept in a cache.
 
 Knows tensors; knows no layers. Where there is no compiler, or nothing for this processor that it made and that can be
 loaded, `available` says so. Tensors on a GPU go to functions of the same names in gpu_kernels.py, where Triton works.
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,8 @@ from torch import Tensor
 from .mapped import in_large_pages
 from .remote import cache_home
 
-SOURCES = ("kernels.c", "ranks.c")
+SOURCES = ("products.c", "integers.c", "attention.c", "ranks.c")  # in native/, with HEADER
+HEADER = "vectors.h"
 LANES = 16  # floats of a vector
 PANEL = 64  # rows of a matrix whose numbers stand side by side
 WORD = 4  # bytes of a row that stand together
@@ -45,12 +47,12 @@ SECONDS_TO_COMPILE = 120
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled SOURCES, or None where they can't be."""
-    sources = [Path(__file__).with_name(name) for name in SOURCES]
+    sources = [Path(__file__).with_name("native") / name for name in SOURCES]
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
     try:
-        content = b"".join(source.read_bytes() for source in sources)
+        content = b"".join(path.read_bytes() for path in (*sources, sources[0].with_name(HEADER)))
         key = hashlib.sha256(content + repr((FLAGS, compiler, processor())).encode()).hexdigest()
         path = cache_home() / "kernels" / f"{key[:32]}.so"
         if not is_whole(path):
@@ -85,7 +87,8 @@ def compile_to(path: Path, sources: list[Path], compiler: str) -> None:
         run = functools.partial(
             subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE, cwd=directory
         )
-        run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", *sources])
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source: run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source]), sources))
         linked = Path(directory, "kernels.so")
         run([compiler, "-shared", *(source.with_suffix(".o").name for source in sources), "-o", linked])
         with linked.open("r+b") as f:

@@ -1,7 +1,7 @@
 """Where the ranks of one machine meet: sums and sequences of what they have, through memory that they share.
 
 Over gloo's sockets a sum takes hundreds of microseconds, of which a token of a small model needs 33; here it takes few.
-Knows processes and tensors; knows no layers. How turns are taken is said in ranks.c.
+Knows processes and tensors; knows no layers. How turns are taken is said in native/ranks.c.
 """
 
 import mmap
@@ -20,13 +20,13 @@ from . import kernels
 from .parallel import group
 
 SHARED = Path("/dev/shm")
-LINE, SLOT = 64, 1 << 18  # bytes, as in ranks.c
+LINE, SLOT = 64, 1 << 18  # bytes, as in native/ranks.c
 SECONDS_UNTIL_WORRIED, SECONDS_AT_MOST = 1, 1800  # the latter as torch's groups wait
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Memory that the ranks of a group share: uint8, as ranks.c has it. In each rank's line its process follows."""
+    """Memory that the ranks of a group share: uint8, as native/ranks.c has it. In a rank's line its process follows."""
 
     memory: Tensor
     rank: int
@@ -69,7 +69,7 @@ def processes(memory: Tensor, ranks: int) -> Tensor:
 def arrange() -> Meeting | None:
     """A meeting of this model-parallel group, in which all of its ranks take part; None where they can't meet so.
 
-    That is: on several machines, without shared memory (Linux's), or without the compiled ranks.c.
+    That is: on several machines, without shared memory (Linux's), or without the compiled library.
     """
     rank, ranks = group().rank(), group().size()
     if ranks == 1:

@@ -1,6 +1,6 @@
 """A packed matrix: in the model's own numbers, or rounded to integers of 8 or 4 bits in groups that share a scale.
 
-Knows matrices; knows no layers. What lies where in memory is said in kernels.c.
+Knows matrices; knows no layers. What lies where in memory is said in native/vectors.h.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from .mapped import let_go, mapped_ranges
 
 Quantization = Literal["int8", "int4"]
 BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
-GROUP = {8: 64, 4: 32}  # numbers of a row that share a scale, as in kernels.c
+GROUP = {8: 64, 4: 32}  # numbers of a row that share a scale, as in native/integers.c
 MOST_ROWS_ON_GPU = 16  # of x, that are multiplied by integers; for more, W is unpacked
 SLAB = 1 << 22  # bytes of a matrix that are packed at a time: what is made of them stays in the cache
 # What a group's number of the largest size becomes, of those that 4 bits have: the best is found by trying.
@@ -163,7 +163,7 @@ def slabs(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def rounded(weight: Tensor, bits: int) -> Rounded:
-    """W (N, K) rounded, its last group filled up with zeros: what kernels.c does, in torch's operations, bit for bit.
+    """W (N, K) rounded, its last group filled up with zeros: what integers.c does, in torch's operations, bit for bit.
 
     Of the scales that make a group's largest number one of `LARGEST`, the one with the least squared error is taken;
     where no error is finite it is NaN, to be seen in the logits.

@@ -1,4 +1,4 @@
-"""Each function of kernels.c against float64, over shapes, dtypes and instructions; and what becomes of the file.
+"""Each function of llama/native against float64, over shapes, dtypes and instructions; and what becomes of the file.
 
 Bounds are float32's roundings of a sum, eps * K times the sum of its terms' sizes, and bfloat16's of each result.
 """

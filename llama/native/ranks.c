@@ -7,10 +7,9 @@
  * and none reads its slot of that any more.
  */
 
-#include <immintrin.h>
 #include <sched.h>
-#include <stdint.h>
-#include <string.h>
+
+#include "vectors.h"
 
 enum { LINE = 64, SLOT = 1 << 18, SPINS = 2000, YIELDS = 20000 };
 
@@ -31,42 +30,36 @@ static int meet(char *memory, long rank, long ranks, const void *own, long bytes
         for (long waited = 0; __atomic_load_n(turn_of(memory, other), __ATOMIC_ACQUIRE) < turn; waited++) {
             if (waited > YIELDS) return 0;
             if (waited > SPINS) sched_yield();
-            else _mm_pause();
+            else __builtin_ia32_pause();
         }
     return 1;
 }
 
 /* x (count) becomes the sum of what the ranks have, in their order, so that it is the same on all. Returns as `meet`. */
-long sum_of_ranks_float(char *memory, long rank, long ranks, float *x, long count, long entered, int threads) {
-    (void)threads;
-    if (!meet(memory, rank, ranks, x, count * 4, entered)) return 0;
+INLINE long sum_of_ranks(char *memory, long rank, long ranks, char *x, long count, long entered, int bf16) {
+    const long size = bf16 ? 2 : 4, whole = count / LANES;
+    if (!meet(memory, rank, ranks, x, count * size, entered)) return 0;
     const uint64_t turn = *turn_of(memory, rank);
-    memcpy(x, slot(memory, ranks, 0, turn), (size_t)count * 4);
-    for (long other = 1; other < ranks; other++) {
-        const float *theirs = (const float *)slot(memory, ranks, other, turn);
-        for (long i = 0; i < count; i++) x[i] += theirs[i];
+    for (long i = 0; i < whole; i++) {
+        floats sum = load(slot(memory, ranks, 0, turn), i, bf16);
+        for (long other = 1; other < ranks; other++) sum += load(slot(memory, ranks, other, turn), i, bf16);
+        store(x, i, sum, bf16);
+    }
+    for (long i = whole * LANES; i < count; i++) {
+        float sum = get(slot(memory, ranks, 0, turn), i, bf16);
+        for (long other = 1; other < ranks; other++) sum += get(slot(memory, ranks, other, turn), i, bf16);
+        put(x, i, bf16, sum);
     }
     return 1;
 }
 
-long sum_of_ranks_bf16(char *memory, long rank, long ranks, uint16_t *x, long count, long entered, int threads) {
-    (void)threads;
-    if (!meet(memory, rank, ranks, x, count * 2, entered)) return 0;
-    const uint64_t turn = *turn_of(memory, rank);
-    for (long i = 0; i < count; i++) {
-        float sum = 0;
-        for (long other = 0; other < ranks; other++) {
-            const uint32_t bits = (uint32_t)((const uint16_t *)slot(memory, ranks, other, turn))[i] << 16;
-            float one;
-            memcpy(&one, &bits, 4);
-            sum += one;
-        }
-        uint32_t bits;
-        memcpy(&bits, &sum, 4);
-        x[i] = sum != sum ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#define SUM_OF_RANKS(name, bf16) \
+    long name(char *memory, long rank, long ranks, char *x, long count, long entered, int threads) { \
+        (void)threads; \
+        return sum_of_ranks(memory, rank, ranks, x, count, entered, bf16); \
     }
-    return 1;
-}
+SUM_OF_RANKS(sum_of_ranks_float, 0)
+SUM_OF_RANKS(sum_of_ranks_bf16, 1)
 
 /* The `bytes` of each rank to y, where they begin `apart` bytes from each other. Returns as `meet`. */
 long gather_of_ranks(char *memory, long rank, long ranks, const char *x, long bytes, char *y, long apart, long entered,

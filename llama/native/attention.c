@@ -1,0 +1,263 @@
+/* Attention to what is cached, of one new token a row, and of many. What is what: vectors.h. */
+
+#include <omp.h>
+
+#include "vectors.h"
+
+enum { QUERIES = 256 };  /* that look at a panel of keys before the next one is packed */
+
+/* --- attention of one new token a row: one pass over what is cached ----------------------------------------------------- */
+
+/* The sum of each of 16 vectors: pairs are folded together until one vector is left. */
+INLINE floats sums_of(floats *x) {
+    static const ints low[] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
+    static const ints high[] = {{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
+    UNROLL for (int count = LANES / 2; count >= 1; count /= 2) UNROLL for (int i = 0; i < count; i++)
+        x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low[0]) + __builtin_shuffle(x[2 * i], x[2 * i + 1], high[0]);
+    return x[0];
+}
+
+/* The largest number of a vector, in all its places. */
+INLINE floats largest(floats x) {
+    static const ints turns[] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+                                 {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+                                 {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+                                 {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
+    UNROLL for (int i = 0; i < 4; i++) x = larger(x, __builtin_shuffle(x, turns[i]));
+    return x;
+}
+
+/* Turn each pair of neighbours of x (D) by its angle, a complex number. */
+INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf16) {
+    static const ints first = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
+    static const ints other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
+    static const floats sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    for (long v = 0; v < D / LANES; v++) {
+        const floats own = load(x, v, bf16), angle = load((const char *)angles, v, 0);
+        const floats cosine = __builtin_shuffle(angle, first), sine = __builtin_shuffle(angle, first + 1);
+        store(out, v, own * cosine + __builtin_shuffle(own, other) * sine * sign, bf16);
+    }
+}
+
+/* Rows of V vectors as floats, zeros after the first `count`. */
+INLINE void load_rows(floats *rows, const char *x, long count, const long V, int bf16) {
+    for (long i = 0; i < count * V; i++) rows[i] = load(x, i, bf16);
+    for (long i = count * V; i < LANES * V; i++) rows[i] = (floats){0};
+}
+
+/* The queries of one key/value head of one row, (group, D), over positions from..to of its cached keys and values (S, D).
+ * V = D / 16 vectors. The sums are kept relative to the largest score so far (arXiv:1805.02867). */
+INLINE void attend_head(const floats *q, const char *keys, const char *values, floats *out, long group, const long V,
+                        long from, long to, int bf16) {
+    const long size = V * LANES * (bf16 ? 2 : 4);
+    floats most[group], mass[group];
+    for (long g = 0; g < group; g++) most[g] = (floats){0} - 1e30f, mass[g] = (floats){0};
+    for (long i = 0; i < group * V; i++) out[i] = (floats){0};
+    for (long start = from; start < to; start += LANES) {
+        const long count = left(start, LANES, to);
+        floats rows[LANES][V], score[group];
+        load_rows(rows[0], keys + start * size, count, V, bf16);
+        for (long g = 0; g < group; g++) {
+            floats parts[LANES];
+            for (long t = 0; t < LANES; t++) {
+                parts[t] = q[g * V] * rows[t][0];
+                for (long v = 1; v < V; v++) parts[t] += q[g * V + v] * rows[t][v];
+            }
+            for (long t = count; t < LANES; t++) parts[t] = (floats){0} - 1e30f;
+            score[g] = sums_of(parts);
+            const floats highest = larger(most[g], largest(score[g])), shrink = exponential(most[g] - highest);
+            score[g] = exponential(score[g] - highest);
+            most[g] = highest;
+            mass[g] = mass[g] * shrink + score[g];
+            for (long v = 0; v < V; v++) out[g * V + v] *= shrink;
+        }
+        load_rows(rows[0], values + start * size, count, V, bf16);
+        for (long g = 0; g < group; g++) {
+            floats sum[V];
+            for (long v = 0; v < V; v++) sum[v] = out[g * V + v];
+            for (long t = 0; t < LANES; t++)
+                for (long v = 0; v < V; v++) sum[v] += score[g][t] * rows[t][v];
+            for (long v = 0; v < V; v++) out[g * V + v] = sum[v];
+        }
+    }
+    for (long g = 0; g < group; g++) {
+        float sum = 0;
+        for (long t = 0; t < LANES; t++) sum += mass[g][t];
+        for (long v = 0; v < V; v++) out[g * V + v] /= sum;
+    }
+}
+
+/* One key/value head of one row: its new key and value to the caches, (S, D), and its queries over what stands there. */
+INLINE void attention_head(const char *q, const char *k, const char *v, char *keys, char *values, const float *angles,
+                           char *out, long group, long D, long end, long window, int bf16) {
+    const long size = bf16 ? 2 : 4, from = end > window ? end - window : 0;
+    const floats scale = (floats){0} + 1 / __builtin_sqrtf((float)D);
+    floats turned[group][D / LANES], sums[group][D / LANES];
+    char rounded[D * size];
+    rotate(k, angles, keys + (end - 1) * D * size, D, bf16);
+    memcpy(values + (end - 1) * D * size, v, (size_t)(D * size));
+    for (long g = 0; g < group; g++) {
+        rotate(q + g * D * size, angles, rounded, D, bf16);
+        for (long i = 0; i < D / LANES; i++) turned[g][i] = load(rounded, i, bf16) * scale;
+    }
+    switch (D) {  /* the usual sizes are compiled by themselves */
+        case 64: attend_head(turned[0], keys, values, sums[0], group, 4, from, end, bf16); break;
+        case 128: attend_head(turned[0], keys, values, sums[0], group, 8, from, end, bf16); break;
+        default: attend_head(turned[0], keys, values, sums[0], group, D / LANES, from, end, bf16);
+    }
+    for (long i = 0; i < group * D / LANES; i++) store(out, i, sums[0][i], bf16);
+}
+
+/* `attention` of one token a row; rows that start below 0 are left out. */
+ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                       const int64_t *starts, char *out, long B, long H, long KV, long D, long S, long window, long turn,
+                       int bf16, int threads) {
+    const long group = H / KV, head = D * (bf16 ? 2 : 4);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (long task = 0; task < B * KV; task++) {
+        if (starts[task / KV] < 0) continue;
+#define HEAD(bf16) attention_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
+        cache_v + task * S * head, angles + task / KV * turn, out + task * group * head, group, D, starts[task / KV] + 1, \
+        window, bf16)
+        if (bf16) HEAD(1);
+        else HEAD(0);
+    }
+}
+
+/* --- attention of many new tokens a row: products with panels of 64 keys, or of their values ---------------------------- */
+
+/* 64 values (count, D) as panels along the keys, of which there are D / 64, rounded up; zeros for what isn't there. */
+INLINE void pack_values(const char *values, words *panels, long count, long D, int bf16) {
+    const long together = bf16 ? 2 : 1, steps = PANEL / together;
+    for (long v = 0; v < (D + PANEL - 1) / PANEL * VECTORS; v++)
+        for (long k = 0; k < steps; k++) {
+            words numbers = {0};
+            for (long i = 0; i < together; i++) {
+                const long key = k * together + i;
+                if (key < count && v * LANES < D) {
+                    const words one = (words)load(values + key * D * (bf16 ? 2 : 4), v, bf16);
+                    numbers |= bf16 && i == 0 ? one >> 16 : one;
+                }
+            }
+            panels[(v / VECTORS * steps + k) * VECTORS + v % VECTORS] = numbers;
+        }
+}
+
+/* A few queries, of tokens at `places`, and their sums and masses, which are relative to the largest score so far. */
+typedef struct { floats mass[FLOAT_ROWS]; float most[FLOAT_ROWS]; long places[FLOAT_ROWS]; } Rows;
+
+/* What a few queries see of 64 keys from `first` on. keys, values: panels; q (rows, D); sums (rows, D rounded up). */
+INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char *values, floats *sums, long D, long first,
+                        long window, int bf16) {
+    const long size = bf16 ? 2 : 4, steps = PANEL * size / 4, chunks = (D + PANEL - 1) / PANEL;
+    const float scale = 1 / __builtin_sqrtf((float)D);
+    floats score[FLOAT_ROWS][VECTORS], shrink[FLOAT_ROWS];
+    char chances[FLOAT_ROWS * PANEL * 4];
+    UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++) score[m][v] = (floats){0};
+    multiply(score, FLOAT_ROWS, q, keys, D * size / 4, bf16);
+    for (int m = 0; m < FLOAT_ROWS; m++) {
+        const long last = rows->places[m] - first, before = last - window;
+        const floats low = (floats){0} - 1e30f;
+        for (int v = 0; v < VECTORS; v++) {
+            score[m][v] *= scale;
+            if (last < PANEL - 1 || before >= 0) {
+                const ints place = counting + v * LANES;
+                const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
+                score[m][v] = (floats)(((ints)score[m][v] & seen) | ((ints)low & ~seen));
+            }
+        }
+        const floats among = larger(larger(score[m][0], score[m][1]), larger(score[m][2], score[m][3]));
+        const floats old = low * 0 + rows->most[m], most = larger(old, largest(among));
+        shrink[m] = exponential(old - most);
+        rows->most[m] = most[0];
+        rows->mass[m] *= shrink[m];
+        for (int v = 0; v < VECTORS; v++) {
+            const floats chance = exponential(score[m][v] - most);
+            rows->mass[m] += chance;
+            store(chances, m * VECTORS + v, chance, bf16);
+        }
+    }
+    for (long c = 0; c < chunks; c++) {
+        floats sum[FLOAT_ROWS][VECTORS];
+        UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
+            sum[m][v] = sums[(m * chunks + c) * VECTORS + v] * shrink[m];
+        multiply(sum, FLOAT_ROWS, chances, values + c * PANEL * PANEL * size, steps, bf16);
+        UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
+            sums[(m * chunks + c) * VECTORS + v] = sum[m][v];
+    }
+}
+
+/* The queries of one key/value head at from..to of a row's T new tokens, over the cached keys and values, (S, D), of all
+ * before and of their own. q, out: (T, H, D) of this row, from the head's first query on; start: of the T tokens. */
+INLINE void attend_block(const char *q, const char *keys, const char *values, const float *angles, char *out, long from,
+                         long to, long start, long H, long group, long D, long window, int bf16) {
+    const long size = bf16 ? 2 : 4, chunks = (D + PANEL - 1) / PANEL, head = D * size, end = start + to;
+    const long count = (to - from) * group, few = (count + FLOAT_ROWS - 1) / FLOAT_ROWS, lowest = start + from + 1 - window;
+    words key_panel[head / 4 * VECTORS], value_panels[chunks * PANEL * size / 4 * VECTORS];
+    floats sums[few * FLOAT_ROWS * chunks * VECTORS];
+    char turned[few * FLOAT_ROWS * head];
+    Rows rows[few];
+    memset(sums, 0, sizeof sums);
+    memset(turned, 0, sizeof turned);
+    for (long r = 0; r < few * FLOAT_ROWS; r++) {
+        const long t = from + (r < count ? r : count - 1) / group;
+        rows[r / FLOAT_ROWS].places[r % FLOAT_ROWS] = start + t;
+        rows[r / FLOAT_ROWS].most[r % FLOAT_ROWS] = -1e30f;
+        rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS] = (floats){0};
+        if (r < count) rotate(q + (t * H + r % group) * head, angles + t * D, turned + r * head, D, bf16);
+    }
+    for (long first = lowest > 0 ? lowest : 0; first < end; first += PANEL) {
+        pack_panel((const loose_word *)(keys + first * head), (uint32_t *)key_panel, left(first, PANEL, end), head / 4);
+        pack_values(values + first * head, value_panels, left(first, PANEL, end), D, bf16);
+        for (long i = 0; i < few; i++)
+            if (first <= rows[i].places[FLOAT_ROWS - 1] && first + PANEL > rows[i].places[0] + 1 - window)
+                attend_tile(rows + i, turned + i * FLOAT_ROWS * head, (const char *)key_panel, (const char *)value_panels,
+                            sums + i * FLOAT_ROWS * chunks * VECTORS, D, first, window, bf16);
+    }
+    for (long r = 0; r < count; r++) {
+        const floats mass = rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS];
+        float sum = 0;
+        for (long i = 0; i < LANES; i++) sum += mass[i];
+        for (long v = 0; v < D / LANES; v++)
+            store(out + ((from + r / group) * H + r % group) * head, v, sums[r * chunks * VECTORS + v] / sum, bf16);
+    }
+}
+
+/* `attention` of T tokens a row. */
+ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                       const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window,
+                       long turn, int bf16, int threads) {
+    const long group = H / KV, head = D * (bf16 ? 2 : 4), own = (QUERIES + group - 1) / group, blocks = (T + own - 1) / own;
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long i = 0; i < B * T * KV; i++) {
+            const long b = i / KV / T, t = i / KV % T, place = ((b * KV + i % KV) * S + starts[b] + t) * head;
+            if (bf16) rotate(k + i * head, angles + b * turn + t * D, cache_k + place, D, 1);
+            else rotate(k + i * head, angles + b * turn + t * D, cache_k + place, D, 0);
+            memcpy(cache_v + place, v + i * head, (size_t)head);
+        }
+#pragma omp for schedule(dynamic, 1)
+        for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest first */
+            const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * own;
+            const long place = (b * T * H + n * group) * head, cached = (b * KV + n) * S * head;
+#define BLOCK(bf16) attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * turn, out + place, from, \
+        from + left(from, own, T), starts[b], H, group, D, window < S ? window : S, bf16)
+            if (bf16) BLOCK(1);
+            else BLOCK(0);
+        }
+    }
+}
+
+/* q, out (B, T, H, D), k and v (B, T, KV, D) of the T tokens that stand from `starts` (B) on in each row; angles: complex
+ * numbers (T, D / 2) of each row, which are `turn` floats apart. Writes the rotated keys, and the values, into the caches
+ * (rows, KV, S, D), and each query attends to the last `window` of what stands there up to its own. */
+#define ATTENTION(name, bf16) \
+    void name(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles, \
+              const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window, long turn, \
+              int threads) { \
+        if (T == 1) attend_once(q, k, v, cache_k, cache_v, angles, starts, out, B, H, KV, D, S, window, turn, bf16, threads); \
+        else attend_long(q, k, v, cache_k, cache_v, angles, starts, out, B, T, H, KV, D, S, window, turn, bf16, threads); \
+    }
+ATTENTION(attention_float, 0)
+ATTENTION(attention_bf16, 1)

@@ -1,0 +1,198 @@
+/* Products with a matrix that was rounded to integers, and the rounding. What is what: vectors.h. */
+
+#include <omp.h>
+
+#include "vectors.h"
+
+enum { INTEGER_ROWS = 4, GROUP8 = 64, GROUP4 = 32 };
+
+INLINE ints step_int8(ints sum, words w, uint32_t x) {  /* w: four unsigned bytes, x: four signed ones */
+#ifdef __AVX512VNNI__
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32((int)x));
+#else
+    for (int shift = 0; shift < 32; shift += 8) sum += (ints)(w >> shift & 255) * (int32_t)(int8_t)(x >> shift);
+    return sum;
+#endif
+}
+
+/* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale -------------------------
+ *
+ * Of 4 bits a byte has two, that of the lower column in its low half. */
+
+/* Each group of x to signed bytes, with its own scale and the sum of its bytes. What the last one lacks is zeros. Of 4
+ * bits, the numbers that meet low halves of bytes come first, those that meet high halves after them. */
+INLINE void round_to_bytes(int bits, const char *x, long K, int8_t *bytes, float *scales, int32_t *sums, int bf16) {
+    const long group = bits == 8 ? GROUP8 : GROUP4;
+    for (long g = 0; g * group < K; g++) {
+        const long from = g * group, count = left(from, group, K);
+        int8_t rounded[GROUP8] = {0};
+        float most = 0;
+        for (long k = 0; k < count; k++) {
+            const float size = __builtin_fabsf(get(x, from + k, bf16));
+            most = size > most || size != size ? size : most;  /* NaN stays, to be seen in the logits */
+        }
+        const float inverse = most > 0 ? 127 / most : 0;
+        int32_t sum = 0;
+        for (long k = 0; k < count; k++) {
+            rounded[k] = (int8_t)__builtin_rintf(get(x, from + k, bf16) * inverse);
+            sum += rounded[k];
+        }
+        if (bits == 8) memcpy(bytes + from, rounded, GROUP8);
+        else for (long k = 0; k < GROUP4; k++) bytes[from + k] = rounded[k % (GROUP4 / 2) * 2 + k / (GROUP4 / 2)];
+        scales[g] = most / 127;
+        sums[g] = sum;
+    }
+}
+
+INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_scales, const int32_t *x_sums, const char *w,
+                         const uint16_t *scales, char *y, long N, long groups, long count, int bf16) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, steps = group * bits / 32, length = group * groups;
+    const int32_t zero = bits == 8 ? 128 : 8;  /* what stands for 0 */
+    floats total[INTEGER_ROWS][VECTORS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
+    for (long g = 0; g < groups; g++, scales += PANEL) {
+        ints sum[INTEGER_ROWS][VECTORS];
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++)
+            sum[m][v] = (ints){0} - zero * x_sums[m * groups + g];
+        for (long s = 0; s < steps; s++, w += 4 * PANEL) {
+            const int8_t *own = x + g * group + s * 4;
+            words columns[VECTORS];
+            UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
+            UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
+                const uint32_t four = *(const loose_word *)(own + m * length + half * group / 2);
+                UNROLL for (int v = 0; v < VECTORS; v++)
+                    sum[m][v] = step_int8(sum[m][v], bits == 8 ? columns[v] : columns[v] >> 4 * half & 0x0f0f0f0fu, four);
+            }
+        }
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            const floats scale = load((const char *)scales, v, 1);
+            UNROLL for (int m = 0; m < rows; m++)
+                total[m][v] += __builtin_convertvector(sum[m][v], floats) * (scale * x_scales[m * groups + g]);
+        }
+    }
+    write_rows(total, rows, y, N, count, bf16);
+}
+
+INLINE void integer_panel_product(int bits, long p, const int8_t *x, const float *x_scales, const int32_t *x_sums,
+                                  const char *w, const uint16_t *scales, char *y, long M, long N, long groups, int bf16) {
+    const long count = left(p * PANEL, PANEL, N), group = bits == 8 ? GROUP8 : GROUP4;
+    const char *panel = w + p * groups * group * PANEL * bits / 8;
+    for (long m = 0; m < M; m += INTEGER_ROWS) {
+#define TILE(rows) integer_tile(rows, bits, x + m * groups * group, x_scales + m * groups, x_sums + m * groups, panel, \
+        scales + p * groups * PANEL, y + (m * N + p * PANEL) * (bf16 ? 2 : 4), N, groups, count, bf16)
+        switch (left(m, INTEGER_ROWS, M)) {
+            case 1: TILE(1); break;
+            case 2: TILE(2); break;
+            case 3: TILE(3); break;
+            default: TILE(4);
+        }
+    }
+}
+
+ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
+                           char *room, int bf16, int threads) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, groups = (K + group - 1) / group;
+    float *x_scales = (float *)room;  /* room: M x groups x (4 + 4 + group) bytes */
+    int32_t *x_sums = (int32_t *)(x_scales + M * groups);
+    int8_t *bytes = (int8_t *)(x_sums + M * groups);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (long m = 0; m < M; m++) {
+#define ROUND(bits, bf16) round_to_bytes(bits, x + m * K * (bf16 ? 2 : 4), K, bytes + m * groups * group, \
+        x_scales + m * groups, x_sums + m * groups, bf16)
+            if (bits == 8 && bf16) ROUND(8, 1);
+            else if (bits == 8) ROUND(8, 0);
+            else if (bf16) ROUND(4, 1);
+            else ROUND(4, 0);
+        }
+#pragma omp for schedule(dynamic, 4)
+        for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
+            if (bits == 8) integer_panel_product(8, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
+            else integer_panel_product(4, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
+    }
+}
+
+#define INTEGER_PRODUCT(name, bits, bf16) \
+    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, char *room, \
+              int threads) { \
+        integer_product(bits, x, w, scales, y, M, N, K, room, bf16, threads); \
+    }
+INTEGER_PRODUCT(product_int8_float, 8, 0)
+INTEGER_PRODUCT(product_int8_bf16, 8, 1)
+INTEGER_PRODUCT(product_int4_float, 4, 0)
+INTEGER_PRODUCT(product_int4_bf16, 4, 1)
+
+/* --- rounding W (N, K) to such integers -------------------------------------------------------------------------------- */
+
+/* The integers, as floats, that x becomes by a scale. */
+INLINE floats integers_of(int bits, floats x, floats scale) {
+    const float half = bits == 8 ? 128 : 8;
+    const floats least = (floats){0} - half, most = (floats){0} + (half - 1);
+    const floats whole = larger(to_nearest(x / choose(scale != 0, scale, (floats){0} + 1)), least);
+    return choose(whole > most, most, whole);
+}
+
+/* Halves are added until one is left. Not inlined: squares are rounded before they are added, as in torch. (Of integers
+ * times scales that need not be said: they are exact.) */
+static __attribute__((noinline)) floats sum_by_halves(floats *x, long count) {
+    for (long half = count / 2; half > 0; half /= 2)
+        for (long k = 0; k < half; k++) x[k] += x[k + half];
+    return x[0];
+}
+
+/* A group of 16 rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row: of those that make its
+ * largest number one of the targets, as panels.py has them, that of the least squared error; NaN where none is finite. */
+INLINE void round_rows(int bits, const floats *x, char *target, char *scales) {
+    static const float targets[2][4] = {{-127}, {-8, -7.5f, -7, 7.5f}};
+    const long group = bits == 8 ? GROUP8 : GROUP4, together = 32 / bits;
+    floats most = x[0], scale = {0}, best = (floats){0} + __builtin_inff();
+    for (long k = 1; k < group; k++) {
+        const floats next = x[k * VECTORS];
+        most = choose(larger(next, -next) > larger(most, -most), next, most);
+    }
+    for (int t = 0; t < (bits == 8 ? 1 : 4); t++) {
+        const floats tried = widened(narrowed(most / targets[bits == 4][t]));
+        floats squares[GROUP8];
+        for (long k = 0; k < group; k++) {
+            const floats apart = integers_of(bits, x[k * VECTORS], tried) * tried - x[k * VECTORS];
+            squares[k] = apart * apart;
+        }
+        const floats error = sum_by_halves(squares, group);
+        scale = choose(error < best, tried, scale);
+        best = choose(error < best, error, best);
+    }
+    const ints found = best < __builtin_inff();
+    for (long word = 0; word < group / together; word++) {
+        words whole_word = {0};
+        for (long i = 0; i < together; i++) {
+            const floats number = choose(found, integers_of(bits, x[(word * together + i) * VECTORS], scale), (floats){0});
+            whole_word |= (words)(__builtin_convertvector(number, ints) + (1 << (bits - 1))) << bits * i;
+        }
+        *(loose_words *)(target + word * PANEL * 4) = whole_word;
+    }
+    store(scales, 0, choose(found, scale, (floats){0} + __builtin_nanf("")), 1);
+}
+
+/* A group of a panel's rows, from the first of them on; zeros stand for the numbers that it lacks. */
+INLINE void round_group(int bits, const char *w, long rows, long columns, long K, char *target, char *scales, int bf16) {
+    floats numbers[GROUP8][VECTORS] = {0};
+    for (long n = 0; n < rows; n++)
+        for (long k = 0; k < columns; k++) ((float(*)[PANEL])numbers)[k][n] = get(w, n * K + k, bf16);
+    for (long v = 0; v < VECTORS; v++) round_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
+}
+
+#define ROUND_PANELS(name, bits, group, bf16) \
+    void name(const char *w, char *integers, char *scales, long N, long K, int threads) { \
+        const long panels = (N + PANEL - 1) / PANEL, groups = (K + group - 1) / group; \
+        _Pragma("omp parallel for collapse(2) num_threads(threads)") \
+        for (long p = 0; p < panels; p++) \
+            for (long g = 0; g < groups; g++) \
+                round_group(bits, w + (p * PANEL * K + g * group) * (bf16 ? 2 : 4), left(p * PANEL, PANEL, N), \
+                            left(g * group, group, K), K, integers + (p * groups + g) * group * PANEL * bits / 8, \
+                            scales + (p * groups + g) * PANEL * 2, bf16); \
+    }
+ROUND_PANELS(round_int8_float, 8, GROUP8, 0)
+ROUND_PANELS(round_int8_bf16, 8, GROUP8, 1)
+ROUND_PANELS(round_int4_float, 4, GROUP4, 0)
+ROUND_PANELS(round_int4_bf16, 4, GROUP4, 1)

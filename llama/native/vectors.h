@@ -1,0 +1,145 @@
+/* Numbers as vectors, float or bfloat16, and panels of matrices: what the kernels here are made of.
+ *
+ * Knows numbers in memory; knows no tensors and no model. kernels.py compiles the files of this directory for the processor
+ * that it runs on, and says what the arguments of their functions are. Vectors are GNU C's, of 64 bytes, and where a
+ * processor's are shorter nothing is compiled: that took half a minute, and torch's own products were 3 to 15 times as fast.
+ * Two products are the x86 instructions that were made for them where there are those.
+ *
+ * A packed matrix W (N, K) is a row of panels of 64 rows each. In a panel the 64 rows' numbers of one step along K stand
+ * side by side, 4 bytes a row: one float, two bfloat16, or four integers. So one panel is read from its first byte to its
+ * last, and each vector that is read is multiplied by one number, or one pair or four, of x.
+ *
+ * Of what stands in a parallel loop the compiler takes no argument for a constant. What is to be compiled for each dtype by
+ * itself is INLINE, and what has the loop is an ENTRY, where a branch says the constant.
+ */
+
+#ifndef __AVX512F__
+#error "vectors of 64 bytes are needed"
+#endif
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6 };
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t words __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+typedef words loose_words __attribute__((aligned(4), may_alias));
+typedef floats loose_floats __attribute__((aligned(4), may_alias));
+typedef halves loose_halves __attribute__((aligned(2), may_alias));
+typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
+
+static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+#define INLINE static inline __attribute__((always_inline))
+#define ENTRY static __attribute__((noinline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
+INLINE float widen(uint16_t x) { return as_float((uint32_t)x << 16); }
+INLINE uint16_t narrow(float x) {  /* to the nearest bfloat16, ties to even; NaN stays NaN */
+    uint32_t bits = as_bits(x);
+    return x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+INLINE float get(const void *x, long i, int bf16) { return bf16 ? widen(((const uint16_t *)x)[i]) : ((const float *)x)[i]; }
+INLINE void put(void *x, long i, int bf16, float value) {
+    if (bf16) ((uint16_t *)x)[i] = narrow(value);
+    else ((float *)x)[i] = value;
+}
+
+INLINE floats widened(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+INLINE halves narrowed(floats x) {  /* as `narrow` */
+    const words bits = (words)x, ordered = (words)(x == x);
+    const words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return __builtin_convertvector((nearest & ordered) | (0x7fc0 & ~ordered), halves);
+}
+INLINE floats load(const char *x, long vector, int bf16) {
+    if (bf16) return widened(*(const loose_halves *)(x + 32 * vector));
+    return *(const loose_floats *)(x + 64 * vector);
+}
+INLINE void store(char *x, long vector, floats value, int bf16) {
+    if (bf16) *(loose_halves *)(x + 32 * vector) = narrowed(value);
+    else *(loose_floats *)(x + 64 * vector) = value;
+}
+INLINE floats choose(ints mask, floats a, floats b) { return (floats)(((ints)a & mask) | ((ints)b & ~mask)); }
+INLINE floats to_nearest(floats x) { return (x + 12582912.f) - 12582912.f; }  /* there, floats are 1 apart; ties to even */
+INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
+INLINE long left(long from, long most, long end) { return from + most < end ? most : end - from; }
+
+INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) / 2, by the series of e^r */
+    x = larger((floats){0} - 87, x);  /* in this order NaN stays */
+    const floats n = to_nearest(x * 1.44269504f);
+    const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const floats e = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
+    return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
+}
+
+/* --- panels: one step along K, in which w has 4 bytes of 16 rows, and x the 4 bytes that they are multiplied by ----------- */
+
+INLINE floats step_float(floats sum, words w, uint32_t x) { return sum + (floats)w * as_float(x); }
+
+INLINE floats step_bf16(floats sum, words w, uint32_t x) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
+#else
+    sum += (floats)(w << 16) * as_float(x << 16);
+    return sum + (floats)(w & 0xffff0000u) * as_float(x & 0xffff0000u);
+#endif
+}
+
+/* Add to sum the product of `rows` rows of x, and of a panel, of `steps` steps each. */
+INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char *w, long steps, int bf16) {
+    for (long k = 0; k < steps; k++, w += 4 * PANEL) {
+        words columns[VECTORS];
+        UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
+        UNROLL for (int m = 0; m < rows; m++) {
+            const uint32_t own = *(const loose_word *)(x + (m * steps + k) * 4);
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                sum[m][v] = bf16 ? step_bf16(sum[m][v], columns[v], own) : step_float(sum[m][v], columns[v], own);
+        }
+    }
+}
+
+/* The first `count` columns of some rows of sums to y, whose rows are N numbers apart. */
+__attribute__((noinline, unused)) static void write_rows(floats sum[][VECTORS], int rows, char *y, long N, long count, int bf16) {
+    const float *sums = (const float *)sum;
+    for (long m = 0; m < rows; m++, sums += PANEL) {
+        if (bf16) for (long n = 0; n < count; n++) ((uint16_t *)y)[m * N + n] = narrow(sums[n]);
+        else memcpy(y + m * N * 4, sums, (size_t)count * 4);
+    }
+}
+
+/* 16 vectors, turned: number i of vector j becomes number j of vector i. */
+INLINE void transpose(words *x) {
+    UNROLL for (int width = 1; width < LANES; width *= 2) {
+        const ints upper = (counting & width) != 0;
+        const ints low = counting + (upper & (LANES - width)), high = counting + (width & ~upper) + (upper & LANES);
+        UNROLL for (int i = 0; i < LANES; i++)
+            if (!(i & width)) {
+                const words a = x[i], b = x[i + width];
+                x[i] = __builtin_shuffle(a, b, low);
+                x[i + width] = __builtin_shuffle(a, b, high);
+            }
+    }
+}
+
+/* Up to 64 rows of `steps` times 4 bytes as a panel, zeros for those that aren't there. */
+INLINE void pack_panel(const loose_word *rows, uint32_t *panel, long count, long steps) {
+    for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
+        for (long n = 0; n < PANEL; n += LANES) {
+            const long wide = left(from, LANES, steps), here = left(n, LANES, count);
+            words square[LANES] = {{0}};
+            if (wide == LANES && here == LANES)
+                UNROLL for (int i = 0; i < LANES; i++) square[i] = *(const loose_words *)(rows + (n + i) * steps + from);
+            else
+                for (long i = 0; i < here; i++) memcpy(square + i, rows + (n + i) * steps + from, (size_t)wide * 4);
+            transpose(square);
+            for (long k = 0; k < wide; k++) *(loose_words *)(panel + (from + k) * PANEL + n) = square[k];
+        }
+}
