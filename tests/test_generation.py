@@ -1,6 +1,10 @@
 """Generation through public names, on a tiny random model: batches, streams, seeds, logprobs, stopping, refusals."""
 
+import copy
+import json
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from tiny import ARGS, PROMPTS, greedy_by_hand, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.generation import sample_top_p as reexported
+from llama.hf_tokenizer import open_tokenizer
+from llama.model import Transformer
 from llama.rotary import RopeScaling
 from llama.sampling import sample_top_p
 
@@ -22,8 +28,30 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def build(directory: Path, **options: object) -> Llama:
-    return Llama.build(directory, **{"max_seq_len": 96, "device": "cpu", "dtype": "float32", **options})  # type: ignore[arg-type]
+FORMS: dict[str, dict] = {
+    "packed": {},
+    "compiled": {"compile": True},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "int4"},
+}
+form: dict = {}
+
+
+@pytest.fixture(params=FORMS, autouse=True)
+def every_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here is run on each form that a model may have."""
+    monkeypatch.setattr(sys.modules[__name__], "form", FORMS[request.param])
+
+
+def build(directory: Path, seed: int = 1, **options: object) -> Llama:
+    return Llama(kept_model(directory, json.dumps({**form, **options})), open_tokenizer(directory / "tokenizer.model"), seed=seed)
+
+
+@cache
+def kept_model(directory: Path, options: str) -> Transformer:
+    """Made once: to compile takes seconds."""
+    given = {"max_seq_len": 96, "device": "cpu", "dtype": "float32", **json.loads(options)}
+    return Llama.build(directory, **given).model
 
 
 @pytest.fixture
@@ -258,8 +286,10 @@ def test_bad_tokens_and_dialogs_are_refused(llama: Llama) -> None:
 
 
 def test_logits_that_are_not_finite_are_named(llama: Llama) -> None:
+    spoiled = copy.deepcopy(llama.model)
     with torch.no_grad():
-        llama.model.layers[1].feed_forward.w2.weight[3, 3] = float("nan")
+        spoiled.norm.weight[3] = float("nan")
+    llama = Llama(spoiled, llama.tokenizer)
     with pytest.raises(LlamaError, match=r"row 0: the logits at position 6 are not finite in torch.float32"):
         llama.generate([ids(llama, "hello")], 3)
 

@@ -4,6 +4,7 @@
 
 #include "vectors.h"
 
+enum { FEW = 4 };        /* queries that look at a key when it was loaded once */
 enum { QUERIES = 256 };  /* that look at a panel of keys before the next one is packed */
 
 /* --- attention of one new token a row: one pass over what is cached ----------------------------------------------------- */
@@ -39,50 +40,55 @@ INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf
     }
 }
 
-/* Rows of V vectors as floats, zeros after the first `count`. */
-INLINE void load_rows(floats *rows, const char *x, long count, const long V, int bf16) {
-    for (long i = 0; i < count * V; i++) rows[i] = load(x, i, bf16);
-    for (long i = count * V; i < LANES * V; i++) rows[i] = (floats){0};
+/* A few queries of one key/value head, their sums of values, and the weights' own, relative to the largest score so far
+ * (arXiv:1805.02867). V = D / 16 vectors. */
+typedef struct { floats mass[FEW], most[FEW]; } Weights;
+
+/* What they see at `count` positions, 16 at most, whose keys and values, (count, D), are these. */
+INLINE void look(const floats *q, const char *keys, const char *values, floats *out, Weights *w, long count, const long V,
+                 int bf16) {
+    floats parts[FEW][LANES], shrink[FEW];
+    float weights[FEW][LANES];
+    for (long t = 0; t < count; t++) {
+        floats sum[FEW];
+        UNROLL for (int g = 0; g < FEW; g++) sum[g] = (floats){0};
+        for (long v = 0; v < V; v++) {
+            const floats key = load(keys, t * V + v, bf16);
+            UNROLL for (int g = 0; g < FEW; g++) sum[g] += q[g * V + v] * key;
+        }
+        UNROLL for (int g = 0; g < FEW; g++) parts[g][t] = sum[g];
+    }
+    for (int g = 0; g < FEW; g++) {
+        for (long t = count; t < LANES; t++) parts[g][t] = (floats){0} - 1e30f;
+        const floats score = sums_of(parts[g]), most = larger(w->most[g], largest(score)), weight = exponential(score - most);
+        shrink[g] = exponential(w->most[g] - most);
+        w->most[g] = most;
+        w->mass[g] = w->mass[g] * shrink[g] + weight;
+        *(loose_floats *)weights[g] = weight;
+    }
+    for (long v = 0; v < V; v++) {
+        floats sum[FEW];
+        UNROLL for (int g = 0; g < FEW; g++) sum[g] = out[g * V + v] * shrink[g];
+        for (long t = 0; t < count; t++) {
+            const floats value = load(values, t * V + v, bf16);
+            UNROLL for (int g = 0; g < FEW; g++) sum[g] += weights[g][t] * value;
+        }
+        UNROLL for (int g = 0; g < FEW; g++) out[g * V + v] = sum[g];
+    }
 }
 
-/* The queries of one key/value head of one row, (group, D), over positions from..to of its cached keys and values (S, D).
- * V = D / 16 vectors. The sums are kept relative to the largest score so far (arXiv:1805.02867). */
-INLINE void attend_head(const floats *q, const char *keys, const char *values, floats *out, long group, const long V,
-                        long from, long to, int bf16) {
+/* A few queries, (FEW, D), over positions from..to of the cached keys and values, (S, D): out (FEW, D). */
+INLINE void attend_few(const floats *q, const char *keys, const char *values, floats *out, const long V, long from, long to,
+                       int bf16) {
     const long size = V * LANES * (bf16 ? 2 : 4);
-    floats most[group], mass[group];
-    for (long g = 0; g < group; g++) most[g] = (floats){0} - 1e30f, mass[g] = (floats){0};
-    for (long i = 0; i < group * V; i++) out[i] = (floats){0};
-    for (long start = from; start < to; start += LANES) {
-        const long count = left(start, LANES, to);
-        floats rows[LANES][V], score[group];
-        load_rows(rows[0], keys + start * size, count, V, bf16);
-        for (long g = 0; g < group; g++) {
-            floats parts[LANES];
-            for (long t = 0; t < LANES; t++) {
-                parts[t] = q[g * V] * rows[t][0];
-                for (long v = 1; v < V; v++) parts[t] += q[g * V + v] * rows[t][v];
-            }
-            for (long t = count; t < LANES; t++) parts[t] = (floats){0} - 1e30f;
-            score[g] = sums_of(parts);
-            const floats highest = larger(most[g], largest(score[g])), shrink = exponential(most[g] - highest);
-            score[g] = exponential(score[g] - highest);
-            most[g] = highest;
-            mass[g] = mass[g] * shrink + score[g];
-            for (long v = 0; v < V; v++) out[g * V + v] *= shrink;
-        }
-        load_rows(rows[0], values + start * size, count, V, bf16);
-        for (long g = 0; g < group; g++) {
-            floats sum[V];
-            for (long v = 0; v < V; v++) sum[v] = out[g * V + v];
-            for (long t = 0; t < LANES; t++)
-                for (long v = 0; v < V; v++) sum[v] += score[g][t] * rows[t][v];
-            for (long v = 0; v < V; v++) out[g * V + v] = sum[v];
-        }
-    }
-    for (long g = 0; g < group; g++) {
+    Weights w;
+    for (int g = 0; g < FEW; g++) w.most[g] = (floats){0} - 1e30f, w.mass[g] = (floats){0};
+    for (long i = 0; i < FEW * V; i++) out[i] = (floats){0};
+    for (; from + LANES <= to; from += LANES) look(q, keys + from * size, values + from * size, out, &w, LANES, V, bf16);
+    if (from < to) look(q, keys + from * size, values + from * size, out, &w, to - from, V, bf16);
+    for (int g = 0; g < FEW; g++) {
         float sum = 0;
-        for (long t = 0; t < LANES; t++) sum += mass[g][t];
+        for (long t = 0; t < LANES; t++) sum += w.mass[g][t];
         for (long v = 0; v < V; v++) out[g * V + v] /= sum;
     }
 }
@@ -92,20 +98,23 @@ INLINE void attention_head(const char *q, const char *k, const char *v, char *ke
                            char *out, long group, long D, long end, long window, int bf16) {
     const long size = bf16 ? 2 : 4, from = end > window ? end - window : 0;
     const floats scale = (floats){0} + 1 / __builtin_sqrtf((float)D);
-    floats turned[group][D / LANES], sums[group][D / LANES];
+    const long V = D / LANES, padded = (group + FEW - 1) / FEW * FEW;
+    floats turned[padded][V], sums[padded][V];
     char rounded[D * size];
+    memset(turned, 0, sizeof turned);
     rotate(k, angles, keys + (end - 1) * D * size, D, bf16);
     memcpy(values + (end - 1) * D * size, v, (size_t)(D * size));
     for (long g = 0; g < group; g++) {
         rotate(q + g * D * size, angles, rounded, D, bf16);
-        for (long i = 0; i < D / LANES; i++) turned[g][i] = load(rounded, i, bf16) * scale;
+        for (long i = 0; i < V; i++) turned[g][i] = load(rounded, i, bf16) * scale;
     }
-    switch (D) {  /* the usual sizes are compiled by themselves */
-        case 64: attend_head(turned[0], keys, values, sums[0], group, 4, from, end, bf16); break;
-        case 128: attend_head(turned[0], keys, values, sums[0], group, 8, from, end, bf16); break;
-        default: attend_head(turned[0], keys, values, sums[0], group, D / LANES, from, end, bf16);
-    }
-    for (long i = 0; i < group * D / LANES; i++) store(out, i, sums[0][i], bf16);
+    for (long g = 0; g < group; g += FEW)
+        switch (D) {  /* the usual sizes are compiled by themselves */
+            case 64: attend_few(turned[g], keys, values, sums[g], 4, from, end, bf16); break;
+            case 128: attend_few(turned[g], keys, values, sums[g], 8, from, end, bf16); break;
+            default: attend_few(turned[g], keys, values, sums[g], V, from, end, bf16);
+        }
+    for (long i = 0; i < group * V; i++) store(out, i, sums[0][i], bf16);
 }
 
 /* `attention` of one token a row; rows that start below 0 are left out. */

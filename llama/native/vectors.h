@@ -17,11 +17,9 @@
 #error "vectors of 64 bytes are needed"
 #endif
 
+#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
 
 enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6 };
 
@@ -53,11 +51,12 @@ INLINE void put(void *x, long i, int bf16, float value) {
     else ((float *)x)[i] = value;
 }
 
-INLINE floats widened(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+/* Where gcc converts vectors in two parts, the instructions that do it in one are named. */
+INLINE floats widened(halves x) { return (floats)((words)_mm512_cvtepu16_epi32((__m256i)x) << 16); }
 INLINE halves narrowed(floats x) {  /* as `narrow` */
     const words bits = (words)x, ordered = (words)(x == x);
     const words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return __builtin_convertvector((nearest & ordered) | (0x7fc0 & ~ordered), halves);
+    return (halves)_mm512_cvtepi32_epi16((__m512i)((nearest & ordered) | (0x7fc0 & ~ordered)));
 }
 INLINE floats load(const char *x, long vector, int bf16) {
     if (bf16) return widened(*(const loose_halves *)(x + 32 * vector));
