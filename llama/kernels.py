@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -109,15 +109,10 @@ def on_gpu() -> ModuleType | None:
     return module
 
 
-@torch.compiler.assume_constant_result
-def gpu_works() -> bool:
-    return on_gpu() is not None
-
-
 def takes(x: Tensor) -> bool:
     """Whether `x` is what kernels compute with, where there are any."""
-    if x.device.type == "cuda":
-        return x.dtype in GPU_DTYPES and gpu_works()
+    if x.device.type == "cuda":  # whether there are was found out before anything is compiled
+        return x.dtype in GPU_DTYPES and (bool(GPU) if torch.compiler.is_compiling() else on_gpu() is not None)
     return x.device.type == "cpu" and x.dtype in DTYPES
 
 
@@ -135,18 +130,20 @@ def available(like: Tensor) -> bool:
 def call(name: str, *arguments: Tensor | int | float) -> int:
     """Run a function of the library, and give what it returns, if it does. Tensors become their addresses: they must be
     contiguous."""
-    kinds = tuple(map(type, arguments))
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return function(name, kinds)(*values, torch.get_num_threads())
+    found = FUNCTIONS.get(name) or function(name, arguments)
+    return found(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
 
 
-@functools.cache
-def function(name: str, kinds: tuple[type, ...]) -> Callable[..., int]:
-    """A function of the library that takes arguments of these kinds, and the number of threads."""
+FUNCTIONS: dict[str, Callable[..., int]] = {}  # that were called before
+
+
+def function(name: str, arguments: Sequence[Tensor | int | float]) -> Callable[..., int]:
+    """A function of the library, which always takes arguments of these kinds, and the number of threads."""
     found = getattr(library(), name)
     plain = {int: ctypes.c_long, float: ctypes.c_double}
-    found.argtypes = [*(plain.get(kind, ctypes.c_void_p) for kind in kinds), ctypes.c_long]
+    found.argtypes = [*(plain.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_long]
     found.restype = ctypes.c_long
+    FUNCTIONS[name] = found
     return found
 
 
@@ -183,6 +180,7 @@ def lookup(panels: Tensor, rows: Tensor) -> Tensor:
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {}  # once `register` was called
 LIBRARIES: list[torch.library.Library] = []
+GPU: list[ModuleType] = []  # with its functions, where there is one
 OUTPUTS: dict[str, Callable[..., Tensor]] = {  # of what shape the result is, for who traces a function
     "product": lambda x, panels, rows: x.new_empty(*x.shape[:-1], rows),
     "integer_product": lambda x, integers, scales, rows, bits: x.new_empty(*x.shape[:-1], rows),
@@ -209,14 +207,15 @@ def traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @functools.cache
 def register() -> None:
     """Make the functions known to torch's dispatcher, in `torch.ops.llama`. To be called before they are traced."""
-    library = torch.library.Library("llama", "FRAGMENT")
+    library, module = torch.library.Library("llama", "FRAGMENT"), on_gpu()
+    GPU.extend([] if module is None else [module])
     for name, output in OUTPUTS.items():
         function = globals()[name].__wrapped__
         # That attention writes to its caches isn't told: a step has nothing else that touches them.
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
         library.impl(name, function, "CPU")
-        if hasattr(on_gpu(), name):
-            library.impl(name, getattr(on_gpu(), name), "CUDA")
+        if hasattr(module, name):
+            library.impl(name, getattr(module, name), "CUDA")
         torch.library.register_fake(f"llama::{name}", output, lib=library)
         OPERATORS[name] = getattr(torch.ops.llama, name).default
     LIBRARIES.append(library)  # which they live as long as

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .kernels import PANEL
-from .mapped import let_go, mapped_ranges
+from .mapped import in_large_pages, let_go, mapped_ranges
 
 Quantization = Literal["int8", "int4"]
 BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
@@ -100,10 +100,11 @@ class IntegerPanels(Panels):
         self.rows, self.columns = len(rows), rows.shape[1] * (1 if rows is weight else 32 // bits)
         self.fast = kernels.available(rows.new_empty(0, dtype=self.dtype))
         panels, groups = -(-self.rows // PANEL), -(-self.columns // GROUP[bits])
-        self.integers, self.scales = (
-            nn.Parameter(rows.new_empty(panels, groups, *shape, dtype=dtype), requires_grad=False)
-            for shape, dtype in (((GROUP[bits] * bits // 32, PANEL, 4), torch.uint8), ((PANEL,), torch.bfloat16))
-        )
+        words = (panels, groups, GROUP[bits] * bits // 32, PANEL, 4)
+        self._native = self.fast and rows.device.type == "cpu"  # else kernels are Triton's, which only multiply
+        new = in_large_pages(words, torch.uint8) if self._native else rows.new_empty(words, dtype=torch.uint8)
+        self.integers = nn.Parameter(new, requires_grad=False)
+        self.scales = nn.Parameter(rows.new_empty(panels, groups, PANEL, dtype=torch.bfloat16), requires_grad=False)
         if isinstance(weight, Rounded):
             self._fill(0, weight)
         else:
@@ -111,7 +112,7 @@ class IntegerPanels(Panels):
 
     def _round(self, weight: Tensor) -> None:
         for start, piece in slabs(weight):
-            if self.fast:
+            if self._native:
                 first = start // PANEL
                 kernels.round_to_integers(piece, self.integers[first:], self.scales[first:], self.bits)
             else:

@@ -234,3 +234,11 @@ def test_a_reader_that_has_gone_is_no_crash(directory: str) -> None:
     done = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
     assert done.stderr == ""
+
+
+def test_what_takes_seconds_is_not_imported_until_it_is_used() -> None:
+    slow = "'torch._dynamo', 'transformers', 'matplotlib', 'llama_cpp', 'triton'"
+    done = run_program(
+        "-c", f"import sys, llama, llama.__main__; print([name for name in ({slow}) if name in sys.modules])"
+    )
+    assert done.stdout == "[]\n", done.stderr

@@ -42,9 +42,9 @@ def instructions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             if library is None:
                 pytest.skip("the compiler makes nothing for x86-64-v4")
             patch.setattr(kernels, "library", lambda: library)
-        kernels.function.cache_clear()
+        kernels.FUNCTIONS.clear()
         yield request.param
-    kernels.function.cache_clear()
+    kernels.FUNCTIONS.clear()
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
