@@ -21,6 +21,7 @@ from .parallel import group
 
 SHARED = Path("/dev/shm")
 LINE, SLOT = 64, 1 << 18  # bytes, as in native/ranks.c
+SPINS = 20_000  # looks at what a rank says, before a sleep: about as long as a product takes
 SECONDS_UNTIL_WORRIED, SECONDS_AT_MOST = 1, 1800  # the latter as torch's groups wait
 
 
@@ -51,7 +52,8 @@ class Meeting:
     def _meet(self, name: str, *what: Tensor | int) -> None:
         """Call a function of ranks.c until all have come. Raises DistError where one has ended, or doesn't come."""
         started, entered = time.monotonic(), 0
-        while not kernels.call(name, self.memory, self.rank, self.ranks, *what, entered):
+        spins = SPINS if self.ranks <= len(os.sched_getaffinity(0)) else 0  # more ranks than cores let others run
+        while not kernels.call(name, self.memory, self.rank, self.ranks, *what, spins, entered):
             entered = 1
             waited = time.monotonic() - started
             if waited > SECONDS_AT_MOST or (waited > SECONDS_UNTIL_WORRIED and not self._all_alive()):
