@@ -10,7 +10,6 @@ import argparse
 import platform
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from .errors import LlamaError
 from .figures import Figures, Ratio, Report
 from .generation import Llama
 from .inference import Form
+from .kernels import cpuinfo
 from .layout import part_sizes
 from .measure import RAGGED, Bandwidth, Batch, Peak, interleaved, timed
 from .model import ModelArgs, Transformer
@@ -215,8 +215,4 @@ def compare(
 def processor_of(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    with suppress(OSError):  # Linux
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()

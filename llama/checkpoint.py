@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from . import hf_config, hf_format, meta_format
-from .compressed import SCALES, WORDS, check_groups, file_dtypes, file_shapes, is_rounded, wrong_shapes
+from .compressed import SCALES, WORDS, check_groups, file_dtypes, file_shapes, wrong_shapes
 from .errors import LlamaError
-from .layout import New, Stored, check_sizes, in_memory, part_sizes, tensor_shapes
+from .layout import New, Stored, check_sizes, in_memory, is_linear, part_sizes, tensor_shapes
 from .model import ModelArgs, Transformer
 from .panels import BITS, GROUP, IntegerPanels, Quantization, Rounded
 from .parallel import Place, is_printer, together
@@ -84,7 +84,7 @@ class Checkpoint:
         return 1 if self.quantization is None else GROUP[BITS[self.quantization]]
 
     def is_rounded(self, name: str) -> bool:
-        return self.quantization is not None and is_rounded(name)
+        return self.quantization is not None and is_linear(name)
 
     def panels(
         self, name: str, mp_rank: int, mp_size: int, dtype: torch.dtype, device: torch.device | None = None

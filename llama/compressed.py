@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import LlamaError
-from .layout import New, Shapes, Stored, split_dim, tensor_shapes
+from .layout import New, Shapes, Stored, is_linear, tensor_shapes
 from .model import ModelArgs
 from .panels import BITS, GROUP, IntegerPanels, Quantization, slabs
 from .parallel import DTYPES
@@ -27,16 +27,11 @@ WEIGHT_KEYS = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": None
 WEIGHT_KEYS |= {"actorder": None}
 
 
-def is_rounded(name: str) -> bool:
-    """Whether the tensor is the matrix of a linear layer, all of which are rounded in such files."""
-    return name.endswith(".weight") and split_dim(name) is not None and not name.startswith("tok_embeddings")
-
-
 def file_shapes(args: ModelArgs, quantization: Quantization | None) -> Shapes:
     """As `tensor_shapes`, of the tensors that lie in files."""
     shapes: Shapes = {}
     for name, shape in tensor_shapes(args).items():
-        if quantization is None or not is_rounded(name):
+        if quantization is None or not is_linear(name):
             shapes[name] = shape
             continue
         rows, columns = shape
@@ -82,7 +77,7 @@ def check_groups(args: ModelArgs, quantization: Quantization | None) -> None:
         return
     group = GROUP[BITS[quantization]]
     for name, shape in tensor_shapes(args).items():
-        if is_rounded(name) and shape[1] % group:
+        if is_linear(name) and shape[1] % group:
             raise LlamaError(
                 f"{name} has rows of {shape[1]}, but {quantization} is stored in groups of {group}: convert without "
                 f"--quantization, and build with quantization={quantization!r}, which rounds any rows"

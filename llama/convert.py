@@ -29,10 +29,10 @@ from .checkpoint import (
     is_binary,
     open_checkpoint,
 )
-from .compressed import check_groups, is_rounded, quantization_config, rounded_tensors
+from .compressed import check_groups, quantization_config, rounded_tensors
 from .errors import LlamaError, one_line
 from .files import read_json, write_json
-from .layout import New, is_rotary, mp_sizes, permute_rotary, tensor_shapes
+from .layout import New, is_linear, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
 from .panels import BITS, Quantization, bits_of
 from .remote import is_url
@@ -154,7 +154,7 @@ def file_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: 
     """What each tensor of the model takes in files, in the order in which they are written."""
     sizes = {}
     for name, shape in tensor_shapes(checkpoint.sizes).items():
-        bits = bits_of(quantization) if is_rounded(name) else None
+        bits = bits_of(quantization) if is_linear(name) else None
         sizes[name] = int(torch.Size(shape).numel() * (bits or 8 * (dtype or checkpoint.dtype_of(name)).itemsize) / 8)
     return sizes
 
@@ -201,7 +201,7 @@ def write_hf(
                 whole = checkpoint.part(name, new=new)
                 if is_rotary(name):
                     whole = permute_rotary(whole, checkpoint.sizes.head_size, "hf", new)
-                if quantization is not None and is_rounded(name):
+                if quantization is not None and is_linear(name):
                     named = rounded_tensors(whole, name, quantization, dtype or whole.dtype, new)
                 else:
                     named = {name: packed(whole, dtype, new)}

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-COUNT = 16  # rows of x, in a product with a rounded matrix: what a tensor core multiplies at a time
+from .kernels import MOST_ROWS_ON_GPU
+
 PROGRAMS = 256  # that keep a large GPU busy
 KEYS = {2: 64, 4: 16}  # positions that a program looks at together, by the bytes of a number
 WORDS = {2: 64, 4: 32}  # 4 bytes each, of a row of a rounded matrix, that a program reads together
@@ -103,7 +104,7 @@ def _integer_product(
 
 
 def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T of at most `COUNT` rows x (..., K) and W as `panels.IntegerPanels` has it: (..., rows)."""
+    """x W^T of at most `MOST_ROWS_ON_GPU` rows x (..., K) and W as `panels.IntegerPanels` has it: (..., rows)."""
     columns, (_, groups, words, panel, _) = x.shape[-1], integers.shape
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
@@ -120,7 +121,7 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
             BITS=bits,
             GROUP=words * 32 // bits,
             PANEL=panel,
-            COUNT=COUNT,
+            COUNT=MOST_ROWS_ON_GPU,
             ROWS=ROWS,
             WORDS=WORDS[x.itemsize],
             num_warps=2,

@@ -40,6 +40,7 @@ FLAGS = [
     "-ffp-contract=fast",
 ]
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}
+MOST_ROWS_ON_GPU = 16  # of x, that are multiplied by integers there: as many as a tensor core does at a time
 GPU_DTYPES = (*DTYPES, torch.float16)
 SECONDS_TO_COMPILE = 120
 
@@ -64,11 +65,16 @@ def library() -> ctypes.CDLL | None:
 
 def processor() -> str:
     """What tells processors apart for which code was compiled."""
+    return cpuinfo("flags", "Features") or f"{platform.machine()} {platform.processor()}"
+
+
+def cpuinfo(*keys: str) -> str | None:
+    """What Linux says of the first core under the first of these keys that it has; None on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return f"{platform.machine()} {platform.processor()}"
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), None)
 
 
 def is_whole(path: Path) -> bool:

@@ -92,11 +92,14 @@ def mp_sizes(args: ModelArgs, group: int = 1) -> list[int]:
     return [m for m in range(1, args.n_heads + 1) if runs(m)]
 
 
+def is_linear(name: str) -> bool:
+    """Whether the tensor is the matrix of a linear layer."""
+    return name.endswith(".weight") and split_dim(name) is not None and not name.startswith("tok_embeddings")
+
+
 def is_multiplied(name: str, args: ModelArgs) -> bool:
     """Whether the tensor is a matrix that every token is multiplied by; the embedding is only where it is tied."""
-    stem, _, kind = name.rpartition(".")
-    embeds = stem == "tok_embeddings" and not args.tied_embeddings
-    return kind == "weight" and stem.rpartition(".")[2] in SPLIT_DIM and not embeds
+    return is_linear(name) or (args.tied_embeddings and name == "tok_embeddings.weight")
 
 
 def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype, bits: float | None = None) -> tuple[int, int]:

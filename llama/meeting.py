@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import kernels
-from .parallel import group
+from .parallel import broadcast_object, group
 
 SHARED = Path("/dev/shm")
 LINE, SLOT = 64, 1 << 18  # bytes, as in native/ranks.c
@@ -27,11 +27,15 @@ SECONDS_UNTIL_WORRIED, SECONDS_AT_MOST = 1, 1800  # the latter as torch's groups
 
 @dataclass(frozen=True)
 class Meeting:
-    """Memory that the ranks of a group share: uint8, as native/ranks.c has it. In a rank's line its process follows."""
+    """Memory that the ranks of a group share: uint8, as native/ranks.c has it. In a rank's line its process follows.
+
+    spins: how often a rank looks for another before it sleeps.
+    """
 
     memory: Tensor
     rank: int
     ranks: int
+    spins: int
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, which is overwritten if it is contiguous. Summed in float32."""
@@ -52,8 +56,7 @@ class Meeting:
     def _meet(self, name: str, *what: Tensor | int) -> None:
         """Call a function of ranks.c until all have come. Raises DistError where one has ended, or doesn't come."""
         started, entered = time.monotonic(), 0
-        spins = SPINS if self.ranks <= len(os.sched_getaffinity(0)) else 0  # more ranks than cores let others run
-        while not kernels.call(name, self.memory, self.rank, self.ranks, *what, spins, entered):
+        while not kernels.call(name, self.memory, self.rank, self.ranks, *what, self.spins, entered):
             entered = 1
             waited = time.monotonic() - started
             if waited > SECONDS_AT_MOST or (waited > SECONDS_UNTIL_WORRIED and not self._all_alive()):
@@ -76,7 +79,8 @@ def arrange() -> Meeting | None:
     rank, ranks = group().rank(), group().size()
     if ranks == 1:
         return None
-    memory, path = None, Path()
+    memory: Tensor | None = None
+    path: Path | None = None
     with suppress(OSError):
         if rank == 0 and kernels.library() is not None:
             handle, name = tempfile.mkstemp(prefix="llama-", dir=SHARED)
@@ -84,21 +88,17 @@ def arrange() -> Meeting | None:
             with os.fdopen(handle, "wb"):
                 os.posix_fallocate(handle, 0, ranks * (LINE + 2 * SLOT))  # if full, an error here, no signal later
     try:
-        if (said := shared_by_first(str(path))) != ".":
-            memory = mapped(Path(said), rank, ranks)
+        if (said := broadcast_object(path, group())) is not None:
+            memory = mapped(said, rank, ranks)
         everybody: list[bool] = [False] * ranks
         dist.all_gather_object(everybody, memory is not None, group=group())
     finally:
-        if path != Path():
+        if path is not None:
             path.unlink()
-    return Meeting(memory, rank, ranks) if memory is not None and all(everybody) else None
-
-
-def shared_by_first(value: str) -> str:
-    """What the group's first rank says."""
-    box = [value]
-    dist.broadcast_object_list(box, src=dist.get_global_rank(group(), 0), group=group())
-    return box[0]
+    if memory is None or not all(everybody):
+        return None
+    # More ranks than cores let others run at once.
+    return Meeting(memory, rank, ranks, SPINS if ranks <= len(os.sched_getaffinity(0)) else 0)
 
 
 def mapped(path: Path, rank: int, ranks: int) -> Tensor | None:

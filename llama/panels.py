@@ -18,7 +18,6 @@ from .mapped import in_large_pages, let_go, mapped_ranges
 Quantization = Literal["int8", "int4"]
 BITS: dict[Quantization, int] = {"int8": 8, "int4": 4}
 GROUP = {8: 64, 4: 32}  # numbers of a row that share a scale, as in native/integers.c
-MOST_ROWS_ON_GPU = 16  # of x, that are multiplied by integers; for more, W is unpacked
 SLAB = 1 << 22  # bytes of a matrix that are packed at a time: what is made of them stays in the cache
 # What a group's number of the largest size becomes, of those that 4 bits have: the best is found by trying.
 LARGEST = {8: (-127.0,), 4: (-8.0, -7.5, -7.0, 7.5)}
@@ -132,7 +131,7 @@ class IntegerPanels(Panels):
         return Rounded(*(x.mT.flatten(0, 1)[: self.rows] for x in (words, self.scales)))
 
     def product(self, x: Tensor) -> Tensor:
-        many = x.device.type == "cuda" and x.numel() > MOST_ROWS_ON_GPU * self.columns
+        many = x.device.type == "cuda" and x.numel() > kernels.MOST_ROWS_ON_GPU * self.columns
         if many or not self.fast:
             return F.linear(x, self.unpacked())
         return kernels.integer_product(x, self.integers, self.scales, self.rows, self.bits)

@@ -199,11 +199,11 @@ def patient_group() -> dist.ProcessGroup | None:
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """The `value` that rank 0 of the whole world has, on every rank."""
+    """The `value` that the first rank of a group has, on every rank of it; None: of the whole world."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box: list[Any] = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
     return box[0]
 
 

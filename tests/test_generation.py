@@ -83,6 +83,8 @@ def test_greedy_equals_full_forwards(llama: Llama) -> None:
     assert any(tokens)
 
 
+# Not where activations are rounded too: there a last bit that differs may become a step of theirs.
+@pytest.mark.parametrize("every_form", ["packed", "compiled"], indirect=True)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=90), min_size=1, max_size=4),
@@ -94,8 +96,6 @@ def test_greedy_equals_full_forwards(llama: Llama) -> None:
 def test_batch_equals_single_rows(
     tiny_dir: Path, prompts: list, max_gen_len: int | None, temperature: float, top_p: float, echo: bool
 ) -> None:
-    if "quantization" in form:
-        return  # activations are rounded too, and so a last bit that differs may be a step of many
     together = build(tiny_dir).generate(prompts, max_gen_len, temperature, top_p, True, echo)
     alone = build(tiny_dir)
     for i, prompt in enumerate(prompts):

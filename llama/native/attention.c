@@ -18,6 +18,12 @@ INLINE floats sums_of(floats *x) {
     return x[0];
 }
 
+INLINE float total(floats x) {
+    float sum = 0;
+    for (long i = 0; i < LANES; i++) sum += x[i];
+    return sum;
+}
+
 /* The largest number of a vector, in all its places. */
 INLINE floats largest(floats x) {
     static const ints turns[] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
@@ -87,8 +93,7 @@ INLINE void attend_few(const floats *q, const char *keys, const char *values, fl
     for (; from + LANES <= to; from += LANES) look(q, keys + from * size, values + from * size, out, &w, LANES, V, bf16);
     if (from < to) look(q, keys + from * size, values + from * size, out, &w, to - from, V, bf16);
     for (int g = 0; g < FEW; g++) {
-        float sum = 0;
-        for (long t = 0; t < LANES; t++) sum += w.mass[g][t];
+        const float sum = total(w.mass[g]);
         for (long v = 0; v < V; v++) out[g * V + v] /= sum;
     }
 }
@@ -172,7 +177,7 @@ INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char 
             if (last < PANEL - 1 || before >= 0) {
                 const ints place = counting + v * LANES;
                 const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
-                score[m][v] = (floats)(((ints)score[m][v] & seen) | ((ints)low & ~seen));
+                score[m][v] = choose(seen, score[m][v], low);
             }
         }
         const floats among = larger(larger(score[m][0], score[m][1]), larger(score[m][2], score[m][3]));
@@ -224,9 +229,7 @@ INLINE void attend_block(const char *q, const char *keys, const char *values, co
                             sums + i * FLOAT_ROWS * chunks * VECTORS, D, first, window, bf16);
     }
     for (long r = 0; r < count; r++) {
-        const floats mass = rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS];
-        float sum = 0;
-        for (long i = 0; i < LANES; i++) sum += mass[i];
+        const float sum = total(rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS]);
         for (long v = 0; v < D / LANES; v++)
             store(out + ((from + r / group) * H + r % group) * head, v, sums[r * chunks * VECTORS + v] / sum, bf16);
     }
