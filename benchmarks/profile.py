@@ -11,7 +11,7 @@ GPU the operations' time is the GPU's, and what is left is when it waits.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -82,30 +82,35 @@ def operations(seen: profile, on_gpu: bool) -> list[Operation]:
 @contextmanager
 def named_kernels() -> Iterator[None]:
     """Show the calls of llama/native to the profiler, which sees only what torch's dispatcher runs."""
-    call = kernels.call
+    prepared = kernels.prepared
 
-    def named(name: str, *arguments: Tensor | int) -> None:
-        with record_function(f"kernels::{name}"):
-            call(name, *arguments)
+    def named(name: str, *arguments: Tensor | int | float) -> Callable[[], int]:
+        doing = prepared(name, *arguments)
 
-    kernels.call = named
+        def shown() -> int:
+            if kernels.NOTES.get() is not None:  # in a step that is recorded: it is a replay that shows them
+                return doing()
+            with record_function(f"kernels::{name}"):
+                return doing()
+
+        return shown
+
+    kernels.prepared = named
     try:
         yield
     finally:
-        kernels.call = call
+        kernels.prepared = prepared
 
 
 def look(llama: Llama, batch: Batch, on_gpu: bool) -> Profile:
     stream = llama.stream(batch.prompts(llama.model.params.vocab_size), batch.gen, temperature=0)
-    for _ in range(1 + WARM_UP):
-        next(stream)
-    before = seconds_a_step(stream)
-    with (
-        profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen,
-        named_kernels(),
-    ):
-        slowed = seconds_a_step(stream)
-    after = seconds_a_step(stream)
+    with named_kernels():
+        for _ in range(1 + WARM_UP):
+            next(stream)
+        before = seconds_a_step(stream)
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+            slowed = seconds_a_step(stream)
+        after = seconds_a_step(stream)
     return Profile((before + after) / 2, slowed, operations(seen, on_gpu))
 
 

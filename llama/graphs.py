@@ -1,10 +1,8 @@
-"""Decoding steps that are recorded once, as a CUDA graph, and then replayed: the GPU waits for no Python.
+"""Decoding steps that are recorded once and then replayed, on a GPU as a CUDA graph: nothing waits for Python.
 
 Knows steps, not what they compute. What a replay reads and writes lies where it lay when it was recorded.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -12,49 +10,17 @@ import torch
 from torch import Tensor
 
 from .model import Attention, Transformer
+from .recorders import GraphRecorder, Record, Recording, record_calls
 from .steps import CompiledSteps, Step, Steps, make_caches
 
 NO_TOKEN = -1  # the position of rows that only fill up a batch: kernels leave it out, and to index it is the last one
-RUNS_BEFORE = 2  # of what is recorded: libraries and compilers do at first what no recording may have
-
-
-@dataclass(frozen=True)
-class Recording:
-    """To `replay` is to write `output` anew."""
-
-    replay: Callable[[], None]
-    output: Tensor
-
-
-Record = Callable[[Callable[[], Tensor]], Recording]
-
-
-class GraphRecorder:
-    """Records what a function launches on a GPU. All recordings share one pool of memory: one is replayed at a time."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Callable[[], Tensor]) -> Recording:
-        with torch.cuda.device(self._device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(RUNS_BEFORE):
-                    function()
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads, such as the one that watches NCCL, may go on asking the GPU what they like.
-            with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
-                output = function()
-        return Recording(graph.replay, output)
 
 
 class GraphedStep:
     """In the place of a step: the same one, recorded when a size of batch is there for the first time, and replayed.
 
-    Sizes are powers of two, and max_batch_size. What fills a batch up are rows at `NO_TOKEN`.
+    What fills a batch up are rows at `NO_TOKEN`. A model with hooks, which a replay would not call, or under autocast,
+    steps as it did.
     """
 
     def __init__(self, model: Transformer, step: Step, record: Record):
@@ -63,13 +29,18 @@ class GraphedStep:
         self._record = record
         self._inputs: list[Tensor] = []  # tokens, positions and angles of max_batch_size rows
         self._recordings: dict[tuple[int, int | None], Recording] = {}
-        self._memory: list[Tensor] = []
+        self._recorded: Watch | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor, angles: Tensor, end: int | None) -> Tensor:
         bsz, most = len(tokens), self._model.params.max_batch_size
-        size = min(1 << (bsz - 1).bit_length(), most)
+        size = min(size_of(bsz), most)
         with torch.inference_mode(False), torch.no_grad():  # what is kept is usable in and out of it
-            self._forget_what_has_moved()
+            if self._recorded is None or not self._recorded.holds():
+                make_caches(self._model)
+                self._recordings.clear()
+                self._recorded = Watch(self._model)
+            if self._recorded.hooked() or torch.is_autocast_enabled(tokens.device.type):
+                return self._step(tokens, positions, angles, end)
             if not self._inputs:
                 self._inputs = [x.new_zeros(most, *x.shape[1:]) for x in (tokens.long(), positions, angles)]
             for own, given in zip(self._inputs, (tokens, positions, angles), strict=True):
@@ -78,23 +49,42 @@ class GraphedStep:
             if (size, end) not in self._recordings:
                 tokens, positions, angles = (x[:size] for x in self._inputs)  # which stay where they are
                 self._recordings[size, end] = self._record(partial(self._step, tokens, positions, angles, end))
-            recording = self._recordings[size, end]
-        recording.replay()
-        return recording.output[:bsz].clone()
-
-    def _forget_what_has_moved(self) -> None:
-        """Weights and caches may be others by now. Whatever changes a whole model changes those that are looked at."""
-        model = self._model
-        caches = cast(Attention, model.layers[0].attention).caches(model.norm.weight)
-        now = [*model.norm.parameters(), *model.output.parameters(), *caches]
-        if [x.data_ptr() for x in now] != [x.data_ptr() for x in self._memory]:
-            make_caches(model)
-            self._recordings.clear()
-            self._memory = [x.detach() for x in now]  # kept, so that nothing else comes to lie there
+            else:
+                self._recordings[size, end].replay()
+        return self._recordings[size, end].output[:bsz].clone()
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, which records its own."""
-        return {**self.__dict__, "_inputs": [], "_recordings": {}, "_memory": []}
+        return {**self.__dict__, "_inputs": [], "_recordings": {}, "_recorded": None}
+
+
+def size_of(bsz: int) -> int:
+    """The rows that are recorded for so many: powers of two up to 8, then multiples of 8."""
+    return 1 << (bsz - 1).bit_length() if bsz <= 8 else -(-bsz // 8) * 8
+
+
+class Watch:
+    """What a recording takes for granted: the model's modules and tensors, where these lie, and how many threads."""
+
+    def __init__(self, model: Transformer):
+        modules = list(model.modules())
+        held = [d for m in modules for d in (m._modules, m._parameters, m._buffers)]
+        self._held = [(d, key, value) for d in cast(list[dict[str, Any]], held) for key, value in d.items()]
+        # Kept detached: memory that a tensor gave away is no other's as long as it is compared with.
+        tensors = [value for _, _, value in self._held if isinstance(value, Tensor)]
+        self._tensors = [(tensor, tensor.detach(), tensor.data_ptr()) for tensor in tensors]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._threads = torch.get_num_threads()
+
+    def holds(self) -> bool:
+        return (
+            all(d.get(key) is value for d, key, value in self._held)
+            and all(tensor.data_ptr() == place for tensor, _, place in self._tensors)
+            and torch.get_num_threads() == self._threads
+        )
+
+    def hooked(self) -> bool:
+        return any(self._hooks)
 
 
 def record_steps(model: Transformer, steps: Steps, record: Record) -> None:
@@ -108,13 +98,18 @@ def record_steps(model: Transformer, steps: Steps, record: Record) -> None:
 
 
 def make_steps(model: Transformer, kernels: bool, compile: bool) -> None:
-    """Give the model the decoding steps of its device: on a GPU recorded; and compiled, now, where that's asked for."""
+    """Give the model the decoding steps of its device: recorded where they can be, and compiled where that's asked for.
+
+    kernels: whether the model has them. Without, the CPU waits for no Python that would be worth a recording.
+    """
     device = model.norm.weight.device
-    if not compile and device.type != "cuda":
+    if not compile and device.type != "cuda" and not kernels:
         return
     steps = CompiledSteps(model, kernels) if compile else Steps(model, kernels)
     if device.type == "cuda":
         record_steps(model, steps, GraphRecorder(device))
+    elif not compile:
+        record_steps(model, steps, record_calls)
     model.run = steps  # type: ignore[method-assign]
     if isinstance(steps, CompiledSteps):
         steps.warm_up()

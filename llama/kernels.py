@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -136,11 +137,33 @@ def available(like: Tensor) -> bool:
 def call(name: str, *arguments: Tensor | int | float) -> int:
     """Run a function of the library, and give what it returns, if it does. Tensors become their addresses: they must be
     contiguous."""
+    return prepared(name, *arguments)()
+
+
+def run(name: str, *arguments: Tensor | int | float) -> None:
+    """`call` one that returns nothing, and have it noted."""
+    doing = prepared(name, *arguments)
+    doing()
+    note(doing, *arguments)
+
+
+def note(doing: Callable[[], object], *on: object) -> None:
+    """Tell who takes notes in this thread what was done, and on what, which is to be kept for as long as it may be done
+    again."""
+    if (notes := NOTES.get()) is not None:
+        notes.append((doing, on))
+
+
+def prepared(name: str, *arguments: Tensor | int | float) -> Callable[[], int]:
+    """A call of a function of the library, on memory that is what it is by now."""
     found = FUNCTIONS.get(name) or function(name, arguments)
-    return found(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], torch.get_num_threads())
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    return functools.partial(found, *values, torch.get_num_threads())
 
 
 FUNCTIONS: dict[str, Callable[..., int]] = {}  # that were called before
+Note = tuple[Callable[[], object], tuple[object, ...]]
+NOTES: ContextVar[list[Note] | None] = ContextVar("notes", default=None)
 
 
 def function(name: str, arguments: Sequence[Tensor | int | float]) -> Callable[..., int]:
@@ -235,7 +258,7 @@ def product(x: Tensor, panels: Tensor, rows: int) -> Tensor:
         raise RuntimeError(f"x is {x.dtype} of {x.shape[-1]} columns, and the matrix {panels.dtype} of {columns}")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    call(f"product_{DTYPES[x.dtype]}", x, panels, y, x.numel() // columns, rows, columns)
+    run(f"product_{DTYPES[x.dtype]}", x, panels, y, x.numel() // columns, rows, columns)
     return y
 
 
@@ -259,7 +282,7 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
     count = x.numel() // columns
     room = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
     name = f"product_int{bits}_{DTYPES[x.dtype]}"
-    call(name, x, integers, scales, y, count, rows, columns, room)
+    run(name, x, integers, scales, y, count, rows, columns, room)
     return y
 
 
@@ -268,7 +291,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`model.RMSNorm` over the last dimension."""
     x, dim = x.contiguous(), x.shape[-1]
     y = x.new_empty(x.shape)
-    call(f"rms_norm_{DTYPES[x.dtype]}", x, weight, y, x.numel() // dim, dim, float(eps))
+    run(f"rms_norm_{DTYPES[x.dtype]}", x, weight, y, x.numel() // dim, dim, float(eps))
     return y
 
 
@@ -277,7 +300,7 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) * b, of the same shape."""
     a, b = a.contiguous(), b.contiguous()
     y = a.new_empty(a.shape)
-    call(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel())
+    run(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel())
     return y
 
 
@@ -298,5 +321,5 @@ def attention(
     turn = angles[0].numel() if len(angles) > 1 else 0
     xq, xk, xv, angles, starts = (x.contiguous() for x in (xq, xk, xv, angles, starts.long()))
     sizes = (bsz, seqlen, heads, kv_heads, head_dim, room, window, turn)
-    call(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, out, *sizes)
+    run(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, out, *sizes)
     return out

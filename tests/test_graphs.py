@@ -37,17 +37,8 @@ class Recorder:
         return Recording(lambda: output.copy_(operations()), output)
 
 
-class Calling(Recorder):
-    """Where operations can't be traced, the function is called again: at least its arguments are those of before."""
-
-    def __call__(self, function: Callable[[], Tensor]) -> Recording:
-        self.count += 1
-        output = function().clone()
-        return Recording(lambda: output.copy_(function()), output)
-
-
-def recorded(model: Transformer, recorder: Recorder, own_positions: bool = False) -> Transformer:
-    steps = Steps(model, own_positions)
+def recorded(model: Transformer, recorder: Recorder) -> Transformer:
+    steps = Steps(model, kernels=False)
     record_steps(model, steps, recorder)
     model.run = steps  # type: ignore[method-assign]
     return model
@@ -80,17 +71,6 @@ def test_texts_are_the_same(checkpoint: Path, ahead: bool) -> None:
             assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-4)
     sizes = {(1, 128), (4, 128), (5, 128), (4, 256)}
     assert set(llama.model.run.step._recordings) == sizes and recorder.count == len(sizes)
-
-
-@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
-def test_texts_are_the_same_where_rows_read_their_own_positions(checkpoint: Path) -> None:
-    """As on a GPU with Triton. Nothing but the number of rows is recorded anew."""
-    plain, llama, recorder = Llama.build(checkpoint, **OPTIONS), Llama.build(checkpoint, **OPTIONS), Calling()
-    recorded(llama.model, recorder, own_positions=True)
-    for prompts in BATCHES:
-        assert llama.generate(prompts, 40, temperature=0) == plain.generate(prompts, 40, temperature=0)
-    assert recorder.count == 3
-    assert llama.model.layers[0].attention.cache_k.shape[1] == 300
 
 
 @pytest.mark.usefixtures("fallback")
