@@ -26,7 +26,7 @@ from .generation import Llama
 from .inference import Form
 from .kernels import cpuinfo
 from .layout import part_sizes
-from .measure import RAGGED, Bandwidth, Batch, Peak, interleaved, timed
+from .measure import RAGGED, TURN, Bandwidth, Batch, Peak, Timed, interleaved
 from .model import ModelArgs, Transformer
 from .panels import BITS, IntegerPanels, Quantization, bits_of
 from .parallel import Place
@@ -192,7 +192,7 @@ def carry_out(plan: Plan) -> Report:
 
 def warm_up(subject: Measured, batches: Sequence[Batch], vocab_size: int) -> None:
     for batch in batches:
-        timed(subject, batch.prompts(vocab_size), batch.gen)
+        Timed(subject, batch.prompts(vocab_size), batch.gen).go_on()
 
 
 def compare(
@@ -203,7 +203,9 @@ def compare(
     figures: list[Figures] = []
     ratios: list[Ratio] = []
     for batch in plan.kinds:
-        runs = interleaved(subjects, batch.prompts(args.vocab_size), batch.gen, plan.repeats, bandwidth)
+        # A GPU would go on with a step that was started while others have their turn.
+        turn = TURN if place.device.type == "cpu" else batch.gen
+        runs = interleaved(subjects, batch.prompts(args.vocab_size), batch.gen, plan.repeats, bandwidth, turn)
         cache = cache_bytes(args, place.mp_size, place.dtype, batch)
         for subject, own in zip(subjects, runs, strict=True):
             figures.append(Figures.of(subject.name, batch, own, subject.weight_bytes + cache))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from .parallel import together
 
 METER_BYTES = 1 << 28  # read at a time to measure the bandwidth: more than caches hold
 METER_PASSES = 4
+TURN = 8  # decoding steps
 COPIES = 16  # of a pass, where it only takes a moment to be told to
 SECONDS_BETWEEN_LOOKS = 0.002
 
@@ -74,9 +75,8 @@ class Spread:
 
 @dataclass(frozen=True)
 class Run:
-    """One repeat. moments: seconds from the start until every row had its first, second, ... token.
-
-    bandwidth: bytes a second at which memory was read just before and after, on average.
+    """One repeat. moments: seconds from the start until every row had its first, second, ... token; others' turns don't
+    count. bandwidth: bytes a second at which memory was read between decoding steps, the median.
     """
 
     moments: list[float]
@@ -132,24 +132,47 @@ def synchronize(tensor: Tensor) -> None:
         torch.mps.synchronize()
 
 
-def timed(subject: Subject, prompts: list[list[int]], gen: int) -> list[float]:
-    """Seconds from the start to each of the `gen` tokens of every row."""
-    start, moments = time.perf_counter(), []
-    for _ in subject.run(prompts, gen):
-        moments.append(time.perf_counter() - start)
-    return moments
+class Timed:
+    """A subject's run, a turn at a time. moments: see `Run`."""
+
+    def __init__(self, subject: Subject, prompts: list[list[int]], gen: int):
+        self.moments: list[float] = []
+        self._tokens = subject.run(prompts, gen)
+        self._spent = 0.0
+
+    def go_on(self, steps: int | None = None) -> None:
+        """For so many tokens of every row; None: to the end."""
+        start = time.perf_counter()
+        for _ in islice(self._tokens, steps):
+            self.moments.append(self._spent + time.perf_counter() - start)
+        self._spent = self.moments[-1]
 
 
 def interleaved(
-    subjects: Sequence[Subject], prompts: list[list[int]], gen: int, repeats: int, bandwidth: Bandwidth
+    subjects: Sequence[Subject],
+    prompts: list[list[int]],
+    gen: int,
+    repeats: int,
+    bandwidth: Bandwidth,
+    turn: int = TURN,
 ) -> list[list[Run]]:
-    """The runs of each subject, all on the same prompts. They take turns: what slows the machine slows all of them."""
+    """The runs of each subject, all on the same prompts. They take turns: what slows the machine slows all of them.
+
+    turn: decoding steps that a subject makes before it's the next one's turn, so that a peer meets the same seconds.
+    """
     runs: list[list[Run]] = [[] for _ in subjects]
     for _ in range(repeats):
-        for subject, own in zip(subjects, runs, strict=True):
-            before = bandwidth.measure()
-            moments = timed(subject, prompts, gen)
-            own.append(Run(moments, (before + bandwidth.measure()) / 2))
+        going = [Timed(subject, prompts, gen) for subject in subjects]
+        rates: list[list[float]] = [[] for _ in subjects]
+        before = bandwidth.measure()
+        for steps in (1, *[turn] * -(-(gen - 1) // turn)):
+            for subject, seen in zip(going, rates, strict=True):
+                subject.go_on(steps)
+                after = bandwidth.measure()
+                seen.append((before + after) / 2)
+                before = after
+        for own, subject, seen in zip(runs, going, rates, strict=True):
+            own.append(Run(subject.moments, statistics.median(seen[1:] or seen)))
     return runs
 
 

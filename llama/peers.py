@@ -4,6 +4,7 @@ Knows how each is built and run, but for llama.cpp, which has a file of its own;
 imported only where its model is made.
 """
 
+import copy
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -177,7 +178,10 @@ def build_peers(
         built["transformers"] = Transformers(random_transformers(args, place))
     if "plain" in names or "meta" in names:
         plain = random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
-        built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(plain)}
+        other = copy.deepcopy(
+            plain, {id(parameter): parameter for parameter in plain.parameters()}
+        )  # with its own cache
+        built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(other)}
     if "llama.cpp" in names:
         if checkpoint is None:
             tensors = random_tensors(tensor_shapes(args), place)

@@ -5,13 +5,13 @@ Knows the network's one function, `Transformer.run`; knows no generation. Torch 
 """
 
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import FunctionType
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .model import Attention, StartPos, Transformer, attention_mask
+from .model import Attention, StartPos, Transformer, TransformerBlock, attention_mask
 from .parallel import is_printer
 
 SHORTEST = 128  # cached positions that attention looks at, where their number is part of what is compiled or recorded
@@ -76,21 +76,26 @@ class Steps:
 
 
 class CompiledSteps(Steps):
-    """Steps whose network is compiled: a function for one row, and one for any number of rows."""
+    """Steps whose layers are compiled: a function for one row, and one for any number of rows, for all layers."""
 
     def __init__(self, model: Transformer, kernels: bool):
         super().__init__(model, kernels)
         # Torch counts what it compiled of a piece of code, and refuses a ninth: every model has a copy to itself.
-        run = Transformer.run
-        own = FunctionType(run.__code__.replace(), run.__globals__, run.__name__)
-        self._compiled = torch.compile(MethodType(own, model), fullgraph=True, dynamic=True)
+        forward = TransformerBlock.forward
+        own = FunctionType(forward.__code__.replace(), forward.__globals__, forward.__name__)
+        self._layer = torch.compile(own, fullgraph=True, dynamic=True)
         self._warm = False
 
     def network(
         self, tokens: Tensor, positions: Tensor, angles: Tensor, mask: Tensor | None, window_mask: Tensor | None
     ) -> Tensor:
+        """As `Transformer.run`, whose loop torch would unroll, and compile each layer by itself."""
+        model = self._model
         with torch.compiler.set_stance("eager_on_recompile" if self._warm else "default"):
-            return self._compiled(tokens, positions, angles, mask, window_mask)
+            h = model.tok_embeddings(tokens)  # (B, 1, dim)
+            for layer in model.layers:
+                h = self._layer(layer, h, positions, angles, mask if layer.window is None else window_mask)
+            return model.norm(h)
 
     @torch.no_grad()
     def warm_up(self) -> None:

@@ -112,23 +112,34 @@ def test_figures_of_given_moments() -> None:
     assert Figures.of("x", RAGGED, [steady], 300).prompt is None
 
 
-def test_subjects_take_turns_on_the_same_prompts() -> None:
-    heard = []
+def test_subjects_take_turns_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And others' turns, and the meter, don't count."""
+    heard, clock = [], [0.0]
 
     class Subject:
         def __init__(self, name: str):
             self.name = name
 
         def run(self, prompts: list[list[int]], gen: int) -> Any:
-            heard.append((self.name, str(prompts)))
-            yield from [[0]] * gen
+            for _ in range(gen):
+                heard.append((self.name, str(prompts)))
+                clock[0] += 1
+                yield [0]
 
-    prompts = Batch((3, 2), 2).prompts(9)
-    runs = interleaved([Subject("a"), Subject("b")], prompts, 2, 2, Bandwidth(torch.device("cpu")))
-    assert [name for name, _ in heard] == ["a", "b", "a", "b"]
+    class Meter(Bandwidth):
+        def measure(self) -> float:
+            clock[0] += 100
+            return clock[0]
+
+    prompts = Batch((3, 2), 6).prompts(9)
+    monkeypatch.setattr("llama.measure.time.perf_counter", lambda: clock[0])
+    runs = interleaved([Subject("a"), Subject("b")], prompts, 6, 2, Meter(torch.device("cpu")), turn=3)
+    assert "".join(name for name, _ in heard) == "ab" + "aaabbb" + "aabb" + "ab" + "aaabbb" + "aabb"
     assert len({said for _, said in heard}) == 1
-    assert [len(run.moments) for own in runs for run in own] == [2] * 4
-    assert all(0 < run.first < run.total and run.bandwidth > 0 for own in runs for run in own)
+    for own in runs:
+        assert [run.moments for run in own] == 2 * [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+    # The first meets the meter at 100, 201 after its prefill, 302 after the other's, 405 after 3 steps, then at 508, 610.
+    assert runs[0][0].bandwidth == ((302 + 405) / 2 + (508 + 610) / 2) / 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what of its memory is private")
