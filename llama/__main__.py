@@ -43,7 +43,7 @@ def model_options() -> argparse.ArgumentParser:
 def add_form(command: argparse.ArgumentParser) -> None:
     """The options that choose the fast form of a model."""
     add = command.add_argument
-    add("--compile", action="store_true", help="let torch.compile make the decoding steps before the first answer")
+    add("--compile", action="store_true", help="compile or record all decoding steps before the first answer")
     add("--quantization", choices=sorted(BITS), help="round matrices to 8 or 4 bits as they are loaded")
 
 

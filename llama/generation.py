@@ -129,7 +129,8 @@ class Llama:
         torch's objects, default the best there is; dtype "auto" is that of the files. Raises LlamaError, on every rank,
         for whatever can't work.
 
-        compile: let torch.compile make the decoding steps, which takes a while here and less when it was done before.
+        compile: have all decoding steps ready before the first answer, compiled by torch, which takes a while here and
+        less when it was done before; on a CPU with kernels recorded, which takes no time to speak of.
         quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes;
         those that the checkpoint has rounded stay as they are.
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .model import Attention, Transformer
 from .recorders import GraphRecorder, Record, Recording, record_calls
-from .steps import CompiledSteps, Step, Steps, make_caches
+from .steps import CompiledSteps, Step, Steps, make_caches, size_of
 
 NO_TOKEN = -1  # the position of rows that only fill up a batch: kernels leave it out, and to index it is the last one
 
@@ -58,11 +58,6 @@ class GraphedStep:
         return {**self.__dict__, "_inputs": [], "_recordings": {}, "_recorded": None}
 
 
-def size_of(bsz: int) -> int:
-    """The rows that are recorded for so many: powers of two up to 8, then multiples of 8."""
-    return 1 << (bsz - 1).bit_length() if bsz <= 8 else -(-bsz // 8) * 8
-
-
 class Watch:
     """What a recording takes for granted: the model's modules and tensors, where these lie, and how many threads."""
 
@@ -98,18 +93,23 @@ def record_steps(model: Transformer, steps: Steps, record: Record) -> None:
 
 
 def make_steps(model: Transformer, kernels: bool, compile: bool) -> None:
-    """Give the model the decoding steps of its device: recorded where they can be, and compiled where that's asked for.
+    """Give the model the decoding steps of its device: recorded where they can be.
 
     kernels: whether the model has them. Without, the CPU waits for no Python that would be worth a recording.
+    compile: have torch compile them, and all be ready before the first answer. On a CPU with kernels they are recorded
+    instead, which is faster: compiled code would call the same kernels through torch's dispatcher.
     """
     device = model.norm.weight.device
-    if not compile and device.type != "cuda" and not kernels:
-        return
-    steps = CompiledSteps(model, kernels) if compile else Steps(model, kernels)
+    record: Record | None = None
     if device.type == "cuda":
-        record_steps(model, steps, GraphRecorder(device))
+        record = GraphRecorder(device)
+    elif device.type == "cpu" and kernels:
+        record = record_calls
     elif not compile:
-        record_steps(model, steps, record_calls)
+        return
+    steps = CompiledSteps(model, kernels) if compile and record is not record_calls else Steps(model, kernels)
+    if record is not None:
+        record_steps(model, steps, record)
     model.run = steps  # type: ignore[method-assign]
-    if isinstance(steps, CompiledSteps):
+    if compile:
         steps.warm_up()

@@ -260,7 +260,7 @@ def gathered(x: Tensor, meeting: Meeting | None) -> Tensor:
 class Form:
     """What becomes of a model as it is loaded: `take` goes to whoever loads it, `finish` comes after.
 
-    quantization: None keeps the matrices as they are. compile: have torch.compile make the decoding steps.
+    quantization: None keeps the matrices as they are. compile: see `graphs.make_steps`.
     Raises LlamaError for what isn't known or can't be had.
     """
 

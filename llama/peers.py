@@ -19,6 +19,7 @@ from .checks import check_memory
 from .errors import LlamaError
 from .generation import Llama
 from .hf_config import config_of
+from .inference import Form
 from .layout import tensor_shapes
 from .measure import Subject
 from .model import ModelArgs, Transformer
@@ -27,7 +28,7 @@ from .parallel import Place
 from .peer_llama_cpp import LlamaCpp
 from .tokenizer import Tokenizer
 
-PEERS = ("transformers", "plain", "meta", "llama.cpp")
+PEERS = ("transformers", "default", "plain", "meta", "llama.cpp")
 PACKAGES = {  # what a peer imports, and what pip calls it
     "transformers": {"transformers": "transformers"},
     "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
@@ -161,6 +162,15 @@ def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Tra
     return model
 
 
+def in_default_form(model: Transformer) -> Transformer:
+    """As `Llama.build` leaves it, neither compiled nor rounded."""
+    form = Form()
+    for name in tensor_shapes(model.params):
+        form.take(model, name)
+    form.finish(model)
+    return model
+
+
 def build_peers(
     names: Sequence[str], args: ModelArgs, place: Place, ckpt_dir: str | None, quantization: Quantization | None = None
 ) -> list[Measured]:
@@ -170,18 +180,22 @@ def build_peers(
     Raises LlamaError where they don't fit in memory, beside the model that is there.
     """
     if names:
-        models = 1 + ("transformers" in names) + ("plain" in names or "meta" in names) + ("llama.cpp" in names)
+        models = 1 + len({*names} - {"meta"} | ({"plain"} if "meta" in names else set()))
         check_memory(args, replace(place, world_size=models * place.world_size))
     checkpoint = None if ckpt_dir is None else open_checkpoint(ckpt_dir)
     built: dict[str, Measured] = {}
     if "transformers" in names:
         built["transformers"] = Transformers(random_transformers(args, place))
+
+    def own_model() -> Transformer:
+        return random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
+
+    if "default" in names:
+        built["default"] = Streaming("default", Llama(in_default_form(own_model()), NoText()))
     if "plain" in names or "meta" in names:
-        plain = random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
-        other = copy.deepcopy(
-            plain, {id(parameter): parameter for parameter in plain.parameters()}
-        )  # with its own cache
-        built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(other)}
+        plain = own_model()
+        walking = copy.deepcopy(plain, {id(weight): weight for weight in plain.parameters()})  # with its own cache
+        built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(walking)}
     if "llama.cpp" in names:
         if checkpoint is None:
             tensors = random_tensors(tensor_shapes(args), place)

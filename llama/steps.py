@@ -1,7 +1,7 @@
 """Decoding steps of a fast model, all of one kind, so that they can be compiled by torch or recorded.
 
 Knows the network's one function, `Transformer.run`; knows no generation. Torch keeps on disk what it compiled; after
-`warm_up` nothing is compiled any more, and a step that would need it runs as it is.
+`warm_up` nothing is compiled or recorded any more, and a step that torch would have to compile runs as it is.
 """
 
 from collections.abc import Callable
@@ -55,6 +55,15 @@ class Steps:
             return self.step(tokens, positions, angles, None)
         return self.step(tokens, positions, angles, self._room(int(start_pos) + 1 if mask is None else mask.shape[-1]))
 
+    @torch.no_grad()
+    def warm_up(self) -> None:
+        """Make a step of each size of batch, which writes over the cache's beginning."""
+        device, most = self._model.norm.weight.device, self._model.params.max_batch_size
+        make_caches(self._model)  # here, and not in what is compiled
+        sizes = sorted({min(size_of(bsz), most) for bsz in range(1, most + 1)})
+        for size in tqdm(sizes, desc="preparing", disable=not is_printer() or None):
+            self._model.hidden_states(torch.zeros(size, 1, dtype=torch.long, device=device), 0)
+
     def masked(self, tokens: Tensor, positions: Tensor, angles: Tensor, end: int | None) -> Tensor:
         """A step that looks at the first `end` cached positions, or None: at those that each row has."""
         mask = window_mask = None
@@ -97,15 +106,14 @@ class CompiledSteps(Steps):
                 h = self._layer(layer, h, positions, angles, mask if layer.window is None else window_mask)
             return model.norm(h)
 
-    @torch.no_grad()
     def warm_up(self) -> None:
-        """Compile, or read what was compiled before: for one row, and for more. Writes over the cache's beginning."""
-        args, device = self._model.params, self._model.norm.weight.device
-        make_caches(self._model)  # here, and not in what is compiled
-        for bsz in tqdm(sorted({1, min(2, args.max_batch_size)}), desc="compiling", disable=not is_printer() or None):
-            tokens = torch.zeros(bsz, 1, dtype=torch.long, device=device)
-            self._model.hidden_states(tokens, 0)
+        super().warm_up()
         self._warm = True
+
+
+def size_of(bsz: int) -> int:
+    """The rows that are recorded for so many: powers of two up to 8, then multiples of 8."""
+    return 1 << (bsz - 1).bit_length() if bsz <= 8 else -(-bsz // 8) * 8
 
 
 def make_caches(model: Transformer) -> None:

@@ -138,7 +138,7 @@ def test_subjects_take_turns_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch
     assert len({said for _, said in heard}) == 1
     for own in runs:
         assert [run.moments for run in own] == 2 * [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
-    # The first meets the meter at 100, 201 after its prefill, 302 after the other's, 405 after 3 steps, then at 508, 610.
+    # The first meets the meter after both prefills at 302, after its next 3 steps at 405, then at 508 and 610.
     assert runs[0][0].bandwidth == ((302 + 405) / 2 + (508 + 610) / 2) / 2
 
 
@@ -293,7 +293,7 @@ def test_peers_that_are_unknown_missing_or_out_of_place(place: Place, monkeypatc
 
 
 def test_the_report_has_every_field_and_they_agree(bench: Command) -> None:
-    every = ["--ragged", "--compare", "transformers,plain,meta", "--repeats", "2", "--json"]
+    every = ["--ragged", "--compare", "transformers,default,plain,meta", "--repeats", "2", "--json"]
     said, error = bench(*SMALL, "--batch", "1,2", "--prompt", "8,16", *every)
     assert error == ""
     report = json.loads(said)
@@ -304,7 +304,7 @@ def test_the_report_has_every_field_and_they_agree(bench: Command) -> None:
     if sys.platform == "linux":
         assert 4 * 5_999_872 < report["peak_private"] <= report["peak_resident"]
     batches = ["1 x 8", "2 x 8", "1 x 16", "2 x 16", "3+9+5+12"]
-    subjects = ["llama", "transformers", "plain", "meta"]
+    subjects = ["llama", "transformers", "default", "plain", "meta"]
     assert [(f["batch"], f["subject"]) for f in report["figures"]] == [(b, s) for b in batches for s in subjects]
     assert [(r["batch"], r["peer"]) for r in report["ratios"]] == [(b, s) for b in batches for s in subjects[1:]]
     for figures in report["figures"]:
@@ -383,7 +383,7 @@ def test_on_two_ranks_each_reads_its_share_and_the_picture_shows_both(
         (["--shape", "demo", "--prompt", "1000000000"], "max_seq_len=1000000064) in torch."),
         (
             ["--compare", "plain,vllm"],
-            "--compare has 'vllm', expected one or more of transformers, plain, meta, llama.cpp",
+            "--compare has 'vllm', expected one or more of transformers, default, plain, meta, llama.cpp",
         ),
         (["--device", "abacus"], "device 'abacus' is not known"),
         (["--plot", "speed.txt"], "--plot is 'speed.txt', expected the name of a file that ends in .png, .svg, .pdf"),

@@ -1,13 +1,15 @@
 """Compiled decoding steps: the same text as without, and nothing compiled once the first answer has begun."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.utils
-from tiny import run_program, write_checkpoint
+from tiny import ARGS, run_program, write_checkpoint
 
-from llama import Llama, LlamaError
+from llama import Llama, LlamaError, Transformer, kernels
+from llama.steps import CompiledSteps
 
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 3, "device": "cpu", "dtype": "float32"}
 BATCHES = [[[5, 6, 7]], [[1] * 30, [9]], [[2], [3] * 11, [4] * 50], [[8] * 3] * 3]
@@ -51,6 +53,41 @@ def test_without_kernels_steps_are_compiled_too(checkpoint: Path, monkeypatch: p
         assert found == expected
     assert after > before
     assert graphs() == after
+
+
+@pytest.fixture(scope="module")
+def with_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Heads of whole vectors, which attention's kernel takes."""
+    args = replace(ARGS, n_heads=4, n_kv_heads=2)
+    return write_checkpoint(tmp_path_factory.mktemp("kernels"), args, endless=True)
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+def test_kernels_are_compiled_around(with_kernels: Path) -> None:
+    """As on a GPU with Triton: each is one operation that torch doesn't look into."""
+    plain, compiled = (Llama.build(with_kernels, **OPTIONS) for _ in range(2))
+    before = graphs()
+    compiled.model.run = steps = CompiledSteps(compiled.model, kernels=True)
+    steps._plain = Transformer.run.__get__(compiled.model)
+    steps.warm_up()
+    after = graphs()
+    assert after - before == 2
+    for prompts in BATCHES:
+        assert compiled.generate(prompts, None, temperature=0) == plain.generate(prompts, None, temperature=0)
+    assert graphs() == after
+
+
+@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+def test_with_kernels_every_size_is_recorded_before_the_first_answer(with_kernels: Path) -> None:
+    before = graphs()
+    plain = Llama.build(with_kernels, **OPTIONS)
+    ready = Llama.build(with_kernels, **OPTIONS, compile=True)
+    recorded = dict(ready.model.run.step._recordings)
+    assert {size for size, _ in recorded} == {1, 2, 3}
+    for prompts in BATCHES:
+        assert ready.generate(prompts, None, temperature=0) == plain.generate(prompts, None, temperature=0)
+    assert ready.model.run.step._recordings == recorded
+    assert graphs() == before, "torch compiles nothing here"
 
 
 def test_on_ranks(checkpoint: Path, tmp_path: Path) -> None:
