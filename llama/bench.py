@@ -164,7 +164,7 @@ def carry_out(plan: Plan) -> Report:
     args = ours.llama.model.params
     place = replace(place, dtype=ours.llama.model.norm.weight.dtype)
     quantization = quantization_of(ours.llama.model)
-    peers = build_peers(plan.peers, args, place, plan.ckpt_dir, quantization)
+    peers = build_peers(plan.peers, ours.llama.model, place, plan.ckpt_dir, quantization)
     for peer in peers:
         warm_up(peer, plan.kinds, args.vocab_size)
     figures, ratios = compare([ours, *peers], plan, args, place)

@@ -12,14 +12,15 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from torch import Tensor, nn
 
 from .checkpoint import Take, build_on_meta, load_model, open_checkpoint, place_tensor
 from .checks import check_memory
 from .errors import LlamaError
-from .generation import Llama
+from .generation import PREFILL_CHUNK, Llama
 from .hf_config import config_of
-from .inference import Form
+from .inference import Form, PackedLinear
 from .layout import tensor_shapes
 from .measure import Subject
 from .model import ModelArgs, Transformer
@@ -28,7 +29,7 @@ from .parallel import Place
 from .peer_llama_cpp import LlamaCpp
 from .tokenizer import Tokenizer
 
-PEERS = ("transformers", "default", "plain", "meta", "llama.cpp")
+PEERS = ("transformers", "default", "plain", "meta", "products", "llama.cpp")
 PACKAGES = {  # what a peer imports, and what pip calls it
     "transformers": {"transformers": "transformers"},
     "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
@@ -129,6 +130,41 @@ class Transformers:
             yield tokens[:, 0].tolist()
 
 
+@dataclass(frozen=True)
+class Products:
+    """Nothing but the products with a model's matrices, in passes as its prompts are in: what no model could outrun.
+
+    Their results, and what the model would exchange between ranks, are dropped.
+    """
+
+    model: Transformer
+    name: str = "products"
+
+    @property
+    def weight_bytes(self) -> int:
+        return multiplied_bytes(self.model, self.model.tok_embeddings)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
+        args, like, mp_size = self.model.params, self.model.norm.weight, get_model_parallel_world_size()
+        widths = {"wo": args.n_heads * args.head_size // mp_size, "w2": args.hidden_dim // mp_size}
+        named = [(name.rpartition(".")[2], layer) for name, layer in self.model.layers.named_modules()]
+        linear = [(layer, widths.get(name, args.dim)) for name, layer in named if isinstance(layer, PackedLinear)]
+
+        def multiply(count: int) -> None:
+            for layer, width in linear:
+                layer.product(like.new_ones(count, width), None)
+
+        tokens = sum(map(len, prompts))
+        for start in range(0, tokens, PREFILL_CHUNK):
+            multiply(min(PREFILL_CHUNK, tokens - start))
+        for step in range(gen):
+            if step > 0:
+                multiply(len(prompts))
+            logits = self.model.output.product(like.new_ones(len(prompts), args.dim), None)
+            yield logits.argmax(-1).tolist()
+
+
 def multiplied_bytes(model: nn.Module, embedding: nn.Module) -> int:
     """Bytes of all that decoding multiplies by: this rank's parameters and buffers without caches and `embedding`.
 
@@ -172,18 +208,23 @@ def in_default_form(model: Transformer) -> Transformer:
 
 
 def build_peers(
-    names: Sequence[str], args: ModelArgs, place: Place, ckpt_dir: str | None, quantization: Quantization | None = None
+    names: Sequence[str],
+    ours: Transformer,
+    place: Place,
+    ckpt_dir: str | None,
+    quantization: Quantization | None = None,
 ) -> list[Measured]:
-    """The peers of these names, of the sizes `args`; all but transformers have the checkpoint's weights where there is
-    one. quantization: of llama.cpp's matrices.
+    """The peers of these names, of the sizes of `ours`; all but transformers have the checkpoint's weights where there
+    is one. quantization: of llama.cpp's matrices.
 
     Raises LlamaError where they don't fit in memory, beside the model that is there.
     """
+    args = ours.params
     if names:
-        models = 1 + len({*names} - {"meta"} | ({"plain"} if "meta" in names else set()))
+        models = 1 + len({"plain" if name == "meta" else name for name in names} - {"products"})
         check_memory(args, replace(place, world_size=models * place.world_size))
     checkpoint = None if ckpt_dir is None else open_checkpoint(ckpt_dir)
-    built: dict[str, Measured] = {}
+    built: dict[str, Measured] = {"products": Products(ours)}
     if "transformers" in names:
         built["transformers"] = Transformers(random_transformers(args, place))
 

@@ -68,7 +68,7 @@ def test_the_bytes_of_weights_are_those_by_hand(place: Place, tied: bool) -> Non
     assert streaming.weight_bytes == by_hand
     list(streaming.run([[1, 2]], 2))  # which makes the caches
     assert streaming.weight_bytes == by_hand
-    (theirs,) = build_peers(["transformers"], args, place, None)
+    (theirs,) = build_peers(["transformers"], model, place, None)
     assert by_hand <= theirs.weight_bytes <= by_hand + 1000, "with its table of angles"
     assert theirs.model.num_parameters() == sum(part_sizes(args, 1).values())  # type: ignore[attr-defined]
 
@@ -293,7 +293,7 @@ def test_peers_that_are_unknown_missing_or_out_of_place(place: Place, monkeypatc
 
 
 def test_the_report_has_every_field_and_they_agree(bench: Command) -> None:
-    every = ["--ragged", "--compare", "transformers,default,plain,meta", "--repeats", "2", "--json"]
+    every = ["--ragged", "--compare", "transformers,default,plain,meta,products", "--repeats", "2", "--json"]
     said, error = bench(*SMALL, "--batch", "1,2", "--prompt", "8,16", *every)
     assert error == ""
     report = json.loads(said)
@@ -304,7 +304,7 @@ def test_the_report_has_every_field_and_they_agree(bench: Command) -> None:
     if sys.platform == "linux":
         assert 4 * 5_999_872 < report["peak_private"] <= report["peak_resident"]
     batches = ["1 x 8", "2 x 8", "1 x 16", "2 x 16", "3+9+5+12"]
-    subjects = ["llama", "transformers", "default", "plain", "meta"]
+    subjects = ["llama", "transformers", "default", "plain", "meta", "products"]
     assert [(f["batch"], f["subject"]) for f in report["figures"]] == [(b, s) for b in batches for s in subjects]
     assert [(r["batch"], r["peer"]) for r in report["ratios"]] == [(b, s) for b in batches for s in subjects[1:]]
     for figures in report["figures"]:
@@ -383,7 +383,7 @@ def test_on_two_ranks_each_reads_its_share_and_the_picture_shows_both(
         (["--shape", "demo", "--prompt", "1000000000"], "max_seq_len=1000000064) in torch."),
         (
             ["--compare", "plain,vllm"],
-            "--compare has 'vllm', expected one or more of transformers, default, plain, meta, llama.cpp",
+            "--compare has 'vllm', expected one or more of transformers, default, plain, meta, products, llama.cpp",
         ),
         (["--device", "abacus"], "device 'abacus' is not known"),
         (["--plot", "speed.txt"], "--plot is 'speed.txt', expected the name of a file that ends in .png, .svg, .pdf"),
