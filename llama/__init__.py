@@ -1,19 +1,24 @@
 """The public names."""
 
 from .errors import LlamaError
-from .generation import ChatPrediction, CompletionPrediction, Llama, Step
+from .generation import Llama
 from .model import ModelArgs, Transformer
+from .results import ChatPrediction, Completion, CompletionPrediction
+from .rows import Step
+from .settings import Settings
 from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
 
 __all__ = [
     "ChatFormat",
     "ChatPrediction",
+    "Completion",
     "CompletionPrediction",
     "Dialog",
     "Llama",
     "LlamaError",
     "Message",
     "ModelArgs",
+    "Settings",
     "Step",
     "StreamDecoder",
     "Tokenizer",

@@ -11,7 +11,7 @@ from .bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan, carry_out, counts
 from .charts import Chart
 from .chat import say, talk
 from .checkpoint import survey
-from .checks import check_room, check_sampling, check_texts
+from .checks import check_room, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
 from .convert import convert
 from .errors import LlamaError
@@ -21,6 +21,7 @@ from .measure import RAGGED
 from .panels import BITS
 from .parallel import is_printer, named_dtype
 from .peers import PEERS
+from .settings import Settings
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -138,7 +139,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    check_sampling(options.max_gen_len, options.temperature, options.top_p)
+    Settings(max_gen_len=options.max_gen_len, temperature=options.temperature, top_p=options.top_p)
     talk(build(options), options.system, (options.max_gen_len, options.temperature, options.top_p))
 
 
@@ -151,7 +152,9 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
 def complete(options: argparse.Namespace) -> None:
     """Show what follows the text, piece by piece as it is generated."""
     check_texts([options.text])
-    check_sampling(options.max_gen_len, options.temperature, options.top_p)
+    Settings(
+        max_gen_len=options.max_gen_len, temperature=options.temperature, top_p=options.top_p
+    )  # refuses what can't be
     llama = build(options)
     prompt = llama.tokenizer.encode(options.text, bos=True, eos=False)
     check_room(prompt, options.max_seq_len)

@@ -3,9 +3,8 @@
 Knows numbers, sizes and vocabularies; reads no files and knows no tensors.
 """
 
-import math
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,17 @@ from .layout import memory_needed, mp_sizes
 from .model import ModelArgs
 from .panels import Quantization
 from .parallel import Place, available_memory
+from .settings import Settings, is_whole
 from .tokenizer import Tokenizer
 
 
-def is_number(value: object, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 def check_count(name: str, value: Any) -> None:
-    if not is_number(value, Integral) or value < 1:
+    if not is_whole(value, 1):
         raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
 
 
 def check_seed(seed: object) -> None:
-    if not is_number(seed, Integral):
+    if not is_whole(seed):
         raise LlamaError(f"seed is {seed!r}, expected a whole number")
 
 
@@ -41,13 +37,20 @@ def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
         )
 
 
-def check_sampling(max_gen_len: int | None, temperature: float, top_p: float) -> None:
-    if max_gen_len is not None:
-        check_count("max_gen_len", max_gen_len)
-    if not is_number(temperature) or not 0 <= temperature < math.inf:
-        raise LlamaError(f"temperature is {temperature!r}, expected a number of at least 0")
-    if not is_number(top_p) or not 0 < top_p <= 1:
-        raise LlamaError(f"top_p is {top_p!r}, expected a number in (0, 1]")
+def check_best_of(best_of: int, n: int) -> None:
+    check_count("best_of", best_of)
+    if best_of < n:
+        raise LlamaError(f"best_of is {best_of} and n is {n}: no more answers can be given than are made")
+
+
+def check_token_ids(settings: Sequence[Settings], top_logprobs: int, vocab_size: int) -> None:
+    """Whether what names tokens, or a number of them, fits the vocabulary."""
+    if not is_whole(top_logprobs, 0) or top_logprobs > vocab_size:
+        raise LlamaError(f"top_logprobs is {top_logprobs!r}, expected a whole number in [0, {vocab_size}]")
+    for one in settings:
+        for name, tokens in (("logit_bias", one.logit_bias), ("stop_token_ids", one.stop_token_ids)):
+            if bad := [token for token in tokens if token >= vocab_size]:
+                raise LlamaError(f"{name} has token {bad[0]}, expected whole numbers in [0, {vocab_size})")
 
 
 def check_list(name: str, value: object) -> None:
@@ -63,14 +66,15 @@ def check_texts(prompts: Sequence[str]) -> None:
         raise LlamaError(f"prompt {list(prompts).index('')} is empty: give it at least one character")
 
 
-def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> None:
-    """Whether a batch of token ids fits the vocabulary and the KV cache."""
+def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs, n: int = 1) -> None:
+    """Whether a batch of token ids, with n rows to each, fits the vocabulary and the KV cache."""
     check_list("prompts", prompt_tokens)
     if len(prompt_tokens) == 0:
         raise LlamaError("no prompt was given: expected a list of at least one")
-    if len(prompt_tokens) > params.max_batch_size:
+    if len(prompt_tokens) * n > params.max_batch_size:
+        found = f"prompts x n={n} were asked for" if n > 1 else "prompts were given"
         raise LlamaError(
-            f"{len(prompt_tokens)} prompts were given, but max_batch_size is {params.max_batch_size}: "
+            f"{len(prompt_tokens)} {found}, but max_batch_size is {params.max_batch_size}: "
             "build with a larger max_batch_size or pass fewer at a time"
         )
     for i, prompt in enumerate(prompt_tokens):

@@ -7,97 +7,45 @@ it. Knows no file format and no layer of the network.
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor
 
 from . import parallel
 from .chat_template import formatter
 from .checkpoint import find_tokenizer, load_model, open_checkpoint
 from .checks import (
     agreed_quantization,
+    check_best_of,
     check_count,
     check_list,
     check_memory,
     check_prompts,
     check_ranks,
-    check_sampling,
     check_seed,
     check_texts,
+    check_token_ids,
     check_vocabulary,
 )
-from .errors import LlamaError
-from .hf_tokenizer import HFStreamDecoder, HFTokenizer, open_tokenizer
+from .hf_tokenizer import HFTokenizer, open_tokenizer
 from .inference import Form
 from .model import Transformer
 from .panels import Quantization, bits_of
-from .prefill import prefill
 from .remote import cache_directory, is_url, local_copy
-from .sampling import sample, sample_top_p, token_logprobs
-from .tokenizer import Dialog, Message, StreamDecoder, Tokenizer
-from .transfer import Arriving, sent
+from .results import ChatPrediction, Completion, CompletionPrediction, best_of_each, details, drained
+from .rows import Row, Step
+from .sampling import sample_top_p
+from .settings import Options, RowOptions, Settings, Wanted, settings_of_rows
+from .stopping import StopFinder
+from .streaming import Asked, Streamer
+from .tokenizer import Dialog, Message, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
 
 PREFILL_CHUNK = 2048  # tokens of prompts in one forward pass
-
-
-class CompletionPrediction(TypedDict, total=False):
-    generation: str
-    tokens: list[str]  # not required
-    logprobs: list[float]  # not required
-
-
-class ChatPrediction(TypedDict, total=False):
-    generation: Message
-    tokens: list[str]  # not required
-    logprobs: list[float]  # not required
-
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One token of one row, as `Llama.stream` yields it.
-
-    row: place of the prompt in the batch. text: what this token made decodable (empty inside a split character).
-    logprob: log-probability of the token under the model, or None unless asked for. finish_reason: None while the row
-    goes on; "stop" for a stop token, whose own text is left out; "length" when the row's allowance is used up.
-    """
-
-    row: int
-    token: int
-    text: str
-    logprob: float | None = None
-    finish_reason: FinishReason | None = None
-
-
-@dataclass
-class _Row:
-    """A row that is being generated: where it stands, how far it may go, and its own source of chance."""
-
-    index: int
-    position: int  # tokens in the row so far
-    cached: int  # tokens of it in the KV cache
-    left: int  # tokens that it may still get
-    decoder: StreamDecoder | HFStreamDecoder
-    generator: torch.Generator
-    finish_reason: FinishReason | None = None
-
-    def accept(self, token: int, logprob: float | None, stop_tokens: set[int]) -> Step:
-        self.position, self.left = self.position + 1, self.left - 1
-        if token in stop_tokens:
-            self.finish_reason, text = "stop", self.decoder.flush()
-        else:
-            text = self.decoder.push(token)
-            if self.left == 0:
-                self.finish_reason, text = "length", text + self.decoder.flush()
-        return Step(self.index, token, text, logprob, self.finish_reason)
 
 
 class Llama:
@@ -129,8 +77,7 @@ class Llama:
         torch's objects, default the best there is; dtype "auto" is that of the files. Raises LlamaError, on every rank,
         for whatever can't work.
 
-        compile: have all decoding steps ready before the first answer, compiled by torch, which takes a while here and
-        less when it was done before; on a CPU with kernels recorded, which takes no time to speak of.
+        compile: let torch.compile make the decoding steps, which takes a while here and less when it was done before.
         quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes;
         those that the checkpoint has rounded stay as they are.
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
@@ -174,13 +121,9 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter(tokenizer, today or datetime.now())
+        self.streamer = Streamer(model, prefill_chunk)
         self._seed = seed
-        self._prefill_chunk = prefill_chunk
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
-        self._current: object = None  # the stream that owns the KV cache
-        self._ahead = self._device.type == "cuda"  # start a step before the tokens that go into it were read
-
-    # --- what callers use -------------------------------------------------------------------------------------------
 
     def stream(
         self,
@@ -190,6 +133,11 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        n: int = 1,
+        top_logprobs: int = 0,
+        rows: Sequence[RowOptions | None] | None = None,
+        **options: Unpack[Options],
     ) -> Iterator[list[Step]]:
         """Generate from each prompt, yielding after every forward pass one `Step` for each row still going.
 
@@ -197,13 +145,14 @@ class Llama:
         token. top_p: in (0, 1]. echo: the first list yielded holds the prompts' own tokens. Rows draw from chance of
         their own, made from the seed, the prompt, and how often this Llama was given that prompt; not from neighbours.
         A prompt that fills max_seq_len gets no token, and so no step.
+
+        n: rows from each prompt, which share its prefill. top_logprobs: tell so many of the likeliest tokens each time.
+        options: further settings, of all rows; see `Settings`. rows: those of single prompts, instead of these.
         Raises LlamaError, before any forward pass, for arguments that can't work.
         """
-        with parallel.together(parallel.group()):
-            check_prompts(prompt_tokens, self.model.params)
-            check_sampling(max_gen_len, temperature, top_p)
-        prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
-        return self._stream(prompts, max_gen_len, temperature, top_p, logprobs, echo)
+        shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
+        made = self.rows(prompt_tokens, n, shared, rows, top_logprobs)
+        return self.streamer.run(made, Asked(logprobs, echo, top_logprobs))
 
     def generate(
         self,
@@ -213,21 +162,51 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        **wanted: Unpack[Wanted],
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Token ids generated for each prompt, cut before the first stop token, and their logprobs where asked for.
+        """Token ids generated for each prompt, cut before the first stop, and their logprobs where asked for.
 
-        Arguments and errors as `stream`. With echo, the prompt's tokens come first; with both, so do their logprobs
+        Arguments and errors as `complete`. With echo, the prompt's tokens come first; with both, so do their logprobs
         (0.0 for the first, which nothing predicts).
         """
-        stream = self.stream(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        tokens: list[list[int]] = [[] for _ in prompt_tokens]
-        chances: list[list[float]] = [[] for _ in prompt_tokens]
-        for steps in stream:
-            for step in steps:
-                if step.finish_reason != "stop":
-                    tokens[step.row].append(step.token)
-                    chances[step.row].append(step.logprob or 0.0)
+        if echo and logprobs:
+            wanted["prompt_logprobs"] = True
+        found = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **wanted)
+        tokens = [(one.prompt if echo else []) + one.tokens for one in found]
+        chances = [((one.prompt_logprobs if echo else None) or []) + (one.logprobs or []) for one in found]
         return tokens, chances if logprobs else None
+
+    def complete(
+        self,
+        prompt_tokens: Sequence[Sequence[int]],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        *,
+        n: int = 1,
+        best_of: int | None = None,
+        prompt_logprobs: bool = False,
+        top_logprobs: int = 0,
+        rows: Sequence[RowOptions | None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Completion]:
+        """Whole answers, with all that is known of them: n to the first prompt, then n to the second ...
+
+        Arguments and errors of `stream`. best_of: make so many answers, of which the n of the highest mean logprob come
+        back, the best first. prompt_logprobs: tell those of the prompts' tokens too.
+        """
+        with parallel.together(parallel.group()):
+            check_count("n", n)
+            if best_of is not None:
+                check_best_of(best_of, n)
+        made = best_of or n
+        given = (prompt_tokens, max_gen_len, temperature, top_p, logprobs or prompt_logprobs or best_of is not None)
+        stream = self.stream(*given, prompt_logprobs, n=made, top_logprobs=top_logprobs, rows=rows, **options)
+        found = drained(stream, prompt_tokens, made, prompt_logprobs)
+        if best_of is not None:
+            found = best_of_each(found, made, n)
+        return found if logprobs else [replace(one, logprobs=None) for one in found]
 
     def text_completion(
         self,
@@ -237,16 +216,23 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        **wanted: Unpack[Wanted],
     ) -> list[CompletionPrediction]:
-        """Go on from each prompt. With logprobs, "tokens" (their texts) and "logprobs" come too; see `generate`."""
+        """Go on from each prompt; `complete` says what else may be asked for.
+
+        With logprobs, "tokens" (their texts) and "logprobs" come too; with echo, each begins with its prompt.
+        """
         with parallel.together(parallel.group()):
             check_texts(prompts)
             prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
-        lead = len(self.tokenizer.encode("", bos=True, eos=False)) if echo else 0  # the prompts' begin_of_text
-        texts = [self.tokenizer.decode(t[lead:]) for t in tokens]
-        results: list[CompletionPrediction] = [{"generation": text} for text in texts]
-        self._add_logprobs(results, tokens, chances)
+        if echo and logprobs:
+            wanted["prompt_logprobs"] = True
+        found = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **wanted)
+        lead = len(self.tokenizer.encode("", bos=True, eos=False))  # the prompts' begin_of_text
+        results: list[CompletionPrediction] = []
+        for one in found:
+            before = self.tokenizer.decode(one.prompt[lead:]) if echo else ""
+            results.append({"generation": before + one.text, **details(one, self.tokenizer, echo)})
         return results
 
     def chat_completion(
@@ -256,162 +242,55 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        **wanted: Unpack[Wanted],
     ) -> list[ChatPrediction]:
         """The assistant's next message in each dialog. With logprobs, "tokens" and "logprobs" come too."""
         with parallel.together(parallel.group()):
             check_list("dialogs", dialogs)
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        tokens, chances = self.generate(prompt_tokens, max_gen_len, temperature, top_p, logprobs)
-        results: list[ChatPrediction] = [
-            {"generation": {"role": "assistant", "content": self.tokenizer.decode(t)}} for t in tokens
+        found = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **wanted)
+        return [
+            {"generation": {"role": "assistant", "content": one.text}, **details(one, self.tokenizer)} for one in found
         ]
-        self._add_logprobs(results, tokens, chances)
-        return results
 
     # --- how it is done ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _stream(
+    def rows(
         self,
-        prompts: list[list[int]],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-    ) -> Iterator[list[Step]]:
-        self._current = ticket = object()
-        rows = [self._row(i, prompt, max_gen_len) for i, prompt in enumerate(prompts)]
-        rows.sort(key=lambda row: -row.position)  # the longest prompt owns the first slot of the KV cache
-        h, known = prefill(self.model, [prompts[row.index] for row in rows], self._prefill_chunk, echo and logprobs)
-        if echo:
-            yield self._echo(prompts, {row.index: known[i] for i, row in enumerate(rows)} if known else None)
-            self._refuse_if_not(ticket)
-        live, h = self._keep([row for row in rows if row.left > 0], rows, h)
-        while live:
-            picked = self._choose(self.model.logits(h), live, temperature, top_p, logprobs)
-            arriving, next_live = Arriving(picked), live
-            if self._ahead:  # one that now stops is in that step for nothing; whose last token this is isn't
-                next_live, h = self._decode([row for row in live if row.left > 1], live, picked[0])
-            steps = self._accept(arriving.wait(), live, logprobs)
-            yield sorted(steps, key=lambda step: step.row)
-            going = [row for row in live if row.finish_reason is None]
-            if not going:
-                return
-            self._refuse_if_not(ticket)
-            if self._ahead:
-                live, h = self._keep(going, next_live, h)
-            else:
-                live, h = self._decode(going, live, picked[0])
+        prompt_tokens: Sequence[Sequence[int]],
+        n: int,
+        shared: dict[str, Any],
+        own: Sequence[RowOptions | None] | None,
+        top_logprobs: int,
+    ) -> list[Row]:
+        """n rows to each prompt. Raises LlamaError for what can't be."""
+        with parallel.together(parallel.group()):
+            check_count("n", n)
+            check_prompts(prompt_tokens, self.model.params, n)
+            settings = settings_of_rows(len(prompt_tokens), shared, own)
+            check_token_ids(settings, top_logprobs, self.model.params.vocab_size)
+        prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
+        pairs = zip(prompts, settings, strict=True)
+        return [self._row(i * n + j, prompt, one, j) for i, (prompt, one) in enumerate(pairs) for j in range(n)]
 
-    def _refuse_if_not(self, ticket: object) -> None:
-        """To be called after each yield and before the cache is touched: a caller may have started another stream."""
-        if self._current is not ticket:
-            raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
-
-    def _keep(self, keep: list[_Row], rows: list[_Row], x: Tensor) -> tuple[list[_Row], Tensor]:
-        """The rows to keep, which now own the first slots, in their order; and what x, (B, ...), has of them."""
-        kept = self._compact(rows, keep)
-        if kept == rows:
-            return rows, x
-        places = {row.index: place for place, row in enumerate(rows)}
-        return kept, x[sent(torch.tensor([places[row.index] for row in kept], dtype=torch.long), self._device)]
-
-    def _decode(self, keep: list[_Row], rows: list[_Row], tokens: Tensor) -> tuple[list[_Row], Tensor]:
-        """`_keep`, and one forward pass over the token of each row that is kept: (rows, hidden states (B, dim)).
-
-        tokens: (B), of all rows.
-        """
-        rows, tokens = self._keep(keep, rows, tokens)
-        if not rows:
-            return rows, tokens
-        start_pos = torch.tensor([row.cached for row in rows], pin_memory=self._device.type == "cuda")  # (B)
-        for row in rows:
-            row.cached += 1
-        return rows, self.model.hidden_states(tokens[:, None].long(), start_pos)[:, -1]
-
-    def _choose(self, logits: Tensor, live: list[_Row], temperature: float, top_p: float, logprobs: bool) -> Tensor:
-        """The next token of each row, and its logprob, chosen on the group's first rank: (2, B).
-
-        logits: (B, vocab_size). A token of -1 says that they weren't finite.
-        """
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        picked = torch.empty(2, len(live), dtype=dtype, device=self._device)  # in one message
-        if parallel.leads_group():
-            uniform = None
-            if temperature > 0:
-                draws = [torch.rand((), generator=row.generator) for row in live]
-                uniform = sent(torch.stack(draws)[:, None], self._device)  # (B, 1)
-            tokens = sample(logits, temperature, top_p, uniform)  # (B)
-            finite = logits.isfinite().all(dim=-1)
-            picked[0] = tokens.where(finite, -1)
-            picked[1] = token_logprobs(logits, tokens) if logprobs else 0.0
-        return parallel.broadcast(picked)
-
-    def _accept(self, picked: Tensor, live: list[_Row], logprobs: bool) -> list[Step]:
-        """What `_choose` picked, now on the CPU, as the next step of each row."""
-        tokens, chances = picked.tolist()
-        for row, token in zip(live, tokens, strict=True):
-            if token < 0:
-                raise LlamaError(
-                    f"row {row.index}: the logits at position {row.position} are not finite in {self._dtype}: the "
-                    "weights are damaged or this dtype overflows; try --dtype float32"
-                )
-        stop_tokens = self.tokenizer.stop_tokens
-        return [
-            row.accept(int(token), chance if logprobs else None, stop_tokens)
-            for row, token, chance in zip(live, tokens, chances, strict=True)
-        ]
-
-    def _compact(self, rows: list[_Row], keep: list[_Row]) -> list[_Row]:
-        """Let the rows to keep own the first slots of the KV cache, so that finished ones cost nothing.
-
-        rows: in the order of their slots. The last ones to keep move into the slots of finished ones before them.
-        """
-        kept = {row.index for row in keep}
-        movable = [slot for slot in range(len(keep), len(rows)) if rows[slot].index in kept]
-        rows = list(rows)
-        for slot in range(len(keep)):
-            if rows[slot].index not in kept:
-                source = movable.pop()
-                self.model.copy_cache_row(source, slot, rows[source].cached)
-                rows[slot] = rows[source]
-        return rows[: len(keep)]
-
-    def _echo(self, prompts: list[list[int]], chances: dict[int, list[float]] | None) -> list[Step]:
-        """The prompts' own tokens as steps; chances: their logprobs, by row, where asked for."""
-        steps = []
-        for row, prompt in enumerate(prompts):
-            decoder = self.tokenizer.stream_decoder()
-            texts = [decoder.push(token) for token in prompt]
-            texts[-1] += decoder.flush()
-            logprobs = [None] * len(prompt) if chances is None else chances[row]
-            steps += [Step(row, t, text, c) for t, text, c in zip(prompt, texts, logprobs, strict=True)]
-        return steps
-
-    def _row(self, index: int, prompt: list[int], max_gen_len: int | None) -> _Row:
-        key = hashlib.blake2b(repr((self._seed, prompt)).encode(), digest_size=16).digest()
-        self._asked[key] += 1
-        chance = hashlib.blake2b(key + b"%d" % self._asked[key], digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(chance, "little", signed=True))
+    def _row(self, index: int, prompt: list[int], settings: Settings, copy: int) -> Row:
+        """copy: which of the rows from the same prompt it is."""
+        if settings.seed is None:
+            key = hashlib.blake2b(repr((self._seed, prompt)).encode(), digest_size=16).digest()
+            self._asked[key] += 1
+            key += b"%d" % self._asked[key]
+        else:
+            key = repr((settings.seed, prompt, copy)).encode()
+        chance = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
         room = self.model.params.max_seq_len - len(prompt)
-        left = room if max_gen_len is None else min(room, max_gen_len)
-        return _Row(index, len(prompt), len(prompt), left, self.tokenizer.stream_decoder(), generator)
-
-    def _add_logprobs(
-        self,
-        results: Sequence[CompletionPrediction | ChatPrediction],
-        tokens: list[list[int]],
-        chances: list[list[float]] | None,
-    ) -> None:
-        for result, row, logprobs in zip(results, tokens, chances or (), strict=False):
-            result["tokens"] = [self.tokenizer.decode([token]) for token in row]
-            result["logprobs"] = logprobs
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.norm.weight.device
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.model.norm.weight.dtype
+        return Row(
+            index=index,
+            prompt=prompt,
+            settings=settings,
+            stops=frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids},
+            left=room if settings.max_gen_len is None else min(room, settings.max_gen_len),
+            decoder=self.tokenizer.stream_decoder(),
+            generator=torch.Generator().manual_seed(chance),
+            finder=StopFinder(settings.stop),
+            cached=len(prompt),
+        )

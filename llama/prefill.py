@@ -27,10 +27,12 @@ class Pass:
     rows: int
 
 
-def passes(lengths: Sequence[int], chunk: int) -> list[Pass]:
-    """Forward passes over prompts of these lengths, the longest first; each of `chunk` tokens at most, or one a row."""
+def passes(lengths: Sequence[int], chunk: int, start: int = 0) -> list[Pass]:
+    """Forward passes over prompts of these lengths, the longest first, from `start` on.
+
+    Each is of `chunk` tokens at most, or of one a row.
+    """
     found: list[Pass] = []
-    start = 0
     while start < lengths[0]:
         left = [length for length in lengths if length > start]
         end = min(worthwhile_end(left), start + max(chunk // len(left), 1))
@@ -49,11 +51,12 @@ def worthwhile_end(lengths: Sequence[int]) -> int:
 
 
 def prefill(
-    model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, logprobs: bool
+    model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, logprobs: bool, cached: int = 0
 ) -> tuple[Tensor, list[list[float]] | None]:
     """Run prompts, the longest first, through the network: (hidden states of their last tokens (B, dim), logprobs).
 
     logprobs: of each prompt's tokens, 0.0 for the first, which nothing predicts; None unless asked for.
+    cached: positions of each row that the KV cache already has.
     """
     device = model.norm.weight.device
     longest = len(prompts[0])
@@ -62,7 +65,7 @@ def prefill(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B)
     last: list[Tensor] = [torch.empty(0)] * len(prompts)
     chances = torch.zeros(tokens.shape, device=device)  # (B, T)
-    for step in passes([len(prompt) for prompt in prompts], chunk):
+    for step in passes([len(prompt) for prompt in prompts], chunk, cached):
         here = slice(0, step.rows)
         h = model.hidden_states(tokens[here, step.start : step.end], step.start, lengths[here] - step.start)
         for row in range(step.rows):

@@ -21,8 +21,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Llama]:
     waiting, ahead = (
         Llama.build(directory, max_seq_len=96, max_batch_size=4, device="cpu", dtype="float32") for _ in range(2)
     )
-    ahead._ahead = True
-    assert not waiting._ahead
+    ahead.streamer.ahead = True
+    assert not waiting.streamer.ahead
     return waiting, ahead
 
 

@@ -62,7 +62,7 @@ def test_texts_are_the_same(checkpoint: Path, ahead: bool) -> None:
     """Of ragged batches that shrink: each power of two of rows and of positions is recorded once."""
     plain, llama, recorder = Llama.build(checkpoint, **OPTIONS), Llama.build(checkpoint, **OPTIONS), Recorder()
     recorded(llama.model, recorder)
-    llama._ahead = ahead
+    llama.streamer.ahead = ahead
     for prompts in (*BATCHES, *BATCHES):
         expected = plain.generate(prompts, 40, temperature=0, logprobs=True)
         found = llama.generate(prompts, 40, temperature=0, logprobs=True)

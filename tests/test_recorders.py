@@ -45,10 +45,9 @@ def llama(checkpoint: Path) -> Llama:
 
 def unrecorded(llama: Llama) -> Llama:
     """The same layers, run as they are written."""
-    found = copy.copy(llama)
-    found.model = copy.deepcopy(llama.model)
-    del found.model.run
-    return found
+    model = copy.deepcopy(llama.model)
+    del model.run
+    return Llama(model, llama.tokenizer)
 
 
 def step(llama: Llama, tokens: Tensor, position: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llama.generation import sample_top_p as sample_top_p_of_generation
 from llama.sampling import sample, sample_top_p, token_logprobs
+from llama.settings import Settings
 
 UNIT = 4096  # probabilities are whole numbers over this
 STEPS = 256  # uniform numbers and p are whole numbers over this
@@ -216,17 +217,17 @@ def test_the_statistic_would_notice_a_sampler_that_does_not_renormalise_right() 
 @given(st.lists(st.lists(st.floats(-30, 30, width=32), min_size=7, max_size=7), min_size=1, max_size=4))
 def test_temperature_zero_is_argmax(rows: list[list[float]]) -> None:
     logits = torch.tensor(rows)
-    chosen = sample(logits, 0.0, 0.9)
+    chosen = sample(logits, Settings(temperature=0.0))
     assert chosen.shape == (len(rows),)
     assert chosen.tolist() == np.array(rows, dtype=np.float32).argmax(-1).tolist()
-    assert sample(logits, 0, 0.1, torch.rand(len(rows), 1)).tolist() == chosen.tolist()
+    assert sample(logits, Settings(temperature=0, top_p=0.1), torch.rand(len(rows), 1)).tolist() == chosen.tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37, 1e-38, 1e-45, 1e-300])
 def test_a_temperature_near_zero_is_argmax_too(temperature: float) -> None:
     """A quotient past float32's largest number must not make NaN of the row."""
     logits = torch.tensor([[1.0, 5.0, 20.0], [3.0, 4.0, -20.0]])
-    assert sample(logits, temperature, 0.9, torch.tensor([[0.5], [0.5]])).tolist() == [2, 1]
+    assert sample(logits, Settings(temperature=temperature), torch.tensor([[0.5], [0.5]])).tolist() == [2, 1]
 
 
 @quick
@@ -247,10 +248,11 @@ def test_rows_are_sampled_at_their_temperature_without_their_neighbours(
         ends = mass[before <= p]
         assume(np.abs(ends - u * ends[-1]).min() > 1e-5)
         expected.append(int(order[np.searchsorted(ends, u * ends[-1], side="right")]))
-    together = sample(torch.tensor(logits), temperature, p, torch.tensor(uniform))
+    given = Settings(temperature=temperature, top_p=p)
+    together = sample(torch.tensor(logits), given, torch.tensor(uniform))
     assert together.tolist() == expected
     for b in range(bsz):
-        alone = sample(torch.tensor(logits[b : b + 1]), temperature, p, torch.tensor(uniform[b : b + 1]))
+        alone = sample(torch.tensor(logits[b : b + 1]), given, torch.tensor(uniform[b : b + 1]))
         assert alone.tolist() == expected[b : b + 1]
 
 

@@ -1,0 +1,66 @@
+"""A conversation that stays in the KV cache: a further turn prefills only what is new, an edited one what has changed.
+
+Knows rows and the cache; knows no dialog and no text.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Unpack
+
+from .rows import Row, Step
+from .settings import Options
+from .streaming import Asked
+
+if TYPE_CHECKING:
+    from .generation import Llama
+
+
+class Session:
+    """One row of a Llama, from turn to turn. What else that Llama does in between takes the cache from it.
+
+    reused, prefilled: of the last prompt, the tokens that were in the cache, and those that weren't.
+    """
+
+    def __init__(self, llama: "Llama"):
+        self.reused = self.prefilled = 0
+        self._llama = llama
+        self._cached: list[int] = []  # tokens whose keys and values the first slot has
+        self._ticket: object = None  # of the stream that wrote them
+
+    def stream(
+        self,
+        prompt_tokens: Sequence[int],
+        max_gen_len: int | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        logprobs: bool = False,
+        **options: Unpack[Options],
+    ) -> Iterator[Step]:
+        """As `Llama.stream` of one prompt, the whole conversation so far; the same tokens, sooner."""
+        shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
+        (row,) = self._llama.rows([prompt_tokens], 1, shared, None, 0)
+        return self._stream(row, Asked(logprobs))
+
+    def _stream(self, row: Row, asked: Asked) -> Iterator[Step]:
+        streamer = self._llama.streamer
+        self.reused = self._in_common(row.prompt) if streamer.current is self._ticket else 0
+        self.prefilled = len(row.prompt) - self.reused
+        self._cached = []  # what stands there if anything fails
+        try:
+            for (step,) in streamer.run([row], asked, self.reused):
+                self._ticket = streamer.current
+                yield step
+        except GeneratorExit:  # a caller who has heard enough
+            self._cached = (row.prompt + row.answer)[: row.cached]
+            raise
+        self._cached = (row.prompt + row.answer)[: row.cached]
+
+    def _in_common(self, prompt: Sequence[int]) -> int:
+        """How many tokens the prompt begins with that are cached: all but its last, whose logits are wanted, at most.
+
+        Where angles depend on a row's length, what is cached was turned by others: none.
+        """
+        scaling = self._llama.model.params.rope_scaling
+        if scaling is not None and scaling.type == "dynamic":
+            return 0
+        most = min(len(self._cached), len(prompt) - 1)
+        return next((i for i in range(most) if prompt[i] != self._cached[i]), most)
