@@ -5,6 +5,7 @@ from .generation import Llama
 from .model import ModelArgs, Transformer
 from .results import ChatPrediction, Completion, CompletionPrediction
 from .rows import Step
+from .scoring import Score
 from .settings import Settings
 from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
 
@@ -18,6 +19,7 @@ __all__ = [
     "LlamaError",
     "Message",
     "ModelArgs",
+    "Score",
     "Settings",
     "Step",
     "StreamDecoder",

@@ -58,12 +58,13 @@ def check_list(name: str, value: object) -> None:
         raise LlamaError(f"{name} is a {type(value).__name__}, expected a list of one for each row of the batch")
 
 
-def check_texts(prompts: Sequence[str]) -> None:
-    if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
-        found = repr(prompts)
-        raise LlamaError(f"prompts is {found[:60]}{'...' * (len(found) > 60)}, expected a list of strings")
-    if "" in prompts:
-        raise LlamaError(f"prompt {list(prompts).index('')} is empty: give it at least one character")
+def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
+    """name: what the caller calls one of them."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        found = repr(texts)
+        raise LlamaError(f"{name}s is {found[:60]}{'...' * (len(found) > 60)}, expected a list of strings")
+    if "" in texts:
+        raise LlamaError(f"{name} {list(texts).index('')} is empty: give it at least one character")
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs, n: int = 1) -> None:

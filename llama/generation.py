@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
+from torch import Tensor
 
 from . import parallel
+from .beams import Beams, beam_search
 from .chat_template import formatter
 from .checkpoint import find_tokenizer, load_model, open_checkpoint
 from .checks import (
@@ -37,7 +40,8 @@ from .panels import Quantization, bits_of
 from .remote import cache_directory, is_url, local_copy
 from .results import ChatPrediction, Completion, CompletionPrediction, best_of_each, details, drained
 from .rows import Row, Step
-from .sampling import sample_top_p
+from .sampling import processed, sample_top_p
+from .scoring import Pooling, Score, embed, score
 from .settings import Options, RowOptions, Settings, Wanted, settings_of_rows
 from .stopping import StopFinder
 from .streaming import Asked, Streamer
@@ -189,17 +193,29 @@ class Llama:
         prompt_logprobs: bool = False,
         top_logprobs: int = 0,
         rows: Sequence[RowOptions | None] | None = None,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        early_stopping: bool | Literal["never"] = False,
+        num_return_sequences: int = 1,
         **options: Unpack[Options],
     ) -> list[Completion]:
         """Whole answers, with all that is known of them: n to the first prompt, then n to the second ...
 
         Arguments and errors of `stream`. best_of: make so many answers, of which the n of the highest mean logprob come
-        back, the best first. prompt_logprobs: tell those of the prompts' tokens too.
+        back, the best first. prompt_logprobs: tell those of the prompts' tokens too. num_beams: above 1, search for the
+        likeliest answers, and give num_return_sequences to each prompt; see `beams.Beams`.
         """
         with parallel.together(parallel.group()):
             check_count("n", n)
             if best_of is not None:
                 check_best_of(best_of, n)
+            beams = Beams(num_beams, length_penalty, early_stopping, num_return_sequences)
+            shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
+            (settings,) = settings_of_rows(1, shared, None)
+            others = {"n": n > 1, "best_of": best_of, "rows": rows, "top_logprobs": top_logprobs}
+            beams.check_with(settings, {**others, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs})
+        if num_beams > 1:
+            return self._searched(prompt_tokens, beams, settings)
         made = best_of or n
         given = (prompt_tokens, max_gen_len, temperature, top_p, logprobs or prompt_logprobs or best_of is not None)
         stream = self.stream(*given, prompt_logprobs, n=made, top_logprobs=top_logprobs, rows=rows, **options)
@@ -253,6 +269,14 @@ class Llama:
             {"generation": {"role": "assistant", "content": one.text}, **details(one, self.tokenizer)} for one in found
         ]
 
+    def score(self, texts: Sequence[str], *, stride: int | None = None) -> list[Score]:
+        """How likely the model finds each text: see `scoring.score`."""
+        return score(self, texts, stride=stride)
+
+    def embed(self, texts: Sequence[str], pooling: Pooling = "last") -> Tensor:
+        """A vector for each text, float32 (texts, dim): see `scoring.embed`."""
+        return embed(self, texts, pooling)
+
     # --- how it is done ---------------------------------------------------------------------------------------------
 
     def rows(
@@ -272,6 +296,21 @@ class Llama:
         prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
         pairs = zip(prompts, settings, strict=True)
         return [self._row(i * n + j, prompt, one, j) for i, (prompt, one) in enumerate(pairs) for j in range(n)]
+
+    def _searched(self, prompt_tokens: Sequence[Sequence[int]], beams: Beams, settings: Settings) -> list[Completion]:
+        """The best beams of the first prompt, then of the second ..."""
+        with parallel.together(parallel.group()):
+            check_token_ids([settings], 0, self.model.params.vocab_size)
+        stops = frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
+        process = partial(processed, settings=settings, stops=stops) if settings.changes_logits else None
+        most, chunk = settings.max_gen_len or self.model.params.max_seq_len, self.streamer.prefill_chunk
+        self.streamer.current = object()  # the cache is no stream's any more
+        found = beam_search(self.model, prompt_tokens, beams, most, stops, process, chunk)
+        return [
+            Completion(list(prompt), b.tokens, self.tokenizer.decode(b.tokens), b.finish_reason, b.stop, score=b.score)
+            for prompt, best in zip(prompt_tokens, found, strict=True)
+            for b in best
+        ]
 
     def _row(self, index: int, prompt: list[int], settings: Settings, copy: int) -> Row:
         """copy: which of the rows from the same prompt it is."""

@@ -110,6 +110,6 @@ def make_steps(model: Transformer, kernels: bool, compile: bool) -> None:
     steps = CompiledSteps(model, kernels) if compile and record is not record_calls else Steps(model, kernels)
     if record is not None:
         record_steps(model, steps, record)
-    model.run = steps  # type: ignore[method-assign]
+    model.run = steps  # type: ignore[assignment, method-assign]
     if compile:
         steps.warm_up()

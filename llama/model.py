@@ -18,6 +18,7 @@ from .rotary import RopeScaling, frequencies, grown_theta, powers
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
 StartPos = int | Tensor  # where a row's first token stands: one position for all rows, or (B,) of them
+Inputs = tuple[Tensor, StartPos | None, Tensor, Tensor | None, Tensor | None]  # what `Transformer.run` takes
 
 
 @dataclass
@@ -225,11 +226,15 @@ class Attention(nn.Module):
         self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
         """Rotate, cache, and let the queries look: (B, T, H, D)."""
-        bsz, seqlen, *heads = xq.shape
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         if start_pos is not None:
-            end = mask.shape[-1] if mask is not None else int(start_pos) + seqlen
+            end = mask.shape[-1] if mask is not None else int(start_pos) + xq.shape[1]
             xk, xv = self.update_cache(xk, xv, start_pos, end)  # (B, S, KV, D)
+        return self.look(xq, xk, xv, mask)
+
+    def look(self, xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
+        """softmax(Q K^T / sqrt(D)) V of queries (B, T, H, D), and of keys and values (B, S, KV, D): (B, T, H, D)."""
+        bsz, seqlen, *heads = xq.shape
         xq, xk, xv = (x.transpose(1, 2) for x in (xq, xk, xv))  # (B, H, T, D), (B, KV, S, D) twice
         is_causal = mask is None and seqlen > 1
         if not is_causal:  # queries that share a key head are read as so many tokens of it: no kernel then copies heads
@@ -303,15 +308,23 @@ class Transformer(nn.Module):
         self.tie_embeddings()
         self.freqs_cis: Tensor | None = None  # no buffer: a model cast to bfloat16 keeps its angles complex64
 
-    def forward(self, tokens: Tensor, start_pos: StartPos | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, start_pos: StartPos | None = None, *, return_hidden: bool = False
+    ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Logits of every position: float32 (B, T, vocab_size).
 
         tokens: integers (B, T). With `start_pos`, an int or a (B,) tensor of them, row b's first token stands at
         position start_pos[b] and looks at what the KV cache holds before it; no gradient flows. Without, the tokens
         are all there is, nothing is cached, and the result is differentiable.
+        return_hidden: (logits, what transformers calls hidden_states), the latter n_layers + 1 of (B, T, dim): the
+        embeddings, what each layer but the last gives, and what the last gives, normed.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            return self.logits(self.hidden_states(tokens, start_pos))
+            if not return_hidden:
+                return self.logits(self.hidden_states(tokens, start_pos))
+            hidden: list[Tensor] = []
+            h = Transformer.run(self, *self._prepared(tokens, start_pos), hidden)  # never steps that were recorded
+            return self.logits(h), (*hidden, h)
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) of the positions that are wanted -> their logits, float32 (..., vocab_size)."""
@@ -328,18 +341,25 @@ class Transformer(nn.Module):
         start_pos: may be on the CPU wherever the model is, so that nobody waits for another device to tell its numbers.
         lengths: (B,) how many of each row's tokens are no padding; None: all. Only `dynamic` rotary scaling asks.
         """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            return self.run(*self._prepared(tokens, start_pos, lengths))
+
+    def _prepared(self, tokens: Tensor, start_pos: StartPos | None, lengths: Tensor | None = None) -> Inputs:
+        """What `run` takes. Raises LlamaError for what has no place in the cache."""
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise LlamaError(
                 f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), at least one of each"
             )
-        if start_pos is None:
-            return self._blocks(tokens, None, 0, 0, lengths)
-        with torch.no_grad():
+        seqlen, device, first, last = tokens.shape[1], tokens.device, 0, 0
+        if start_pos is not None:
             first, last = first_and_last(start_pos, tokens.shape[0])
-            self._check_room(tokens.shape[0], tokens.shape[1], first, last)
-            if isinstance(start_pos, Tensor):
-                start_pos = first if first == last else start_pos.to(tokens.device, non_blocking=start_pos.is_pinned())
-            return self._blocks(tokens, start_pos, first, last, lengths)
+            self._check_room(tokens.shape[0], seqlen, first, last)
+        if isinstance(start_pos, Tensor):
+            start_pos = first if first == last else start_pos.to(device, non_blocking=start_pos.is_pinned())
+        starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
+        positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
+        freqs_cis = self._rotary(positions, last + seqlen, lengths)
+        return tokens, start_pos, freqs_cis, *self.masks(start_pos, positions, first, last)
 
     def _check_room(self, bsz: int, seqlen: int, first: int, last: int) -> None:
         if bsz > self.params.max_batch_size or first < 0 or last + seqlen > self.params.max_seq_len:
@@ -347,17 +367,6 @@ class Transformer(nn.Module):
                 f"{bsz} rows at positions {first} to {last + seqlen - 1} do not fit the KV cache of max_batch_size="
                 f"{self.params.max_batch_size} rows and max_seq_len={self.params.max_seq_len} positions"
             )
-
-    def _blocks(
-        self, tokens: Tensor, start_pos: StartPos | None, first: int, last: int, lengths: Tensor | None
-    ) -> Tensor:
-        """All layers over rows that start at positions from `first` to `last`."""
-        seqlen, device = tokens.shape[1], tokens.device
-        starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
-        positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
-        end = last + seqlen
-        freqs_cis = self._rotary(positions, end, lengths)
-        return self.run(tokens, start_pos, freqs_cis, *self.masks(start_pos, positions, first, last))
 
     def masks(
         self, start_pos: StartPos | None, positions: Tensor, first: int, last: int
@@ -380,10 +389,16 @@ class Transformer(nn.Module):
         freqs_cis: Tensor,
         mask: Tensor | None,
         window_mask: Tensor | None,
+        hidden: list[Tensor] | None = None,
     ) -> Tensor:
-        """The network itself, of which all else is preparation: (B, T) -> (B, T, dim), normed."""
+        """The network itself, of which all else is preparation: (B, T) -> (B, T, dim), normed.
+
+        hidden: to be filled with what each layer is given, (B, T, dim).
+        """
         h = self.tok_embeddings(tokens)  # (B, T, dim)
         for layer in self.layers:
+            if hidden is not None:
+                hidden.append(h)
             h = layer(h, start_pos, freqs_cis, mask if layer.window is None else window_mask)
         return self.norm(h)
 
@@ -410,3 +425,15 @@ class Transformer(nn.Module):
         for name, cache in self.named_buffers():
             if name.endswith(("cache_k", "cache_v")):
                 cache[target, :length] = cache[source, :length]
+
+    def reorder_cache_rows(self, sources: Tensor, length: int) -> None:
+        """Make the first `length` cached positions of row i what those of row sources[i] were, in every layer.
+
+        sources: integers (B,), on the CPU; a row may be the source of several. Rows that stay are not touched.
+        """
+        targets = (sources != torch.arange(len(sources))).nonzero().flatten()
+        device = self.norm.weight.device
+        moved, targets = sources[targets].to(device), targets.to(device)
+        for name, cache in self.named_buffers():
+            if len(targets) > 0 and name.endswith(("cache_k", "cache_v")):
+                cache[targets, :length] = cache[moved, :length]  # all are read before one is written

@@ -21,6 +21,7 @@ class Details(TypedDict, total=False):
     logprobs: list[float]
     top_logprobs: list[dict[str, float]]
     prompt_logprobs: list[float]
+    score: float  # of a beam
 
 
 class CompletionPrediction(Details, total=False):
@@ -94,6 +95,8 @@ def details(one: Completion, tokenizer: Tokenizer | HFTokenizer, echo: bool = Fa
     if one.top_logprobs:
         named = [[(tokenizer.decode([token]), chance) for token, chance in best] for best in one.top_logprobs]
         found["top_logprobs"] = [dict(reversed(best)) for best in named]  # of tokens that read alike the likeliest
+    if one.score is not None:
+        found["score"] = one.score
     if one.prompt_logprobs is not None and not echo:
         found["prompt_logprobs"] = one.prompt_logprobs
     return found

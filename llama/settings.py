@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
@@ -50,6 +50,10 @@ class Wanted(Options, total=False):
     prompt_logprobs: bool
     top_logprobs: int
     rows: Sequence[RowOptions | None] | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    num_return_sequences: int
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class Streamer:
         self.model = model
         self.current: object = None
         self.ahead = self._device.type == "cuda"
-        self._prefill_chunk = prefill_chunk
+        self.prefill_chunk = prefill_chunk
 
     @torch.no_grad()
     def run(self, rows: list[Row], asked: Asked, cached: int = 0) -> Iterator[list[Step]]:
@@ -82,7 +82,7 @@ class Streamer:
         owners = {tuple(row.prompt): row for row in reversed(rows)}
         firsts = sorted(owners.values(), key=lambda row: (-row.position, row.index))  # the longest has the first slot
         prompts = [row.prompt for row in firsts]
-        h, known = prefill(self.model, prompts, self._prefill_chunk, asked.echo and asked.logprobs, cached)
+        h, known = prefill(self.model, prompts, self.prefill_chunk, asked.echo and asked.logprobs, cached)
         slots = {tuple(prompt): slot for slot, prompt in enumerate(prompts)}
         others = [row for row in rows if owners[tuple(row.prompt)] is not row]
         for slot, row in enumerate(others, len(firsts)):

@@ -276,3 +276,42 @@ def test_all_at_once(llama: Llama) -> None:
         assert [(one.tokens, one.text, one.stop) for one in found[2 * i : 2 * i + 2]] == [
             (one.tokens, one.text, one.stop) for one in alone
         ]
+
+
+# --- beams (test_beams.py compares the search with transformers) ------------------------------------------------------
+
+
+def test_beams_come_as_texts(llama: Llama) -> None:
+    prompts = ["hello", "a longer prompt"]
+    found = llama.text_completion(prompts, 0, max_gen_len=6, num_beams=3, num_return_sequences=2)
+    assert len(found) == 4 and all(one["finish_reason"] == "length" for one in found)
+    assert all(found[i]["score"] >= found[i + 1]["score"] for i in (0, 2))
+    alone = llama.text_completion(prompts[1:], 0, max_gen_len=6, num_beams=3, num_return_sequences=2)
+    assert [one["generation"] for one in alone] == [one["generation"] for one in found[2:]]
+    plain = llama.complete([ids("hello")], 6, 0, num_beams=3)
+    varied = llama.complete([ids("hello")], 6, 0, num_beams=3, no_repeat_ngram_size=1)
+    assert len(set(varied[0].tokens)) == len(varied[0].tokens)
+    assert plain[0].score >= varied[0].score
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.6}, "num_beams is 3 and temperature 0.6: .* set temperature to 0 or drop num_beams"),
+        ({"n": 2}, "num_beams is 3 and n was given: drop one of them; num_return_sequences says how many"),
+        ({"best_of": 2}, "num_beams is 3 and best_of was given: drop one"),
+        ({"stop": "x"}, "num_beams is 3 and stop was given: drop one"),
+        ({"logprobs": True}, "num_beams is 3 and logprobs was given: drop one"),
+        ({"rows": [{}]}, "num_beams is 3 and rows was given"),
+        ({"num_beams": 9}, "max_batch_size"),
+        ({"num_beams": 1, "length_penalty": 2.0}, "length_penalty was given without beams: drop it, or set num_beams"),
+        ({"num_return_sequences": 4}, "num_return_sequences is 4, expected a whole number from 1 to num_beams"),
+        ({"early_stopping": "ever"}, "early_stopping is 'ever'"),
+    ],
+)
+def test_what_contradicts_beams_is_refused(
+    llama: Llama, monkeypatch: pytest.MonkeyPatch, arguments: dict, message: str
+) -> None:
+    monkeypatch.setattr(llama.model, "hidden_states", lambda *_: pytest.fail("the network ran"))
+    with pytest.raises(LlamaError, match=message):
+        llama.text_completion(["hello"], **{"temperature": 0, "num_beams": 3, **arguments})

@@ -1,4 +1,4 @@
-"""A conversation that stays in the KV cache: the tokens of fresh runs, and only what is new goes through the network."""
+"""A conversation that stays in the KV cache: the tokens of fresh runs, and only what is new is computed."""
 
 from pathlib import Path
 from typing import Any

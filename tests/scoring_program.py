@@ -1,0 +1,48 @@
+"""What tests/test_scoring.py and tests/test_eager.py run on 1 and 2 ranks: writes what a model makes of texts.
+
+    torchrun --nproc_per_node N tests/scoring_program.py CKPT_DIR OUTPUT
+
+Every rank writes OUTPUT.RANK with torch.save, so that the test can see whether they agree.
+"""
+
+import sys
+from dataclasses import asdict, replace
+
+import torch
+import torch.distributed as dist
+from tiny import PROMPTS
+
+from llama import Llama, LlamaError
+from llama.checkpoint import load_model, open_checkpoint
+from llama.eager import attention_weights
+from llama.parallel import initialize
+from llama.scoring import embed, score
+
+SIZES = {"max_seq_len": 24, "max_batch_size": 3}
+
+
+def main(ckpt_dir: str, output: str) -> None:
+    place, rank = initialize(device="cpu", dtype=torch.float32), dist.get_rank()
+    llama, checkpoint = Llama.build(ckpt_dir, device="cpu", dtype="float32", **SIZES), open_checkpoint(ckpt_dir)
+    plain = load_model(checkpoint, replace(checkpoint.sizes, **SIZES), place)
+    tokens = torch.arange(14).view(2, 7) * 5
+    with torch.no_grad():
+        result = {
+            "scores": [asdict(found) for found in score(llama, PROMPTS, stride=5)],
+            "embeddings": [embed(llama, PROMPTS[:2], pooling) for pooling in ("last", "mean")],
+            "attention": [attention_weights(model, tokens, at) for model in (plain, llama.model) for at in (None, 0)],
+            "hidden": [model(tokens, at, return_hidden=True) for model in (plain, llama.model) for at in (None, 0)],
+            "refused": "",
+        }
+    try:
+        score(llama, PROMPTS[:1] if rank == 0 else [""])
+    except LlamaError as e:
+        result["refused"] = str(e)
+    logits, weights = attention_weights(plain, tokens)
+    (logits.logsumexp(-1).sum() + weights[0].pow(2).sum()).backward()
+    result["gradient"] = plain.layers[0].attention_norm.weight.grad
+    torch.save(result, f"{output}.{rank}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
