@@ -43,6 +43,7 @@ from .rows import Row, Step
 from .sampling import processed, sample_top_p
 from .scoring import Pooling, Score, embed, score
 from .settings import Options, RowOptions, Settings, Wanted, settings_of_rows
+from .speculate import looking_up, speculated
 from .stopping import StopFinder
 from .streaming import Asked, Streamer
 from .tokenizer import Dialog, Message, Tokenizer
@@ -141,6 +142,8 @@ class Llama:
         n: int = 1,
         top_logprobs: int = 0,
         rows: Sequence[RowOptions | None] | None = None,
+        lookup_ngram: int | None = None,
+        speculate_k: int = 5,
         **options: Unpack[Options],
     ) -> Iterator[list[Step]]:
         """Generate from each prompt, yielding after every forward pass one `Step` for each row still going.
@@ -152,11 +155,22 @@ class Llama:
 
         n: rows from each prompt, which share its prefill. top_logprobs: tell so many of the likeliest tokens each time.
         options: further settings, of all rows; see `Settings`. rows: those of single prompts, instead of these.
+        lookup_ngram: look in the text so far for its last so many tokens, and try the up to speculate_k that followed
+        there all in one pass: the same tokens, in fewer passes, each with several steps of a row. See `acceptance`.
         Raises LlamaError, before any forward pass, for arguments that can't work.
         """
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
-        made = self.rows(prompt_tokens, n, shared, rows, top_logprobs)
-        return self.streamer.run(made, Asked(logprobs, echo, top_logprobs))
+        made, asked = self.rows(prompt_tokens, n, shared, rows, top_logprobs), Asked(logprobs, echo, top_logprobs)
+        if lookup_ngram is None:
+            return self.streamer.run(made, asked)
+        check_count("lookup_ngram", lookup_ngram)
+        check_count("speculate_k", speculate_k)
+        return speculated(self.streamer, made, asked, looking_up(lookup_ngram), speculate_k)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Of the tokens that the last call proposed, the share that the model chose; None where none was proposed."""
+        return self.streamer.kept / self.streamer.proposed if self.streamer.proposed else None
 
     def generate(
         self,
@@ -197,6 +211,8 @@ class Llama:
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
         num_return_sequences: int = 1,
+        lookup_ngram: int | None = None,
+        speculate_k: int = 5,
         **options: Unpack[Options],
     ) -> list[Completion]:
         """Whole answers, with all that is known of them: n to the first prompt, then n to the second ...
@@ -213,12 +229,22 @@ class Llama:
             shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
             (settings,) = settings_of_rows(1, shared, None)
             others = {"n": n > 1, "best_of": best_of, "rows": rows, "top_logprobs": top_logprobs}
+            others["lookup_ngram"] = lookup_ngram
             beams.check_with(settings, {**others, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs})
         if num_beams > 1:
             return self._searched(prompt_tokens, beams, settings)
         made = best_of or n
         given = (prompt_tokens, max_gen_len, temperature, top_p, logprobs or prompt_logprobs or best_of is not None)
-        stream = self.stream(*given, prompt_logprobs, n=made, top_logprobs=top_logprobs, rows=rows, **options)
+        stream = self.stream(
+            *given,
+            prompt_logprobs,
+            n=made,
+            top_logprobs=top_logprobs,
+            rows=rows,
+            lookup_ngram=lookup_ngram,
+            speculate_k=speculate_k,
+            **options,
+        )
         found = drained(stream, prompt_tokens, made, prompt_logprobs)
         if best_of is not None:
             found = best_of_each(found, made, n)

@@ -57,14 +57,22 @@ class Row:
     stop: int | str | None = None
     text: str = ""  # that was let out
     ends: list[int] = field(default_factory=list)  # characters of the answer after each of its tokens
+    draws: list[torch.Tensor] = field(default_factory=list)  # for the tokens to come
 
     @property
     def position(self) -> int:
         """Tokens in the row so far."""
         return len(self.prompt) + len(self.answer)
 
+    def draw(self, ahead: int) -> torch.Tensor:
+        """The number in [0, 1) that chooses the row's next token, or the one so many tokens ahead: float32 ()."""
+        while len(self.draws) <= ahead:
+            self.draws.append(torch.rand((), generator=self.generator))
+        return self.draws[ahead]
+
     def accept(self, token: int, logprob: float | None, top_logprobs: Alternatives | None) -> Step:
         self.left -= 1
+        self.draws = self.draws[1:]
         stopped = token in self.stops
         if not stopped:
             self.answer.append(token)

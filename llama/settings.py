@@ -54,6 +54,8 @@ class Wanted(Options, total=False):
     length_penalty: float
     early_stopping: bool | Literal["never"]
     num_return_sequences: int
+    lookup_ngram: int | None
+    speculate_k: int
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Knows the model, the KV cache and which row owns which of its slots; knows no fi
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,14 @@ class Asked:
 class Streamer:
     """A model's rows. One KV cache, so one stream at a time: a newer one ends those before it.
 
+    proposed, kept: tokens of the last stream that were proposed (see speculate.py), and those of them that were chosen.
     current: the stream that owns it. ahead: start a step before the tokens that go into it were read.
     """
 
     def __init__(self, model: Transformer, prefill_chunk: int):
         self.model = model
         self.current: object = None
+        self.proposed = self.kept = 0
         self.ahead = self._device.type == "cuda"
         self.prefill_chunk = prefill_chunk
 
@@ -49,11 +51,11 @@ class Streamer:
         Rows with the same prompt share its prefill. cached: tokens of a single row's prompt that its slot already has.
         """
         self.current = ticket = object()
-        rows, h, known = self._prefill(rows, asked, cached)
+        rows, h, known = self.prefilled(rows, asked, cached)
         if asked.echo:
-            yield self._echo(rows, known)
-            self._refuse_if_not(ticket)
-        live, h = self._keep([row for row in rows if row.left > 0], rows, h)
+            yield self.echo(rows, known)
+            self.refuse_if_not(ticket)
+        live, h = self.keep([row for row in rows if row.left > 0], rows, h)
         while live:
             picked = self._choose(self.model.logits(h), live, asked)
             arriving, next_live = Arriving(picked), live
@@ -64,18 +66,18 @@ class Streamer:
             going = [row for row in live if row.finish_reason is None]
             if not going:
                 return
-            self._refuse_if_not(ticket)
+            self.refuse_if_not(ticket)
             if self.ahead:
-                live, h = self._keep(going, next_live, h)
+                live, h = self.keep(going, next_live, h)
             else:
                 live, h = self._decode(going, live, picked[0])
 
-    def _refuse_if_not(self, ticket: object) -> None:
+    def refuse_if_not(self, ticket: object) -> None:
         """To be called after each yield and before the cache is touched: a caller may have started another stream."""
         if self.current is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
 
-    def _prefill(
+    def prefilled(
         self, rows: list[Row], asked: Asked, cached: int
     ) -> tuple[list[Row], Tensor, Mapping[tuple[int, ...], list[float]]]:
         """(rows in the order of their slots, hidden states of their last tokens (B, dim), logprobs of each prompt)."""
@@ -92,20 +94,20 @@ class Streamer:
             h = h[[slots[tuple(row.prompt)] for row in rows]]
         return rows, h, dict(zip(slots, known or (), strict=False))
 
-    def _keep(self, keep: list[Row], rows: list[Row], x: Tensor) -> tuple[list[Row], Tensor]:
+    def keep(self, keep: list[Row], rows: list[Row], x: Tensor) -> tuple[list[Row], Tensor]:
         """The rows to keep, which now own the first slots, in their order; and what x, (B, ...), has of them."""
-        kept = self._compact(rows, keep)
+        kept = self.compact(rows, keep)
         if len(kept) == len(rows):
             return rows, x
         places = {row.index: place for place, row in enumerate(rows)}
         return kept, x[sent(torch.tensor([places[row.index] for row in kept], dtype=torch.long), self._device)]
 
     def _decode(self, keep: list[Row], rows: list[Row], tokens: Tensor) -> tuple[list[Row], Tensor]:
-        """`_keep`, and one forward pass over the token of each row that is kept: (rows, hidden states (B, dim)).
+        """`keep`, and one forward pass over the token of each row that is kept: (rows, hidden states (B, dim)).
 
         tokens: (B), of all rows.
         """
-        rows, tokens = self._keep(keep, rows, tokens)
+        rows, tokens = self.keep(keep, rows, tokens)
         if not rows:
             return rows, tokens
         start_pos = torch.tensor([row.cached for row in rows], pin_memory=self._device.type == "cuda")  # (B)
@@ -120,19 +122,12 @@ class Streamer:
         """
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
         picked = torch.zeros(2 + 2 * asked.top, len(live), dtype=dtype, device=self._device)  # in one message
-        with self._together_if_foreign(live):
+        with self.together_if_foreign(live):
             if parallel.leads_group():
-                tokens = self._sample(logits, live)  # (B)
-                picked[0] = tokens.where(logits.isfinite().all(dim=-1), NOT_FINITE)
-                if asked.logprobs:
-                    picked[1] = token_logprobs(logits, tokens.clamp(min=0))
-                if asked.top:
-                    best = logits.topk(asked.top)  # (B, top)
-                    picked[2::2] = best.indices.T
-                    picked[3::2] = token_logprobs(logits[:, None].expand(-1, asked.top, -1), best.indices).T
+                picked[:] = told(logits, self._sample(logits, live), asked)
         return parallel.broadcast(picked)
 
-    def _together_if_foreign(self, live: list[Row]) -> contextlib.AbstractContextManager[None]:
+    def together_if_foreign(self, live: list[Row]) -> contextlib.AbstractContextManager[None]:
         """A context in which an error of a caller's own function, on the one rank that calls it, ends all of them."""
         foreign = any(row.settings.logits_processor is not None for row in live)
         return parallel.together(parallel.group()) if foreign else contextlib.nullcontext()
@@ -152,8 +147,7 @@ class Streamer:
         for places in alike.values():
             settings, uniform = live[places[0]].settings, None
             if settings.temperature > 0:
-                draws = [torch.rand((), generator=live[place].generator) for place in places]
-                uniform = sent(torch.stack(draws)[:, None], self._device)  # (B, 1)
+                uniform = sent(torch.stack([live[place].draw(0) for place in places])[:, None], self._device)  # (B, 1)
             own = logits if len(places) == len(live) else logits[places]
             found = sample(own, settings, uniform)
             if own is logits:
@@ -164,24 +158,25 @@ class Streamer:
 
     def _accept(self, picked: Tensor, live: list[Row], asked: Asked) -> list[Step]:
         """What `_choose` picked, now on the CPU, as the next step of each row."""
-        steps = []
-        for row, (token, chance, *top) in zip(live, picked.T.tolist(), strict=True):
-            if token == NOT_FINITE:
-                raise LlamaError(
-                    f"row {row.index}: the logits at position {row.position} are not finite in "
-                    f"{self.model.norm.weight.dtype}: the weights are damaged or this dtype overflows; "
-                    "try --dtype float32"
-                )
-            if token == NONE_LEFT:
-                raise LlamaError(
-                    f"row {row.index}: no token is left to choose at position {row.position}: its settings forbid all "
-                    "of them; loosen logit_bias, no_repeat_ngram_size, min_gen_len or logits_processor"
-                )
-            likeliest = tuple((int(t), c) for t, c in zip(top[::2], top[1::2], strict=True)) if asked.top else None
-            steps.append(row.accept(int(token), chance if asked.logprobs else None, likeliest))
-        return steps
+        return [self.accepted(row, told, asked) for row, told in zip(live, picked.T.tolist(), strict=True)]
 
-    def _compact(self, rows: list[Row], keep: list[Row]) -> list[Row]:
+    def accepted(self, row: Row, told: Sequence[float], asked: Asked) -> Step:
+        """told: a token, its logprob, and `asked.top` others and theirs."""
+        token, chance, *top = told
+        if token == NOT_FINITE:
+            raise LlamaError(
+                f"row {row.index}: the logits at position {row.position} are not finite in "
+                f"{self.model.norm.weight.dtype}: the weights are damaged or this dtype overflows; try --dtype float32"
+            )
+        if token == NONE_LEFT:
+            raise LlamaError(
+                f"row {row.index}: no token is left to choose at position {row.position}: its settings forbid all of "
+                "them; loosen logit_bias, no_repeat_ngram_size, min_gen_len or logits_processor"
+            )
+        likeliest = tuple((int(t), c) for t, c in zip(top[::2], top[1::2], strict=True)) if asked.top else None
+        return row.accept(int(token), chance if asked.logprobs else None, likeliest)
+
+    def compact(self, rows: list[Row], keep: list[Row]) -> list[Row]:
         """Let the rows to keep own the first slots of the KV cache, so that finished ones cost nothing.
 
         rows: in the order of their slots. The last ones to keep move into the slots of finished ones before them.
@@ -196,7 +191,7 @@ class Streamer:
                 rows[slot] = rows[source]
         return rows[: len(keep)]
 
-    def _echo(self, rows: list[Row], known: Mapping[tuple[int, ...], list[float]]) -> list[Step]:
+    def echo(self, rows: list[Row], known: Mapping[tuple[int, ...], list[float]]) -> list[Step]:
         """The prompts' own tokens as steps; known: their logprobs, where asked for."""
         steps = []
         for row in sorted(rows, key=lambda row: row.index):
@@ -209,3 +204,17 @@ class Streamer:
     @property
     def _device(self) -> torch.device:
         return self.model.norm.weight.device
+
+
+def told(logits: Tensor, tokens: Tensor, asked: Asked) -> Tensor:
+    """What steps tell of tokens (B) that were chosen from logits (B, vocab_size): (2 + 2 top, B).
+
+    Tokens, their logprobs, and those of `asked.top` others and theirs. NOT_FINITE is told where logits aren't.
+    """
+    lines = [tokens.where(logits.isfinite().all(dim=-1), NOT_FINITE)]
+    lines.append(token_logprobs(logits, tokens.clamp(min=0)) if asked.logprobs else torch.zeros_like(logits[:, 0]))
+    if asked.top:
+        best = logits.topk(asked.top)  # (B, top)
+        chances = token_logprobs(logits[:, None].expand(-1, asked.top, -1), best.indices)  # (B, top)
+        lines += [line for pair in zip(best.indices.T, chances.T, strict=True) for line in pair]
+    return torch.stack([line.double() if logits.device.type != "mps" else line.float() for line in lines])

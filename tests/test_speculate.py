@@ -1,0 +1,154 @@
+"""Tokens that were proposed: the text is the one without them, greedy or drawn, in fewer passes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import ARGS, run_program, write_checkpoint
+
+from llama import Llama, LlamaError
+from llama.rows import Row
+from llama.speculate import lookup, speculated
+from llama.streaming import Asked
+
+OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
+few = settings(
+    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("tiny"), ARGS, endless=True)
+
+
+@pytest.fixture(scope="module")
+def llama(directory: Path) -> Llama:
+    return Llama.build(directory, **OPTIONS)
+
+
+@few
+@given(tokens=st.lists(st.integers(0, 2), max_size=30), ngram=st.integers(1, 4), most=st.integers(0, 6))
+def test_lookup(tokens: list[int], ngram: int, most: int) -> None:
+    earlier = [i for i in range(len(tokens) - ngram) if tokens[i : i + ngram] == tokens[len(tokens) - ngram :]]
+    last = max(earlier, default=None)
+    assert lookup(tokens, ngram, most) == ([] if last is None else tokens[last + ngram : last + ngram + most])
+
+
+@few
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=90), min_size=1, max_size=4),
+    ngram=st.integers(1, 3),
+    most=st.integers(1, 8),
+    given=st.fixed_dictionaries(
+        {"temperature": st.sampled_from([0, 0.05, 1.0]), "seed": st.integers(0, 3)},
+        optional={
+            "repetition_penalty": st.just(0.5),  # which makes it repeat itself
+            "frequency_penalty": st.just(-2),
+            "no_repeat_ngram_size": st.just(4),
+            "stop": st.sampled_from(["a", "\n"]),
+            "min_gen_len": st.just(3),
+            "top_k": st.just(3),
+            "max_gen_len": st.integers(3, 40),
+        },
+    ),
+)
+def test_the_text_is_the_same(llama: Llama, prompts: list, ngram: int, most: int, given: dict[str, Any]) -> None:
+    plain = llama.complete(prompts, logprobs=True, top_logprobs=2, **given)
+    found = llama.complete(
+        prompts, logprobs=True, top_logprobs=2, lookup_ngram=ngram, speculate_k=most, **given
+    )  # fmt: skip
+    for one, other in zip(found, plain, strict=True):
+        assert (one.tokens, one.text, one.finish_reason, one.stop) == (
+            other.tokens,
+            other.text,
+            other.finish_reason,
+            other.stop,
+        )
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def oracle(answers: dict[int, list[int]], wrong_every: int) -> Any:
+    """Proposes what the row will say, but for a token now and then."""
+
+    def propose(row: Row, most: int) -> list[int]:
+        start = len(row.answer)
+        ahead = answers[row.index][start : start + most]
+        return [(token + 1) % 256 if (start + i) % wrong_every == 0 else token for i, token in enumerate(ahead)]
+
+    return propose
+
+
+@pytest.mark.parametrize("wrong_every", [1, 3, 1000])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_proposals_of_any_quality(llama: Llama, wrong_every: int, temperature: float) -> None:
+    """Several steps of a row come after one pass; what was proposed, and chosen, is counted."""
+    prompts = [[5, 6, 7], [1] * 20, [9]]
+    plain = llama.complete(prompts, 30, temperature, seed=2)
+    shared = {"max_gen_len": 30, "temperature": temperature, "top_p": 0.9, "seed": 2}
+    rows = llama.rows(prompts, 1, shared, None, 0)
+    answers = {i: one.tokens for i, one in enumerate(plain)}
+    passes = list(speculated(llama.streamer, rows, Asked(), oracle(answers, wrong_every), 4))
+    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for steps in passes:
+        for step in steps:
+            found[step.row].append(step.token)
+    assert found == answers
+    if wrong_every == 1000:
+        assert llama.acceptance > 0.9 and len(passes) <= 8
+    if wrong_every == 1:
+        assert llama.acceptance == 0 and len(passes) == 30
+
+
+def test_what_is_drawn_has_the_distribution(llama: Llama) -> None:
+    """Chi-square over many seeds, of the second token after proposals of the likeliest: 0.999 of right ones pass."""
+    prompt, counts, size = [[1, 2, 3]], torch.zeros(2, 512), 400
+    for seed in range(size):
+        for i, options in enumerate(({}, {"lookup_ngram": 1, "speculate_k": 3})):
+            (one,) = llama.complete(prompt, 3, 1.0, 1.0, seed=seed + 10_000 * i, top_k=4, **options)
+            counts[i, one.tokens[1]] += 1
+    seen = counts.sum(0) >= 10
+    ours, theirs = counts[:, seen]
+    statistic = ((ours - theirs) ** 2 / (ours + theirs)).sum().item()
+    freedom = int(seen.sum()) - 1
+    assert statistic < freedom + 3.1 * (2 * freedom) ** 0.5 + 6
+
+
+def test_a_text_that_repeats_itself_takes_fewer_passes(llama: Llama) -> None:
+    shared = {"max_gen_len": 60, "temperature": 0, "frequency_penalty": -2}
+    plain = list(llama.stream([[0, 1]], **shared))
+    fewer = list(llama.stream([[0, 1]], lookup_ngram=2, **shared))
+    assert [step.token for steps in fewer for step in steps] == [step.token for steps in plain for step in steps]
+    assert len(fewer) < 0.8 * len(plain) and llama.acceptance > 0.5
+    llama.complete([[0, 1]], 1, lookup_ngram=2)
+    assert llama.acceptance is None, "nothing was proposed"
+
+
+def test_on_two_ranks(directory: Path, llama: Llama, tmp_path: Path) -> None:
+    program = tmp_path / "speculating.py"
+    program.write_text(
+        "import os, sys\n"
+        "from llama import Llama\n"
+        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r})\n"
+        "found = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1, lookup_ngram=1, repetition_penalty=0.6)\n"
+        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr([one.tokens for one in found]))\n"
+    )
+    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    expected = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1, repetition_penalty=0.6)
+    for rank in range(2):
+        assert (tmp_path / f"out.{rank}").read_text() == repr([one.tokens for one in expected])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"lookup_ngram": 0}, "lookup_ngram is 0"), ({"lookup_ngram": 2, "speculate_k": 0}, "speculate_k is 0")],
+)
+def test_what_cannot_be_is_refused(llama: Llama, arguments: dict, message: str) -> None:
+    with pytest.raises(LlamaError, match=message):
+        llama.complete([[1]], 3, **arguments)
+    with pytest.raises(LlamaError, match="lookup_ngram was given: drop one of them"):
+        llama.complete([[1]], 3, 0, num_beams=2, lookup_ngram=2)
