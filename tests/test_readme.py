@@ -9,10 +9,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_of_the_readme_runs() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = run_program("-c", program)
+    """Each piece goes on from those before it."""
+    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = run_program("-c", "\n".join(programs))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The capital of France is Paris.") == 2
+    assert "proposed tokens that were right: 0." in done.stdout
 
 
 def test_every_option_of_the_readme_is_an_option() -> None:
