@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.generation import sample_top_p as sample_top_p_of_generation
-from llama.sampling import sample, sample_top_p, token_logprobs
+from llama.sampling import sample, sample_top_p, token_logprobs, top_p
 from llama.settings import Settings
 
 UNIT = 4096  # probabilities are whole numbers over this
@@ -275,3 +275,26 @@ def test_token_logprobs_of_an_impossible_token_and_of_a_certain_one() -> None:
     logits = torch.tensor([0.0, -torch.inf, -torch.inf])
     assert token_logprobs(logits, torch.tensor(0)).item() == 0
     assert token_logprobs(logits, torch.tensor(1)).item() == -torch.inf
+
+
+@pytest.mark.parametrize("heads", [(1,), (2, 5), (3,), (7, 11)])
+@settings(deadline=None, max_examples=40)
+@given(rows=st.lists(whole_rows(12), min_size=1, max_size=4), steps=st.integers(1, STEPS), u=st.integers(0, STEPS - 1))
+def test_the_few_likeliest_are_enough(heads: tuple[int, ...], rows: list[list[int]], steps: int, u: int) -> None:
+    """Where only some are sorted, equals among them, the same is kept and drawn."""
+    probs, uniform = torch.tensor(rows) / UNIT, torch.full((len(rows), 1), u / STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llama.sampling.HEADS", heads)
+        few = sample_top_p(probs, steps / STEPS, uniform=uniform), top_p(probs.log(), steps / STEPS)
+        patch.setattr("llama.sampling.HEADS", ())
+        every = sample_top_p(probs, steps / STEPS, uniform=uniform), top_p(probs.log(), steps / STEPS)
+    assert torch.equal(few[0], every[0]) and torch.equal(few[1], every[1])
+
+
+def test_only_a_few_of_a_large_vocabulary_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    probs = torch.softmax(torch.randn(2, 100_000, generator=torch.Generator().manual_seed(1)) * 5, -1)
+    expected = sample_top_p(probs, 0.9, uniform=torch.tensor([[0.5], [0.99]]))
+    sorts, sort = [], torch.sort
+    monkeypatch.setattr(torch, "sort", lambda x, **options: sorts.append(x.shape[-1]) or sort(x, **options))
+    assert torch.equal(sample_top_p(probs, 0.9, uniform=torch.tensor([[0.5], [0.99]])), expected)
+    assert max(sorts) <= 1 << 14
