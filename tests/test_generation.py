@@ -22,14 +22,9 @@ from llama.model import Transformer
 from llama.rotary import RopeScaling
 from llama.sampling import sample_top_p
 
-
-@pytest.fixture(scope="session")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
 FORMS: dict[str, dict] = {
     "packed": {},
+    "recorded": {"compile": True},
     "compiled": {"compile": True},
     "int8": {"quantization": "int8"},
     "int4": {"quantization": "int4"},
@@ -37,10 +32,23 @@ FORMS: dict[str, dict] = {
 form: dict = {}
 
 
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """A checkpoint with heads that attention's kernel takes, whose steps are recorded on a CPU; and one with others."""
+    shapes = {True: replace(ARGS, n_heads=4, n_kv_heads=2), False: ARGS}
+    return {whole: write_checkpoint(tmp_path_factory.mktemp("tiny"), args) for whole, args in shapes.items()}
+
+
+@pytest.fixture
+def tiny_dir(directories: dict[bool, Path], every_form: str) -> Path:
+    return directories[every_form == "recorded"]
+
+
 @pytest.fixture(params=FORMS, autouse=True)
-def every_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def every_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test here is run on each form that a model may have."""
     monkeypatch.setattr(sys.modules[__name__], "form", FORMS[request.param])
+    return request.param
 
 
 def build(directory: Path, seed: int = 1, **options: object) -> Llama:
@@ -84,7 +92,7 @@ def test_greedy_equals_full_forwards(llama: Llama) -> None:
 
 
 # Not where activations are rounded too: there a last bit that differs may become a step of theirs.
-@pytest.mark.parametrize("every_form", ["packed", "compiled"], indirect=True)
+@pytest.mark.parametrize("every_form", ["packed", "recorded", "compiled"], indirect=True)
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompts=st.lists(st.lists(st.integers(0, 511), min_size=1, max_size=90), min_size=1, max_size=4),
