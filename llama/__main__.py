@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan, carry_out, counts
 from .charts import Chart
-from .chat import say, talk
+from .chat import talk
 from .checkpoint import survey
 from .checks import check_room, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
@@ -21,7 +21,8 @@ from .measure import RAGGED
 from .panels import BITS
 from .parallel import is_printer, named_dtype
 from .peers import PEERS
-from .settings import Settings
+from .screen import say
+from .settings import RowOptions, Settings
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -52,8 +53,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m llama", description="Run a Llama model; under torchrun, on ranks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chat_command = commands.add_parser("chat", parents=[model_options()], help="talk with the model")
-    chat_command.add_argument("--system", help="the system message to start with")
-    chat_command.set_defaults(run=chat)
+    add_chat(chat_command)
     complete_command = commands.add_parser("complete", parents=[model_options()], help="go on from a text")
     complete_command.add_argument("text", help="the text to go on from")
     complete_command.set_defaults(run=complete)
@@ -61,6 +61,16 @@ def parse() -> argparse.Namespace:
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint's directory holds, and what is wrong there"))
     add_bench(commands.add_parser("bench", help="measure how fast a model runs here, beside what memory allows"))
     return parser.parse_args()
+
+
+def add_chat(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--system", help="the system message to start with")
+    add("--top_k", type=int, help="draw from so many of the likeliest tokens (default: all)")
+    add("--min_p", type=float, default=0.0, help="draw none below this share of the likeliest's chance (default: 0)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1, what occurred gets less likely (default: 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before TEXT; may be repeated")
+    command.set_defaults(run=chat)
 
 
 def add_inspect(command: argparse.ArgumentParser) -> None:
@@ -139,8 +149,17 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def chat(options: argparse.Namespace) -> None:
-    Settings(max_gen_len=options.max_gen_len, temperature=options.temperature, top_p=options.top_p)
-    talk(build(options), options.system, (options.max_gen_len, options.temperature, options.top_p))
+    sampling: RowOptions = {
+        "max_gen_len": options.max_gen_len,
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "min_p": options.min_p,
+        "repetition_penalty": options.repetition_penalty,
+        "stop": options.stop,
+    }
+    Settings(**sampling)  # refuses what can't be
+    talk(build(options), options.system, sampling)
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:

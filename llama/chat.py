@@ -1,159 +1,221 @@
-"""A talk with the model in a terminal: reads lines, keeps the dialog, writes the answer as it is made.
+"""A talk with the model: reads messages and commands, keeps the dialog, writes the answer as it is made.
 
-Knows how a person types and interrupts; knows nothing of how text is generated.
+Knows what was said and what may be asked for; knows nothing of how keys are read and how text is generated.
 """
 
 import contextlib
-import os
-import select
-import signal
-import sys
-from collections.abc import Iterator
-from types import TracebackType
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .checks import check_room
-from .errors import LlamaError
+from .dialog import Dialog, read_dialog, write_dialog
+from .errors import LlamaError, printable
 from .generation import Llama
-from .parallel import broadcast_object, is_printer, patient_group
+from .keyboard import Keyboard
+from .screen import aside, at_terminal, say
+from .session import Session
+from .settings import RowOptions
 from .tokenizer import Message
 
-if sys.platform != "win32":
-    import termios
+GREETING = '(/help lists commands, """ begins a text of more lines, Ctrl-C stops an answer)'
+OTHER_KEYS = {
+    "...\\": "a backslash at its end lets a line go on",
+    '"""': "begins a text of several lines, and ends it",
+    "Ctrl-C": "drops the line that is typed, or stops the answer",
+}
+SHARE_FOR_AN_ANSWER = 4  # of the window, one in so many tokens is kept free for it
 
-Sampling = tuple[int | None, float, float]  # max_gen_len, temperature, top_p
-UNPRINTABLE = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-CTRL_C = "\x03"  # as a terminal writes it that doesn't send a signal for it
-HELP = "/system TEXT, /reset and /quit are commands; Ctrl-C stops an answer"
+
+class Command(NamedTuple):
+    """takes: what stands after its name. do: is given that."""
+
+    takes: str
+    says: str
+    do: Callable[[str], None]
 
 
-class Keyboard:
-    """Reads the user's lines and hears Ctrl-C, for all ranks; as a context, it leaves the terminal as it found it.
+@dataclass
+class Stats:
+    """How long an answer took, on this rank's clock."""
 
-    While an answer is being written, Ctrl-C asks for it to stop. torchrun ends every rank when the terminal sends it
-    SIGINT; so on several ranks the terminal is told not to, and rank 0 looks for the key itself.
-    """
+    asked: float = field(default_factory=time.perf_counter)
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
 
-    def __init__(self) -> None:
-        if is_printer() and None in (sys.stdin, sys.stdout):
-            raise LlamaError("chat needs standard input and output, and one of them is closed")
-        self._ranks = patient_group()
-        self._stop = self._reading = False
-        self._watched = is_printer() and self._ranks is not None and sys.stdin.isatty()
-        if is_printer():
-            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    def count(self) -> None:
+        self.last = time.perf_counter()
+        self.first = self.first or self.last
+        self.tokens += 1
 
-    def __enter__(self) -> "Keyboard":
-        self._handler = signal.signal(signal.SIGINT, self._hear)
-        if self._watched:
-            self._found = termios.tcgetattr(sys.stdin)
-            self._found[3] |= termios.ISIG | termios.ICANON | termios.ECHO  # a killed chat may have left them off
-            self._set_terminal(termios.ISIG)
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what torchrun sends when another rank has died
-        return self
+    def __str__(self) -> str:
+        rate = f"{(self.tokens - 1) / (self.last - self.first):.1f} tokens/s, " if self.tokens > 1 else ""
+        return f"{rate}first token after {self.first - self.asked:.3f} s"
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        signal.signal(signal.SIGINT, self._handler)
-        if self._watched:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            self._set_terminal(0)
 
-    def _set_terminal(self, off: int) -> None:
-        """The settings found, less these: ISIG (keys that send signals), ICANON (whole lines only), ECHO."""
-        settings = list(self._found)
-        settings[3] &= ~off
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+class Chat:
+    """One dialog, on every rank alike: what is decided on rank 0 alone comes through the keyboard."""
 
-    def line(self) -> str | None:
-        """The next line of the user, on every rank; None at the end of the input; empty after Ctrl-C."""
-        line: str | None = None
-        if is_printer():
+    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: RowOptions):
+        self._llama, self._keyboard, self._sampling = llama, keyboard, sampling
+        self._session = Session(llama)
+        self._dialog = Dialog(system)
+        self._shows_stats = False
+        self._commands = {
+            "/help": Command("", "list the commands", self._help),
+            "/system": Command("[TEXT]", "set the system message; without TEXT, remove it", self._set_system),
+            "/retry": Command("", "another answer to the last message", self._retry),
+            "/undo": Command("", "forget the last message and its answer", self._undo),
+            "/reset": Command("", "forget the dialog, not the system message", self._reset),
+            "/save": Command("FILE", "write the dialog to FILE, as JSON", self._save),
+            "/load": Command("FILE", "go on with the dialog in FILE, its system message included", self._load),
+            "/stats": Command("", "tell each answer's speed and reuse of the cache, or cease to", self._toggle_stats),
+            "/quit": Command("", "leave, as Ctrl-D does", lambda _: None),
+        }
+
+    def run(self) -> None:
+        """Read a message or a command, do what it says, and so on until /quit or the end of the input."""
+        while (entry := self._keyboard.entry()) is not None:
             try:
-                self._reading = True
-                line = input("> " if sys.stdin.isatty() else "").strip()
-            except EOFError:
-                line = None
-                if sys.stdin.isatty():
-                    print()
-            except KeyboardInterrupt:
-                line = CTRL_C
-            finally:
-                self._reading = False
-            if line is not None and CTRL_C in line:
-                print(f"\n({HELP})")
-                line = ""
-        return broadcast_object(line, self._ranks)
+                if entry.literal or not entry.text.startswith("/"):
+                    if entry.text:
+                        self._ask([*self._dialog.messages, {"role": "user", "content": entry.text}])
+                    continue
+                name, *rest = entry.text.split(maxsplit=1)
+                command = self._checked(name, rest)
+                if name == "/quit":
+                    return
+                command.do("".join(rest))
+            except LlamaError as e:
+                aside(f"(error: {printable(str(e))})", dim=False)
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """While in this context, `stop_asked` hears Ctrl-C."""
-        self._stop = False
-        if self._watched:
-            self._set_terminal(termios.ISIG | termios.ICANON | termios.ECHO)
+    def _checked(self, name: str, rest: list[str]) -> Command:
+        command = self._commands.get(name)
+        if command is None:
+            raise LlamaError(f"unknown command {name}; /help lists all")
+        if rest and not command.takes:
+            raise LlamaError(f"{name} takes nothing after it")
+        if command.takes == "FILE" and not rest:
+            raise LlamaError(f"{name} FILE: the name of the file is missing")
+        return command
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    def _ask(self, asked: list[Message]) -> None:
+        """Answer the last of these messages, and make them the dialog; a LlamaError leaves it as it was."""
+        first, prompt = self._fitted(asked)
+        window = self._llama.model.params.max_seq_len
+        if first > self._dialog.first:
+            turns = sum(one["role"] == "user" for one in asked[self._dialog.first : first])
+            oldest = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
+            aside(f"(the window of {window} tokens is full: {oldest} no longer read)")
+            self._dialog.first = first
+        text = self._answer(prompt)
+        self._dialog.messages = [*asked, {"role": "assistant", "content": text}]
+
+    def _fitted(self, asked: list[Message]) -> tuple[int, list[int]]:
+        """(the first message that is still read, the prompt from there on), with room for an answer.
+
+        Where the last message alone leaves less room, it gets what there is; none is refused with a LlamaError.
+        """
+        window = self._llama.model.params.max_seq_len
+        room = min(self._sampling.get("max_gen_len") or window, window // SHARE_FOR_AN_ANSWER)
+
+        def prompt_from(first: int) -> list[int]:
+            return self._llama.formatter.encode_dialog_prompt(self._dialog.shown(asked, first))
+
+        starts = self._dialog.starts(asked)
+        prompt = prompt_from(starts[0])
+        if len(prompt) + room <= window:
+            return starts[0], prompt
+        place = bisect_left(starts, True, key=lambda first: len(prompt_from(first)) + room <= window)
+        first = starts[min(place, len(starts) - 1)]
+        prompt = prompt_from(first)
+        check_room(prompt, window)
+        return first, prompt
+
+    def _answer(self, prompt: list[int]) -> str:
+        """Generate and show the assistant's next message, up to its end or Ctrl-C."""
+        stats, text, full = Stats(), "", False
+        window = self._llama.model.params.max_seq_len
         try:
-            yield
+            stream = self._session.stream(prompt, **self._sampling)
+            with self._keyboard.listening(), contextlib.closing(stream) as steps:
+                for step in steps:
+                    stats.count()
+                    say(step.text, end="")
+                    text += step.text
+                    full = step.finish_reason == "length" and len(prompt) + step.length == window
+                    if self._keyboard.stop_asked():
+                        if at_terminal():
+                            aside(" [stopped]", end="")
+                        break
         finally:
-            if self._watched:
-                self._set_terminal(termios.ISIG)
+            say("")
+        if full:
+            aside(f"(the window of {window} tokens is full: the answer ends here)")
+        if self._shows_stats:
+            aside(f"({stats}, {self._session.prefilled} prefilled, {self._session.reused} reused)")
+        return text
 
-    def _hear(self, *_: object) -> None:
-        """Ctrl-C as a signal: drops the line that is being typed, or stops the answer that is being written."""
-        if self._reading:
-            raise KeyboardInterrupt
-        self._stop = True
+    # --- commands ---------------------------------------------------------------------------------------------------
 
-    def stop_asked(self) -> bool:
-        """Whether the answer is to stop: the same on every rank."""
-        if self._watched and select.select([sys.stdin], [], [], 0)[0]:
-            self._stop |= CTRL_C.encode() in os.read(sys.stdin.fileno(), 1024)
-        return broadcast_object(self._stop)
+    def _help(self, _: str) -> None:
+        rows = {f"{name} {command.takes}": command.says for name, command in self._commands.items()} | OTHER_KEYS
+        aside("\n".join(f"  {left:<16}{says}" for left, says in rows.items()), dim=False)
+
+    def _set_system(self, text: str) -> None:
+        self._dialog.system = text or None
+        aside(f"(system message: {text})" if text else "(no system message)")
+
+    def _reset(self, _: str) -> None:
+        self._dialog = Dialog(self._dialog.system)
+        aside("(the dialog is forgotten)")
+
+    def _undo(self, _: str) -> None:
+        self._dialog.undo()
+        aside(f"(forgotten; the dialog has {counted(self._dialog.messages)})")
+
+    def _retry(self, _: str) -> None:
+        """The draw is another one, since a Llama counts how often it was asked what."""
+        asked = self._dialog.messages[: self._dialog.last_asked() + 1]
+        if self._sampling.get("temperature") == 0:
+            aside("(at temperature 0 an answer is always the same)")
+        self._ask(asked)
+
+    def _save(self, name: str) -> None:
+        messages = self._dialog.whole()
+        if not messages:
+            raise LlamaError("there is nothing to save yet")
+        self._keyboard.on_first_rank(lambda: write_dialog(name, messages))
+        aside(f"(saved {counted(messages)} to {printable(name)})")
+
+    def _load(self, name: str) -> None:
+        def read() -> list[Message]:
+            messages = read_dialog(name)
+            self._llama.formatter.encode_dialog_prompt(messages)  # a template may refuse it
+            return messages
+
+        messages = self._keyboard.on_first_rank(read)
+        self._dialog = Dialog.of(messages)
+        aside(f"(loaded {counted(messages)} from {printable(name)})")
+
+    def _toggle_stats(self, _: str) -> None:
+        self._shows_stats = not self._shows_stats
+        told = "(from now on each answer's speed is told, and what of its prompt was reused)"
+        aside(told if self._shows_stats else "(an answer's speed is no longer told)")
 
 
-def say(text: str, end: str = "\n") -> None:
-    """Print, on the one rank that does; a terminal gets no control characters that a model may have made up."""
-    if is_printer() and sys.stdout is not None:
-        print(text.translate(UNPRINTABLE) if sys.stdout.isatty() else text, end=end, flush=True)
+def counted(messages: list[Message]) -> str:
+    return f"{len(messages)} message{'s' * (len(messages) != 1)}"
 
 
-def answer(keyboard: Keyboard, llama: Llama, dialog: list[Message], sampling: Sampling) -> str:
-    """Generate and show the assistant's next message, up to its end or Ctrl-C."""
-    prompt = llama.formatter.encode_dialog_prompt(dialog)
-    check_room(prompt, llama.model.params.max_seq_len)
-    text = ""
-    with keyboard.listening():
-        for (step,) in llama.stream([prompt], *sampling):
-            say(step.text, end="")
-            text += step.text
-            if keyboard.stop_asked():
-                say(" [stopped]", end="")
-                break
-        say("")
-    return text
-
-
-def talk(llama: Llama, system: str | None, sampling: Sampling) -> None:
-    """Read a message or a command, answer it, and so on until /quit or the end of the input."""
-    history: list[Message] = []
+def talk(llama: Llama, system: str | None, sampling: RowOptions) -> None:
+    """Talk until /quit or the end of the input; see `llama.settings` for sampling."""
     with Keyboard() as keyboard:
-        if sys.stdin.isatty():
-            say(HELP)
-        while (line := keyboard.line()) is not None:
-            command, _, rest = line.partition(" ")
-            if command == "/quit":
-                return
-            if command == "/reset":
-                history = []
-                say("(the dialog is forgotten)")
-            elif command == "/system":
-                system = rest.strip() or None
-                say(f"(system message: {system})" if system else "(no system message)")
-            elif command.startswith("/"):
-                say(f"(unknown command {command}: {HELP})")
-            elif line:
-                first: list[Message] = [{"role": "system", "content": system}] if system else []
-                asked: list[Message] = [*history, {"role": "user", "content": line}]
-                try:
-                    text = answer(keyboard, llama, first + asked, sampling)
-                except LlamaError as e:  # a dialog that has outgrown max_seq_len
-                    say(f"(error: {e}; /reset starts anew)")
-                else:
-                    history = [*asked, {"role": "assistant", "content": text}]
+        if at_terminal():
+            aside(GREETING)
+        Chat(llama, keyboard, system, sampling).run()

@@ -3,7 +3,7 @@
 Knows rows and the cache; knows no dialog and no text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
 from .rows import Row, Step
@@ -34,13 +34,13 @@ class Session:
         top_p: float = 0.9,
         logprobs: bool = False,
         **options: Unpack[Options],
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """As `Llama.stream` of one prompt, the whole conversation so far; the same tokens, sooner."""
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
         (row,) = self._llama.rows([prompt_tokens], 1, shared, None, 0)
         return self._stream(row, Asked(logprobs))
 
-    def _stream(self, row: Row, asked: Asked) -> Iterator[Step]:
+    def _stream(self, row: Row, asked: Asked) -> Generator[Step, None, None]:
         streamer = self._llama.streamer
         self.reused = self._in_common(row.prompt) if streamer.current is self._ticket else 0
         self.prefilled = len(row.prompt) - self.reused

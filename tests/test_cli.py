@@ -1,16 +1,10 @@
-"""The commands as a user types them: what they print, how they end, how they take Ctrl-C at a terminal."""
+"""The commands as a user types them: what they print, how they end. (`chat`: test_chat.py, test_chat_terminal.py.)"""
 
-import os
-import pty
-import re
-import select
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-from tiny import ROOT, environment, run_program, write_checkpoint
+from tiny import ROOT, run_program, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -131,104 +125,6 @@ def test_no_command_and_unknown_options_show_the_usage() -> None:
         assert "usage: python -m llama" in done.stderr
 
 
-def test_chat_through_a_pipe(directory: str) -> None:
-    lines = "hello\n\n/system Be brief.\n/what\n/reset\nhello\n/quit\nnever read\n"
-    done = run_program("-m", "llama", "chat", *arguments(directory), "--max_gen_len", "4", input=lines)
-    assert done.returncode == 0, done.stderr
-    assert "(system message: Be brief.)" in done.stdout
-    assert "(unknown command /what:" in done.stdout
-    assert "(the dialog is forgotten)" in done.stdout
-    assert "> " not in done.stdout, "no prompt where nobody types"
-
-
-def test_chat_remembers_and_resets(directory: str) -> None:
-    """At temperature 0 an answer depends on the dialog alone: repeated it changes, after /reset it is the first."""
-    options = [*arguments(directory), "--max_gen_len", "8", "--temperature", "0"]
-    done = run_program("-m", "llama", "chat", *options, input="hello\n/reset\nhello\nhello\n")
-    program = (
-        "import sys; from llama import Llama; l = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
-        "def ask(*d): return l.chat_completion([d], temperature=0, max_gen_len=8)[0]['generation']\n"
-        "u = {'role': 'user', 'content': 'hello'}\n"
-        "first = ask(u); print(first['content'], '(the dialog is forgotten)', first['content'],"
-        " ask(u, first, u)['content'], sep='\\n')"
-    )
-    assert done.stdout == run_program("-c", program, directory).stdout
-
-
-def test_chat_goes_on_after_a_dialog_that_is_too_long(directory: str) -> None:
-    lines = "x" * 600 + "\nhello\n"
-    done = run_program("-m", "llama", "chat", *arguments(directory), "--max_gen_len", "4", input=lines)
-    assert done.returncode == 0, done.stderr
-    assert "(error: the text has 6" in done.stdout and "--max_seq_len; /reset starts anew)" in done.stdout
-    assert len(done.stdout.splitlines()) >= 2
-
-
-class Terminal:
-    """A program at a pseudo-terminal: type keys, wait for what it shows."""
-
-    def __init__(self, *command: str):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment(),
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            preexec_fn=lambda: _own_terminal(),
-        )
-        os.close(slave)
-        self.shown = ""
-
-    def type(self, keys: str) -> None:
-        os.write(self.master, keys.encode())
-
-    def wait_for(self, pattern: str, seconds: float = 90) -> str:
-        """All that is shown up to the first match of `pattern` in what was not waited for yet."""
-        end = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.shown, re.DOTALL)):
-            assert time.monotonic() < end, f"waited in vain for {pattern!r}, saw {self.shown!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
-                self.shown += os.read(self.master, 65536).decode(errors="replace")
-        before, self.shown = self.shown[: match.end()], self.shown[match.end() :]
-        return before
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.master)
-
-
-def _own_terminal() -> None:
-    """The child's session gets the terminal, so that the terminal's Ctrl-C reaches the child as it would a user's."""
-    import fcntl
-    import termios
-
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path, ranks: int) -> None:
-    directory = str(write_checkpoint(tmp_path / "ckpt", endless=True))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    command = ["-m", "llama", "chat", *arguments(directory), "--max_seq_len", "20000", "--temperature", "0"]
-    terminal = Terminal(*launcher, *command)
-    try:
-        terminal.wait_for(r"\n> $")
-        for _ in range(2):
-            terminal.type("hello\r")
-            terminal.wait_for(r"hello\r\n.{20}")
-            terminal.type("\x03")
-            terminal.wait_for(r" \[stopped\].*\n> $")
-            terminal.type("\x03\r" if ranks else "\x03")  # and at the prompt: drops the line
-            terminal.wait_for(r"stops an answer.*\n> $")
-        terminal.type("/quit\r")
-        assert terminal.process.wait(timeout=30) == 0
-    finally:
-        terminal.close()
-
-
 def test_a_reader_that_has_gone_is_no_crash(directory: str) -> None:
     text = f"{sys.executable} -m llama complete hello {' '.join(arguments(directory))} | true"
     done = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -237,8 +133,7 @@ def test_a_reader_that_has_gone_is_no_crash(directory: str) -> None:
 
 
 def test_what_takes_seconds_is_not_imported_until_it_is_used() -> None:
-    slow = "'torch._dynamo', 'transformers', 'matplotlib', 'llama_cpp', 'triton'"
-    done = run_program(
-        "-c", f"import sys, llama, llama.__main__; print([name for name in ({slow}) if name in sys.modules])"
-    )
+    slow = "'torch._dynamo', 'sympy', 'transformers', 'matplotlib', 'llama_cpp', 'triton'"
+    program = "import sys, llama, llama.__main__\nllama.Llama.build('demo/model').generate([[1, 2, 3]], 4)\n"
+    done = run_program("-c", f"{program}print([name for name in ({slow}) if name in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
