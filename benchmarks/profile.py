@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from llama import kernels, parallel
 from llama.bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan
-from llama.chat import say
 from llama.cli import errors_in_one_line
 from llama.generation import Llama, Step
 from llama.measure import Batch
+from llama.screen import say
 
 WARM_UP, STEPS, SHOWN = 4, 16, 20
 

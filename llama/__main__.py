@@ -4,6 +4,7 @@ Thin: parse, call, print.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -11,16 +12,18 @@ from .bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan, carry_out, counts
 from .charts import Chart
 from .chat import talk
 from .checkpoint import survey
-from .checks import check_room, check_texts
+from .checks import check_count, check_room, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
 from .convert import convert
-from .errors import LlamaError
+from .errors import LlamaError, printable
 from .generation import Llama
 from .inspection import report_on
+from .jobs import complete_file
 from .measure import RAGGED
 from .panels import BITS
-from .parallel import is_printer, named_dtype
+from .parallel import initialize, is_printer, named_dtype
 from .peers import PEERS
+from .remote import is_url
 from .screen import say
 from .settings import RowOptions, Settings
 
@@ -33,6 +36,10 @@ def model_options() -> argparse.ArgumentParser:
     add("--tokenizer_path", help="tokenizer.model or tokenizer.json (default: the one in ckpt_dir)")
     add("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: %(default)s)")
     add("--top_p", type=float, default=0.9, help="draw from the likeliest tokens of this mass (default: %(default)s)")
+    add("--top_k", type=int, help="draw from so many of the likeliest tokens (default: all)")
+    add("--min_p", type=float, default=0.0, help="draw none below this share of the likeliest's chance (default: 0)")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1, what occurred gets less likely (default: 1)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before TEXT; may be repeated")
     add("--max_seq_len", type=int, default=512, help="longest prompt and answer together (default: %(default)s tokens)")
     add("--max_gen_len", type=int, help="longest answer, in tokens (default: what fits in max_seq_len)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -53,24 +60,23 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m llama", description="Run a Llama model; under torchrun, on ranks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chat_command = commands.add_parser("chat", parents=[model_options()], help="talk with the model")
-    add_chat(chat_command)
-    complete_command = commands.add_parser("complete", parents=[model_options()], help="go on from a text")
-    complete_command.add_argument("text", help="the text to go on from")
-    complete_command.set_defaults(run=complete)
+    chat_command.add_argument("--system", help="the system message to start with")
+    chat_command.set_defaults(run=chat)
+    add_complete(commands.add_parser("complete", parents=[model_options()], help="go on from a text, or from many"))
     add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint's directory holds, and what is wrong there"))
     add_bench(commands.add_parser("bench", help="measure how fast a model runs here, beside what memory allows"))
     return parser.parse_args()
 
 
-def add_chat(command: argparse.ArgumentParser) -> None:
+def add_complete(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--system", help="the system message to start with")
-    add("--top_k", type=int, help="draw from so many of the likeliest tokens (default: all)")
-    add("--min_p", type=float, default=0.0, help="draw none below this share of the likeliest's chance (default: 0)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1, what occurred gets less likely (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before TEXT; may be repeated")
-    command.set_defaults(run=chat)
+    add("text", nargs="?", help="the text to go on from")
+    add("--input", metavar="FILE", help='instead of a text: lines of {"prompt": ...} or {"messages": [...]}')
+    add("--output", metavar="FILE", help="where the answers to --input go, a line each, in the same order")
+    add("--max_batch_size", type=int, help="rows at a time, of --input (default: 4)")
+    add("--force", action="store_true", help="begin anew, although --output is there or was begun")
+    command.set_defaults(run=complete)
 
 
 def add_inspect(command: argparse.ArgumentParser) -> None:
@@ -115,12 +121,12 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=bench)
 
 
-def build(options: argparse.Namespace) -> Llama:
+def build(options: argparse.Namespace, max_batch_size: int = 1) -> Llama:
     return Llama.build(
         ckpt_dir=checkpoint_or_demo(options.ckpt_dir),
         tokenizer_path=options.tokenizer_path,
         max_seq_len=options.max_seq_len,
-        max_batch_size=1,
+        max_batch_size=max_batch_size,
         seed=options.seed,
         compile=options.compile,
         quantization=options.quantization,
@@ -148,8 +154,9 @@ def bench(options: argparse.Namespace) -> None:
         chart.draw(report)
 
 
-def chat(options: argparse.Namespace) -> None:
-    sampling: RowOptions = {
+def settings_of(options: argparse.Namespace) -> RowOptions:
+    """What `model_options` say of an answer. Raises LlamaError for what can't be."""
+    found: RowOptions = {
         "max_gen_len": options.max_gen_len,
         "temperature": options.temperature,
         "top_k": options.top_k,
@@ -158,8 +165,13 @@ def chat(options: argparse.Namespace) -> None:
         "repetition_penalty": options.repetition_penalty,
         "stop": options.stop,
     }
-    Settings(**sampling)  # refuses what can't be
-    talk(build(options), options.system, sampling)
+    Settings(**found)
+    return found
+
+
+def chat(options: argparse.Namespace) -> None:
+    settings = settings_of(options)
+    talk(build(options), options.system, settings)
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
@@ -169,17 +181,38 @@ def convert_checkpoint(options: argparse.Namespace) -> None:
 
 
 def complete(options: argparse.Namespace) -> None:
-    """Show what follows the text, piece by piece as it is generated."""
+    """Show what follows the text, piece by piece as it is generated; or answer a whole file."""
+    of_files = {name: getattr(options, name) for name in ("output", "max_batch_size", "force")}
+    if (options.text is None) == (options.input is None):
+        raise LlamaError("give either a text or --input: there are " + ("both" if options.input else "neither"))
+    if options.input is not None:
+        return complete_lines(options)
+    if given := [name for name, value in of_files.items() if value]:
+        raise LlamaError(f"--{given[0]} belongs to --input, and a text was given")
     check_texts([options.text])
-    Settings(
-        max_gen_len=options.max_gen_len, temperature=options.temperature, top_p=options.top_p
-    )  # refuses what can't be
+    settings = settings_of(options)
     llama = build(options)
     prompt = llama.tokenizer.encode(options.text, bos=True, eos=False)
     check_room(prompt, options.max_seq_len)
-    for (step,) in llama.stream([prompt], options.max_gen_len, options.temperature, options.top_p):
+    for (step,) in llama.stream([prompt], **settings):
         say(step.text, end="")
     say("")
+
+
+def complete_lines(options: argparse.Namespace) -> None:
+    if options.output is None:
+        raise LlamaError("--input needs --output: name the file that the answers shall go to")
+    rows = 4 if options.max_batch_size is None else options.max_batch_size
+    check_count("max_batch_size", rows)
+    initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
+    ckpt_dir = checkpoint_or_demo(options.ckpt_dir)
+    names = ("tokenizer_path", "max_seq_len", "dtype", "quantization")
+    about = {name: getattr(options, name) for name in names}
+    about["ckpt_dir"] = ckpt_dir if is_url(ckpt_dir) else os.path.realpath(ckpt_dir)
+    made = (options.input, options.output, {**settings_of(options)}, options.seed, about, options.force)
+    summary = complete_file(*made, lambda: build(options, rows))
+    if summary is not None and sys.stderr is not None:
+        print(printable(summary), file=sys.stderr)
 
 
 def inspect(options: argparse.Namespace) -> None:

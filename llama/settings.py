@@ -158,8 +158,11 @@ NAMES = frozenset(f.name for f in fields(Settings))
 
 
 def is_number(value: object) -> bool:
-    """A finite one."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """A finite one: no nan, and no integer that is larger than floats."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_whole(value: object, least: float = -math.inf) -> bool:

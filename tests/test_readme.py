@@ -1,6 +1,7 @@
 """README.md tells the truth: its Python runs, its tables of options are the programs' own, its files exist."""
 
 import re
+from pathlib import Path
 
 import pytest
 from tiny import ROOT, run_program
@@ -30,6 +31,16 @@ def test_what_inspect_prints_is_what_it_prints() -> None:
     command = next(line for line in README.splitlines() if line.startswith("python -m llama inspect"))
     shown = run_program(*command.split()[1:])
     assert f"```\n{shown.stdout}```" in README
+
+
+def test_the_file_of_prompts_gets_the_answers_that_are_shown(tmp_path: Path) -> None:
+    prompts, answers = re.findall(r"```jsonl\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "prompts.jsonl").write_text(prompts, encoding="utf-8")
+    command = next(line for line in README.splitlines() if line.startswith("python -m llama complete --input"))
+    given = [f"{tmp_path}/{word}" if word.endswith(".jsonl") else word for word in command.split()[1:]]
+    done = run_program(*given)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "answers.jsonl").read_text(encoding="utf-8") == answers
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:llama|demo|tests)/[\w/]*(?:\.\w+)?)`", README))))
