@@ -37,6 +37,13 @@ def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
         )
 
 
+def check_draft(directory: str | Path, vocab_size: int, expected: int) -> None:
+    if vocab_size != expected:
+        raise LlamaError(
+            f"{directory} has vocab_size {vocab_size} and the model {expected}: a draft must have the same vocabulary"
+        )
+
+
 def check_best_of(best_of: int, n: int) -> None:
     check_count("best_of", best_of)
     if best_of < n:

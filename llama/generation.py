@@ -24,6 +24,7 @@ from .checks import (
     agreed_quantization,
     check_best_of,
     check_count,
+    check_draft,
     check_list,
     check_memory,
     check_prompts,
@@ -43,7 +44,7 @@ from .rows import Row, Step
 from .sampling import processed, sample_top_p
 from .scoring import Pooling, Score, embed, score
 from .settings import Options, RowOptions, Settings, Wanted, settings_of_rows
-from .speculate import looking_up, speculated
+from .speculate import Drafting, Propose, looking_up, speculated
 from .stopping import StopFinder
 from .streaming import Asked, Streamer
 from .tokenizer import Dialog, Message, Tokenizer
@@ -73,6 +74,7 @@ class Llama:
         compile: bool = False,
         quantization: Quantization | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        draft_ckpt_dir: str | Path | None = None,
     ) -> "Llama":
         """Load a checkpoint directory on the ranks that run.
 
@@ -82,10 +84,12 @@ class Llama:
         torch's objects, default the best there is; dtype "auto" is that of the files. Raises LlamaError, on every rank,
         for whatever can't work.
 
-        compile: let torch.compile make the decoding steps, which takes a while here and less when it was done before.
+        compile: have all decoding steps ready before the first answer, compiled by torch, which takes a while here and
+        less when it was done before; on a CPU with kernels recorded, which takes no time to speak of.
         quantization: "int8" or "int4" rounds the matrices as they are loaded, to a half or a third of bfloat16's bytes;
         those that the checkpoint has rounded stay as they are.
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
+        draft_ckpt_dir: a smaller model of the same vocabulary, to propose tokens; see `stream`.
         """
         form = Form(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
@@ -112,7 +116,22 @@ class Llama:
             check_memory(args, place, bits_of(form.quantization))
         model = load_model(checkpoint, args, place, form.take)
         form.finish(model)
-        return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk)
+        draft = None
+        if draft_ckpt_dir is not None:
+            draft = Llama.build(
+                draft_ckpt_dir,
+                tokenizer_path,
+                max_seq_len,
+                max_batch_size,
+                model_parallel_size,
+                device=device,
+                dtype=dtype,
+                compile=compile,
+                quantization=quantization,
+                prefill_chunk=prefill_chunk,
+            ).model
+            check_draft(draft_ckpt_dir, draft.vocab_size, model.vocab_size)
+        return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk, draft=draft)
 
     def __init__(
         self,
@@ -122,11 +141,13 @@ class Llama:
         seed: int = 1,
         today: datetime | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
+        draft: Transformer | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter(tokenizer, today or datetime.now())
         self.streamer = Streamer(model, prefill_chunk)
+        self.draft = draft
         self._seed = seed
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
 
@@ -156,16 +177,21 @@ class Llama:
         n: rows from each prompt, which share its prefill. top_logprobs: tell so many of the likeliest tokens each time.
         options: further settings, of all rows; see `Settings`. rows: those of single prompts, instead of these.
         lookup_ngram: look in the text so far for its last so many tokens, and try the up to speculate_k that followed
-        there all in one pass: the same tokens, in fewer passes, each with several steps of a row. See `acceptance`.
+        there all in one pass: the same tokens, in fewer passes, each with several steps of a row. See `acceptance`. A
+        Llama with a draft model tries what that says, unless lookup_ngram is given.
         Raises LlamaError, before any forward pass, for arguments that can't work.
         """
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
         made, asked = self.rows(prompt_tokens, n, shared, rows, top_logprobs), Asked(logprobs, echo, top_logprobs)
-        if lookup_ngram is None:
-            return self.streamer.run(made, asked)
-        check_count("lookup_ngram", lookup_ngram)
         check_count("speculate_k", speculate_k)
-        return speculated(self.streamer, made, asked, looking_up(lookup_ngram), speculate_k)
+        if lookup_ngram is not None:
+            check_count("lookup_ngram", lookup_ngram)
+            propose: Propose = looking_up(lookup_ngram)
+        elif self.draft is not None:
+            propose = Drafting(self.draft, self.streamer.prefill_chunk, len(made))
+        else:
+            return self.streamer.run(made, asked)
+        return speculated(self.streamer, made, asked, propose, speculate_k)
 
     @property
     def acceptance(self) -> float | None:

@@ -13,9 +13,9 @@ from . import parallel
 from .model import Transformer
 from .rows import Row, Step
 from .sampling import NEVER, processed, sample
-from .streaming import NONE_LEFT, Asked, Streamer, told
+from .streaming import NONE_LEFT, Asked, Streamer, together_if_foreign, told
 
-Propose = Callable[[Row, int], list[int]]  # the tokens that may follow a row's own, at most so many
+Propose = Callable[[list[Row], list[int]], list[list[int]]]  # what may follow each row's own tokens, at most so many
 NOTHING = -3  # in the place of a token that wasn't chosen, since one before it wasn't what had been proposed
 
 
@@ -32,7 +32,12 @@ def lookup(tokens: Sequence[int], ngram: int, most: int) -> list[int]:
 
 
 def looking_up(ngram: int) -> Propose:
-    return lambda row, most: lookup(row.prompt + row.answer, ngram, most)
+    """By `lookup` in each row's own text."""
+
+    def propose(rows: list[Row], mosts: list[int]) -> list[list[int]]:
+        return [lookup(row.prompt + row.answer, ngram, most) for row, most in zip(rows, mosts, strict=True)]
+
+    return propose
 
 
 @torch.no_grad()
@@ -55,7 +60,7 @@ def speculated(streamer: Streamer, rows: list[Row], asked: Asked, propose: Propo
         streamer.refuse_if_not(ticket)
         live = streamer.compact(live, going)
         room = min(streamer.model.params.max_seq_len - row.position for row in live)  # which padding needs too
-        proposals = [propose(row, min(most, room, row.left - 1)) for row in live]
+        proposals = propose(live, [min(most, room, row.left - 1) for row in live])
         states = look_at(streamer.model, live, proposals)
 
 
@@ -74,7 +79,7 @@ def checked(
     """Each row's steps, up to the first that isn't what was proposed: of logits (B, T, vocab_size)."""
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     chosen = torch.full((*logits.shape[:2], 2 + 2 * asked.top), NOTHING, dtype=dtype, device=logits.device)
-    with streamer.together_if_foreign(live):
+    with together_if_foreign(live):
         if parallel.leads_group():
             for place, (row, own) in enumerate(zip(live, proposals, strict=True)):
                 found = chosen_of(logits[place], row, own)
@@ -94,15 +99,77 @@ def checked(
 
 def chosen_of(logits: Tensor, row: Row, proposed: list[int]) -> Tensor:
     """The tokens that a row gets, (up to T), of logits (T, vocab_size): each as if it were chosen by itself."""
-    answer, found = list(row.answer), []
-    for ahead, own in enumerate(logits[: 1 + len(proposed)]):
-        if row.settings.changes_logits:
-            own = processed(own, row.prompt, answer, row.settings, row.stops)
-        uniform = row.draw(ahead)[None, None].to(logits.device) if row.settings.temperature > 0 else None
-        none_left = row.settings.changes_logits and not bool((own > NEVER).any())
-        token = NONE_LEFT if none_left else int(sample(own[None], row.settings, uniform))
+    found: list[int] = []
+    for own, guess in zip(logits, [*proposed, None], strict=False):
+        token = next_token(own, row, found)
         found.append(token)
-        answer.append(token)
-        if token < 0 or token in row.stops or token != [*proposed, None][ahead]:
+        if token < 0 or token in row.stops or token != guess:
             break
     return torch.tensor(found, device=logits.device)
+
+
+def next_token(logits: Tensor, row: Row, ahead: list[int]) -> int:
+    """What a row gets after its answer and these tokens, of logits (vocab_size)."""
+    if row.settings.changes_logits:
+        logits = processed(logits, row.prompt, [*row.answer, *ahead], row.settings, row.stops)
+        if not bool((logits > NEVER).any()):
+            return NONE_LEFT
+    uniform = row.draw(len(ahead))[None, None].to(logits.device) if row.settings.temperature > 0 else None
+    return int(sample(logits[None], row.settings, uniform))
+
+
+class Drafting:
+    """Proposes what a smaller model says, which chooses by the rows' own draws: so it often says what the model will.
+
+    The slots of its cache are the rows' indices, of which there are `count`; those of rows that ended go along idly.
+    """
+
+    def __init__(self, model: Transformer, chunk: int, count: int):
+        self._model = model
+        self._chunk = max(chunk // count, 1)
+        self._fed: list[list[int]] = [[] for _ in range(count)]  # tokens whose keys and values each slot has
+
+    def __call__(self, rows: list[Row], mosts: list[int]) -> list[list[int]]:
+        found: list[list[int]] = [[] for _ in rows]
+        for _ in range(max(mosts)):
+            h = self._feed(rows, [row.prompt + row.answer + own for row, own in zip(rows, found, strict=True)])
+            if h is None:
+                break
+            logits = self._model.logits(h)  # (rows, vocab_size), in which all ranks take part
+            tokens = torch.zeros(len(rows), dtype=torch.long, device=h.device)
+            with together_if_foreign(rows):
+                if parallel.leads_group():
+                    tokens[:] = torch.tensor([next_token(*each) for each in zip(logits, rows, found, strict=True)])
+            for own, token in zip(found, parallel.broadcast(tokens).tolist(), strict=True):
+                own.append(max(token, 0))
+        return [own[:most] for own, most in zip(found, mosts, strict=True)]
+
+    def _feed(self, rows: list[Row], texts: list[list[int]]) -> Tensor | None:
+        """Put what is new of texts through the model: hidden states of their last tokens (rows, dim).
+
+        None where padding would not fit the cache: the last few tokens of a full window are chosen one by one.
+        """
+        last: list[Tensor | None] = [None] * len(rows)
+        for row, text in zip(rows, texts, strict=True):
+            del self._fed[row.index][in_common(self._fed[row.index], text[:-1]) :]
+        while any(state is None for state in last):
+            new = [text[len(self._fed[row.index]) :][: self._chunk] for row, text in zip(rows, texts, strict=True)]
+            longest = max(map(len, new))
+            tokens, starts = [[0] * longest for _ in self._fed], [0] * len(self._fed)
+            for row, own in zip(rows, new, strict=True):
+                tokens[row.index][: len(own)], starts[row.index] = own, len(self._fed[row.index])
+            if max(starts) + longest > self._model.params.max_seq_len:
+                return None
+            device = self._model.norm.weight.device
+            h = self._model.hidden_states(torch.tensor(tokens, device=device), torch.tensor(starts))
+            for place, (row, own) in enumerate(zip(rows, new, strict=True)):
+                self._fed[row.index] += own
+                if own and len(self._fed[row.index]) == len(texts[place]):
+                    last[place] = h[row.index, len(own) - 1]
+        return torch.stack([state for state in last if state is not None])
+
+
+def in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many items two sequences begin with alike."""
+    most = min(len(a), len(b))
+    return most if a[:most] == b[:most] else next(i for i in range(most) if a[i] != b[i])

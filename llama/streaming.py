@@ -122,15 +122,10 @@ class Streamer:
         """
         dtype = torch.float32 if self._device.type == "mps" else torch.float64
         picked = torch.zeros(2 + 2 * asked.top, len(live), dtype=dtype, device=self._device)  # in one message
-        with self.together_if_foreign(live):
+        with together_if_foreign(live):
             if parallel.leads_group():
                 picked[:] = told(logits, self._sample(logits, live), asked)
         return parallel.broadcast(picked)
-
-    def together_if_foreign(self, live: list[Row]) -> contextlib.AbstractContextManager[None]:
-        """A context in which an error of a caller's own function, on the one rank that calls it, ends all of them."""
-        foreign = any(row.settings.logits_processor is not None for row in live)
-        return parallel.together(parallel.group()) if foreign else contextlib.nullcontext()
 
     def _sample(self, logits: Tensor, live: list[Row]) -> Tensor:
         """The next token of each row: logits (B, vocab_size) -> (B)."""
@@ -204,6 +199,12 @@ class Streamer:
     @property
     def _device(self) -> torch.device:
         return self.model.norm.weight.device
+
+
+def together_if_foreign(rows: list[Row]) -> contextlib.AbstractContextManager[None]:
+    """A context in which an error of a caller's own function, on the one rank that calls it, ends all of them."""
+    foreign = any(row.settings.logits_processor is not None for row in rows)
+    return parallel.together(parallel.group()) if foreign else contextlib.nullcontext()
 
 
 def told(logits: Tensor, tokens: Tensor, asked: Asked) -> Tensor:

@@ -1,5 +1,7 @@
 """Tokens that were proposed: the text is the one without them, greedy or drawn, in fewer passes."""
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import ARGS, run_program, write_checkpoint
+from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.rows import Row
@@ -74,12 +76,12 @@ def test_the_text_is_the_same(llama: Llama, prompts: list, ngram: int, most: int
 def oracle(answers: dict[int, list[int]], wrong_every: int) -> Any:
     """Proposes what the row will say, but for a token now and then."""
 
-    def propose(row: Row, most: int) -> list[int]:
+    def guess(row: Row, most: int) -> list[int]:
         start = len(row.answer)
         ahead = answers[row.index][start : start + most]
         return [(token + 1) % 256 if (start + i) % wrong_every == 0 else token for i, token in enumerate(ahead)]
 
-    return propose
+    return lambda rows, mosts: [guess(row, most) for row, most in zip(rows, mosts, strict=True)]
 
 
 @pytest.mark.parametrize("wrong_every", [1, 3, 1000])
@@ -152,3 +154,77 @@ def test_what_cannot_be_is_refused(llama: Llama, arguments: dict, message: str) 
         llama.complete([[1]], 3, **arguments)
     with pytest.raises(LlamaError, match="lookup_ngram was given: drop one of them"):
         llama.complete([[1]], 3, 0, num_beams=2, lookup_ngram=2)
+
+
+# --- a draft model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafted(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Llama:
+    """The draft is the model with some noise: it says the same often, but not always."""
+    target = tmp_path_factory.mktemp("draft")
+    shutil.copytree(directory, target, dirs_exist_ok=True)
+    tensors, chance = torch.load(target / "consolidated.00.pth"), torch.Generator().manual_seed(3)
+    for tensor in tensors.values():
+        tensor += 0.03 * tensor.std() * torch.randn(tensor.shape, generator=chance) if tensor.ndim > 1 else 0
+    torch.save(tensors, target / "consolidated.00.pth")
+    return Llama.build(directory, **OPTIONS, draft_ckpt_dir=target)
+
+
+@few
+@given(
+    prompts=st.lists(st.lists(st.integers(0, 255), min_size=1, max_size=92), min_size=1, max_size=4),
+    most=st.integers(1, 7),
+    given=st.fixed_dictionaries(
+        {"temperature": st.sampled_from([0, 0.7, 1.5]), "seed": st.integers(0, 3)},
+        optional={
+            "repetition_penalty": st.just(1.2),
+            "stop": st.sampled_from(["a", "\n"]),
+            "top_k": st.just(3),
+            "max_gen_len": st.integers(3, 40),
+        },
+    ),
+)
+def test_a_drafted_text_is_the_same(
+    llama: Llama, drafted: Llama, prompts: list, most: int, given: dict[str, Any]
+) -> None:
+    """Ragged prompts, rows that end at different times, windows that are full."""
+    plain = llama.complete(prompts, **given)
+    found = drafted.complete(prompts, speculate_k=most, **given)
+    assert [(one.tokens, one.text, one.stop) for one in found] == [(one.tokens, one.text, one.stop) for one in plain]
+
+
+def test_a_draft_is_often_right(drafted: Llama) -> None:
+    passes = list(drafted.stream([[5, 6, 7], [1] * 20, [9]], 40, 0, speculate_k=4))
+    assert drafted.acceptance > 0.5 and len(passes) < 25
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_the_model_itself_is_always_right(llama: Llama, temperature: float) -> None:
+    """Drawn too: a draft draws by the same numbers."""
+    prompts = [[5, 6, 7], [1] * 20, [9]]
+    itself = Llama(llama.model, llama.tokenizer, draft=copy.deepcopy(llama.model))
+    passes = list(itself.stream(prompts, 40, temperature, seed=1, speculate_k=4))
+    assert itself.acceptance == 1 and len(passes) == 1 + 8
+
+
+def test_a_draft_on_two_ranks(directory: Path, drafted: Llama, tmp_path: Path) -> None:
+    program = tmp_path / "drafting.py"
+    program.write_text(
+        "import os, sys\n"
+        "from llama import Llama\n"
+        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r}, draft_ckpt_dir=sys.argv[1])\n"
+        "found = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1)\n"
+        "told = [one.tokens for one in found], llama.acceptance\n"
+        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr(told))\n"
+    )
+    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    expected = drafted.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1)
+    for rank in range(2):
+        assert (tmp_path / f"out.{rank}").read_text() == repr(([one.tokens for one in expected], 1.0))
+
+
+def test_another_vocabulary_is_refused(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(LlamaError, match=r"has vocab_size 3072 and the model 512: a draft must have the same"):
+        Llama.build(directory, **OPTIONS, draft_ckpt_dir=ROOT / "demo" / "model", tokenizer_path=None)
