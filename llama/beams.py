@@ -19,7 +19,7 @@ from .errors import LlamaError
 from .model import ModelArgs, Transformer
 from .prefill import prefill
 from .settings import Settings, is_number
-from .transfer import sent
+from .transfer import exact_dtype, sent
 
 Process = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 
@@ -60,24 +60,22 @@ class Beams:
     def check_with(self, settings: Settings, others: Mapping[str, object]) -> None:
         """Refuse what contradicts a search. others: arguments by name, and whether they were given."""
         given = [name for name, value in others.items() if value]
-        if self.num_beams == 1:
-            changed = [name for name in ("length_penalty", "early_stopping", "num_return_sequences") if self._has(name)]
-            if changed:
-                raise LlamaError(f"{changed[0]} was given without beams: drop it, or set num_beams above 1")
-        elif settings.temperature != 0:
+        if settings.temperature != 0:
             raise LlamaError(
                 f"num_beams is {self.num_beams} and temperature {settings.temperature}: beams are the likeliest, and "
                 "nothing is drawn; set temperature to 0 or drop num_beams"
             )
-        elif given or settings.stop:
+        if given or settings.stop:
             raise LlamaError(
                 f"num_beams is {self.num_beams} and {[*given, 'stop'][0]} was given: drop one of them"
                 + "; num_return_sequences says how many beams are wanted" * ("n" in given[:1])
             )
 
-    def _has(self, name: str) -> bool:
-        """Whether a setting is another than it is where nothing is said."""
-        return bool(getattr(self, name) != getattr(Beams(1), name))
+    def check_unused(self) -> None:
+        """Refuse settings of a search that is none."""
+        for name in ("length_penalty", "early_stopping", "num_return_sequences"):
+            if getattr(self, name) != getattr(Beams(1), name):
+                raise LlamaError(f"{name} was given without beams: drop it, or set num_beams above 1")
 
     def score(self, total: float, length: int) -> float:
         """Of an answer of so many tokens, its stop counted, whose logprobs add up to `total`."""
@@ -173,8 +171,8 @@ def _choose(logits: Tensor, searches: list[_Search], count: int, process: Proces
     logits: (B, vocab_size), of all live branches.
     """
     device, vocab_size = logits.device, logits.shape[-1]
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    picked = torch.full((3, len(searches), count), -math.inf, dtype=dtype, device=device)  # in one message
+    shape = 3, len(searches), count
+    picked = torch.full(shape, -math.inf, dtype=exact_dtype(device), device=device)  # in one message
     with nullcontext() if process is None else parallel.together(parallel.group()):  # since `process` may raise
         if parallel.leads_group():
             first = 0

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .checks import check_room
 from .dialog import Dialog, read_dialog, write_dialog
-from .errors import LlamaError, printable
+from .errors import LlamaError, counted, printable
 from .generation import Llama
 from .keyboard import Keyboard
 from .screen import aside, at_terminal, say
@@ -177,7 +177,7 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         self._dialog.undo()
-        aside(f"(forgotten; the dialog has {counted(self._dialog.messages)})")
+        aside(f"(forgotten; the dialog has {counted(len(self._dialog.messages), 'message')})")
 
     def _retry(self, _: str) -> None:
         """The draw is another one, since a Llama counts how often it was asked what."""
@@ -191,7 +191,7 @@ class Chat:
         if not messages:
             raise LlamaError("there is nothing to save yet")
         self._keyboard.on_first_rank(lambda: write_dialog(name, messages))
-        aside(f"(saved {counted(messages)} to {printable(name)})")
+        aside(f"(saved {counted(len(messages), 'message')} to {printable(name)})")
 
     def _load(self, name: str) -> None:
         def read() -> list[Message]:
@@ -201,16 +201,12 @@ class Chat:
 
         messages = self._keyboard.on_first_rank(read)
         self._dialog = Dialog.of(messages)
-        aside(f"(loaded {counted(messages)} from {printable(name)})")
+        aside(f"(loaded {counted(len(messages), 'message')} from {printable(name)})")
 
     def _toggle_stats(self, _: str) -> None:
         self._shows_stats = not self._shows_stats
         told = "(from now on each answer's speed is told, and what of its prompt was reused)"
         aside(told if self._shows_stats else "(an answer's speed is no longer told)")
-
-
-def counted(messages: list[Message]) -> str:
-    return f"{len(messages)} message{'s' * (len(messages) != 1)}"
 
 
 def talk(llama: Llama, system: str | None, sampling: RowOptions) -> None:

@@ -32,3 +32,7 @@ def one_line(error: object) -> str:
     """What a stranger's error says, in one line of bounded length."""
     text = " ".join(str(error).split())
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

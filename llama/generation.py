@@ -43,7 +43,7 @@ from .results import ChatPrediction, Completion, CompletionPrediction, best_of_e
 from .rows import Row, Step
 from .sampling import processed, sample_top_p
 from .scoring import Pooling, Score, embed, score
-from .settings import Options, RowOptions, Settings, Wanted, settings_of_rows
+from .settings import Options, RowOptions, Settings, Streamed, Wanted, settings_of_rows
 from .speculate import Drafting, Propose, looking_up, speculated
 from .stopping import StopFinder
 from .streaming import Asked, Streamer
@@ -231,15 +231,11 @@ class Llama:
         n: int = 1,
         best_of: int | None = None,
         prompt_logprobs: bool = False,
-        top_logprobs: int = 0,
-        rows: Sequence[RowOptions | None] | None = None,
         num_beams: int = 1,
         length_penalty: float = 1.0,
         early_stopping: bool | Literal["never"] = False,
         num_return_sequences: int = 1,
-        lookup_ngram: int | None = None,
-        speculate_k: int = 5,
-        **options: Unpack[Options],
+        **streamed: Unpack[Streamed],
     ) -> list[Completion]:
         """Whole answers, with all that is known of them: n to the first prompt, then n to the second ...
 
@@ -252,25 +248,20 @@ class Llama:
             if best_of is not None:
                 check_best_of(best_of, n)
             beams = Beams(num_beams, length_penalty, early_stopping, num_return_sequences)
-            shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
-            (settings,) = settings_of_rows(1, shared, None)
-            others = {"n": n > 1, "best_of": best_of, "rows": rows, "top_logprobs": top_logprobs}
-            others["lookup_ngram"] = lookup_ngram
-            beams.check_with(settings, {**others, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs})
+            if num_beams == 1:
+                beams.check_unused()
+            else:
+                shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **streamed}
+                others = {"n": n > 1, "best_of": best_of, "rows": shared.pop("rows", None)}
+                others |= {name: shared.pop(name, None) for name in ("top_logprobs", "lookup_ngram")}
+                shared.pop("speculate_k", None)
+                (settings,) = settings_of_rows(1, shared, None)
+                beams.check_with(settings, {**others, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs})
         if num_beams > 1:
             return self._searched(prompt_tokens, beams, settings)
         made = best_of or n
         given = (prompt_tokens, max_gen_len, temperature, top_p, logprobs or prompt_logprobs or best_of is not None)
-        stream = self.stream(
-            *given,
-            prompt_logprobs,
-            n=made,
-            top_logprobs=top_logprobs,
-            rows=rows,
-            lookup_ngram=lookup_ngram,
-            speculate_k=speculate_k,
-            **options,
-        )
+        stream = self.stream(*given, prompt_logprobs, n=made, **streamed)
         found = drained(stream, prompt_tokens, made, prompt_logprobs)
         if best_of is not None:
             found = best_of_each(found, made, n)
@@ -353,16 +344,20 @@ class Llama:
         """The best beams of the first prompt, then of the second ..."""
         with parallel.together(parallel.group()):
             check_token_ids([settings], 0, self.model.params.vocab_size)
-        stops = frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
+        stops = self._stops(settings)
         process = partial(processed, settings=settings, stops=stops) if settings.changes_logits else None
         most, chunk = settings.max_gen_len or self.model.params.max_seq_len, self.streamer.prefill_chunk
-        self.streamer.current = object()  # the cache is no stream's any more
+        self.streamer.take_cache()
         found = beam_search(self.model, prompt_tokens, beams, most, stops, process, chunk)
         return [
             Completion(list(prompt), b.tokens, self.tokenizer.decode(b.tokens), b.finish_reason, b.stop, score=b.score)
             for prompt, best in zip(prompt_tokens, found, strict=True)
             for b in best
         ]
+
+    def _stops(self, settings: Settings) -> frozenset[int]:
+        """The tokens that end a row."""
+        return frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
 
     def _row(self, index: int, prompt: list[int], settings: Settings, copy: int) -> Row:
         """copy: which of the rows from the same prompt it is."""
@@ -378,7 +373,7 @@ class Llama:
             index=index,
             prompt=prompt,
             settings=settings,
-            stops=frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids},
+            stops=self._stops(settings),
             left=room if settings.max_gen_len is None else min(room, settings.max_gen_len),
             decoder=self.tokenizer.stream_decoder(),
             generator=torch.Generator().manual_seed(chance),

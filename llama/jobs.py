@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .chat_template import formatter
 from .checks import check_room, check_token_ids
-from .errors import LlamaError, kind_of, shortened
+from .errors import LlamaError, counted, kind_of, shortened
 from .files import unreadable
 from .generation import Llama
 from .parallel import broadcast_object, is_printer, patient_group, together
@@ -200,10 +200,6 @@ class Files:
         before = f", {self.earlier} by earlier runs" if self.earlier else ""
         counts = f"{counted(len(self.part.places), 'line')} done, {counted(self.part.errors, 'error')}"
         return f"{self.part.output}: {counts}{before}"
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def answers(llama: Llama, jobs: Sequence[Job]) -> list[list[Completion] | LlamaError]:

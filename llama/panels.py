@@ -3,6 +3,7 @@
 Knows matrices; knows no layers. What lies where in memory is said in native/vectors.h.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -40,22 +41,22 @@ class Rounded:
     scales: Tensor
 
 
-class Panels(nn.Module):
+class Panels(nn.Module, ABC):
     """W (rows, K). Its state isn't saved: whose matrix it is saves that."""
 
     rows: int
 
+    @abstractmethod
     def product(self, x: Tensor) -> Tensor:
         """x W^T of x (..., K): (..., rows)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def unpacked(self) -> Tensor:
         """W, or what it was rounded to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lookup(self, rows: Tensor) -> Tensor:
         """Those rows of W: (...) -> (..., K)."""
-        raise NotImplementedError
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         pass

@@ -3,6 +3,7 @@
 Knows tokens and text; knows no model and no tensors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -99,3 +100,9 @@ class Row:
     def _decoded(self, length: int) -> str:
         self.decoder.flush()
         return "".join(map(self.decoder.push, self.answer[:length])) + self.decoder.flush()
+
+
+def in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many items two sequences begin with alike."""
+    most = min(len(a), len(b))
+    return most if a[:most] == b[:most] else next(i for i in range(most) if a[i] != b[i])

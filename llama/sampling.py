@@ -4,7 +4,6 @@ The randomness comes in as numbers, so that whoever calls decides whose they are
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,10 +38,11 @@ def descending(probs: Tensor, p: float) -> tuple[Tensor, Tensor]:
     All of them; or on a CPU, which sorts 128,256 numbers in 10 ms, the first few where these make up the mass `p`.
     """
     for few in (few for few in HEADS if few < probs.shape[-1] and probs.device.type == "cpu"):
-        least = probs.topk(few).values[..., -1:]
-        certain = probs > least  # of those as likely as the last one some may be missing, unless they are never drawn
-        if bool(((probs.where(certain, 0).sum(dim=-1, keepdim=True) > p) | (least == 0)).all()):
-            ids = probs.where(certain, -1).topk(few).indices.sort(dim=-1).values
+        values, ids = probs.topk(few)
+        least = values[..., -1:]
+        # Of those as likely as the last one some may be missing: none of them may be kept, unless it is never drawn.
+        if bool(((values > least) | ~likeliest(values, p) | (least == 0)).all()):
+            ids = ids.sort(dim=-1).values
             values, order = torch.sort(probs.gather(-1, ids), dim=-1, descending=True, stable=True)
             return values, ids.gather(-1, order)
     return torch.sort(probs, dim=-1, descending=True, stable=True)
@@ -147,19 +147,18 @@ def processed(
     return found.to(logits)
 
 
-def narrowed(logits: Tensor, settings: Settings) -> Tensor:
-    """Logits (..., vocab_size) after temperature, top_k, top_p and min_p, in this order: their softmax is drawn from.
-
-    At temperature 0 the likeliest token alone is left.
-    """
+def cooled(logits: Tensor, settings: Settings) -> Tensor:
+    """Logits (..., vocab_size) after temperature, which isn't 0, and top_k."""
     logits = logits.float()
-    likeliest_logit = logits.amax(dim=-1, keepdim=True)
-    if settings.temperature < torch.finfo(torch.float32).tiny:
-        first = logits.argmax(dim=-1, keepdim=True)
-        return torch.full_like(logits, NEVER).scatter(-1, first, 0.0)
-    logits = (logits - likeliest_logit) / settings.temperature  # without the difference it may overflow
-    if settings.top_k is not None:
-        logits = top_k(logits, settings.top_k)
+    logits = (
+        logits - logits.amax(dim=-1, keepdim=True)
+    ) / settings.temperature  # without the difference it may overflow
+    return logits if settings.top_k is None else top_k(logits, settings.top_k)
+
+
+def narrowed(logits: Tensor, settings: Settings) -> Tensor:
+    """Logits (..., vocab_size) after temperature, top_k, top_p and min_p, in this order: what is drawn from."""
+    logits = cooled(logits, settings)
     if settings.top_p < 1:
         logits = top_p(logits, settings.top_p)
     return min_p(logits, settings.min_p) if settings.min_p > 0 else logits
@@ -172,9 +171,11 @@ def sample(logits: Tensor, settings: Settings, uniform: Tensor | None = None) ->
     """
     if settings.temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
-    whole = settings if settings.min_p > 0 else replace(settings, top_p=1.0)  # else the draw itself looks for the mass
-    probs = torch.softmax(narrowed(logits, whole), dim=-1)
-    return sample_top_p(probs, 1.0 if settings.min_p > 0 else settings.top_p, uniform=uniform).squeeze(-1)
+    if settings.min_p > 0:
+        left, nucleus = narrowed(logits, settings), 1.0
+    else:
+        left, nucleus = cooled(logits, settings), settings.top_p  # which the draw itself looks for
+    return sample_top_p(torch.softmax(left, dim=-1), nucleus, uniform=uniform).squeeze(-1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ of a `Llama`; knows no sampling.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
@@ -19,6 +18,7 @@ from .checks import check_texts
 from .errors import LlamaError, shortened
 from .model import Transformer
 from .prefill import logprobs_within, prefill, walk
+from .settings import is_whole
 
 if TYPE_CHECKING:
     from .generation import Llama
@@ -131,7 +131,7 @@ def checked_stride(stride: int | None, size: int) -> int:
         raise LlamaError(f"max_seq_len is {size}, within which no token follows another: build with at least 2")
     if stride is None:
         return size // 2
-    if not isinstance(stride, Integral) or isinstance(stride, bool) or not 1 <= stride < size:
+    if not is_whole(stride, 1) or stride >= size:
         raise LlamaError(f"stride is {stride!r}, expected a whole number in [1, {size}), less than max_seq_len")
     return int(stride)
 
@@ -157,7 +157,7 @@ def not_finite(text: int, what: str, model: Transformer) -> LlamaError:
 
 def with_the_cache(llama: "Llama") -> tuple[Transformer, int]:
     """The model, whose KV cache no stream relies on any more, and the tokens that a pass of it takes."""
-    llama.streamer.current = object()
+    llama.streamer.take_cache()
     return llama.model, llama.streamer.prefill_chunk
 
 

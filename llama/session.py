@@ -6,7 +6,7 @@ Knows rows and the cache; knows no dialog and no text.
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Unpack
 
-from .rows import Row, Step
+from .rows import Row, Step, in_common
 from .settings import Options
 from .streaming import Asked
 
@@ -42,7 +42,7 @@ class Session:
 
     def _stream(self, row: Row, asked: Asked) -> Generator[Step, None, None]:
         streamer = self._llama.streamer
-        self.reused = self._in_common(row.prompt) if streamer.current is self._ticket else 0
+        self.reused = self._reusable(row.prompt) if streamer.current is self._ticket else 0
         self.prefilled = len(row.prompt) - self.reused
         self._cached = []  # what stands there if anything fails
         try:
@@ -54,7 +54,7 @@ class Session:
             raise
         self._cached = (row.prompt + row.answer)[: row.cached]
 
-    def _in_common(self, prompt: Sequence[int]) -> int:
+    def _reusable(self, prompt: Sequence[int]) -> int:
         """How many tokens the prompt begins with that are cached: all but its last, whose logits are wanted, at most.
 
         Where angles depend on a row's length, what is cached was turned by others: none.
@@ -62,5 +62,4 @@ class Session:
         scaling = self._llama.model.params.rope_scaling
         if scaling is not None and scaling.type == "dynamic":
             return 0
-        most = min(len(self._cached), len(prompt) - 1)
-        return next((i for i in range(most) if prompt[i] != self._cached[i]), most)
+        return in_common(self._cached, prompt[:-1])

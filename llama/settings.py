@@ -42,20 +42,25 @@ class RowOptions(Options, total=False):
     top_p: float
 
 
-class Wanted(Options, total=False):
-    """What `Llama.complete` takes by name beside these."""
+class Streamed(Options, total=False):
+    """What `Llama.complete` passes on to `Llama.stream`."""
+
+    top_logprobs: int
+    rows: Sequence[RowOptions | None] | None
+    lookup_ngram: int | None
+    speculate_k: int
+
+
+class Wanted(Streamed, total=False):
+    """What `Llama.complete` takes by name."""
 
     n: int
     best_of: int | None
     prompt_logprobs: bool
-    top_logprobs: int
-    rows: Sequence[RowOptions | None] | None
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
     num_return_sequences: int
-    lookup_ngram: int | None
-    speculate_k: int
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from . import parallel
 from .model import Transformer
-from .rows import Row, Step
-from .sampling import NEVER, processed, sample
-from .streaming import NONE_LEFT, Asked, Streamer, together_if_foreign, told
+from .rows import Row, Step, in_common
+from .streaming import Asked, Streamer, sampled, together_if_foreign, told
+from .transfer import exact_dtype
 
 Propose = Callable[[list[Row], list[int]], list[list[int]]]  # what may follow each row's own tokens, at most so many
 NOTHING = -3  # in the place of a token that wasn't chosen, since one before it wasn't what had been proposed
@@ -43,13 +43,7 @@ def looking_up(ngram: int) -> Propose:
 @torch.no_grad()
 def speculated(streamer: Streamer, rows: list[Row], asked: Asked, propose: Propose, most: int) -> Iterator[list[Step]]:
     """As `Streamer.run`, with up to 1 + `most` steps of each row after a pass, in their order."""
-    streamer.current = ticket = object()
-    streamer.proposed = streamer.kept = 0
-    rows, h, known = streamer.prefilled(rows, asked, 0)
-    if asked.echo:
-        yield streamer.echo(rows, known)
-        streamer.refuse_if_not(ticket)
-    live, h = streamer.keep([row for row in rows if row.left > 0], rows, h)
+    ticket, live, h = yield from streamer.begin(rows, asked)
     proposals: list[list[int]] = [[] for _ in live]
     states = h[:, None]  # (B, T, dim)
     while live:
@@ -77,8 +71,8 @@ def checked(
     streamer: Streamer, logits: Tensor, live: list[Row], proposals: list[list[int]], asked: Asked
 ) -> list[Step]:
     """Each row's steps, up to the first that isn't what was proposed: of logits (B, T, vocab_size)."""
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    chosen = torch.full((*logits.shape[:2], 2 + 2 * asked.top), NOTHING, dtype=dtype, device=logits.device)
+    shape = *logits.shape[:2], 2 + 2 * asked.top
+    chosen = torch.full(shape, NOTHING, dtype=exact_dtype(logits.device), device=logits.device)
     with together_if_foreign(live):
         if parallel.leads_group():
             for place, (row, own) in enumerate(zip(live, proposals, strict=True)):
@@ -101,21 +95,11 @@ def chosen_of(logits: Tensor, row: Row, proposed: list[int]) -> Tensor:
     """The tokens that a row gets, (up to T), of logits (T, vocab_size): each as if it were chosen by itself."""
     found: list[int] = []
     for own, guess in zip(logits, [*proposed, None], strict=False):
-        token = next_token(own, row, found)
+        token = int(sampled(own[None], [row], [found]))
         found.append(token)
         if token < 0 or token in row.stops or token != guess:
             break
     return torch.tensor(found, device=logits.device)
-
-
-def next_token(logits: Tensor, row: Row, ahead: list[int]) -> int:
-    """What a row gets after its answer and these tokens, of logits (vocab_size)."""
-    if row.settings.changes_logits:
-        logits = processed(logits, row.prompt, [*row.answer, *ahead], row.settings, row.stops)
-        if not bool((logits > NEVER).any()):
-            return NONE_LEFT
-    uniform = row.draw(len(ahead))[None, None].to(logits.device) if row.settings.temperature > 0 else None
-    return int(sample(logits[None], row.settings, uniform))
 
 
 class Drafting:
@@ -139,7 +123,7 @@ class Drafting:
             tokens = torch.zeros(len(rows), dtype=torch.long, device=h.device)
             with together_if_foreign(rows):
                 if parallel.leads_group():
-                    tokens[:] = torch.tensor([next_token(*each) for each in zip(logits, rows, found, strict=True)])
+                    tokens[:] = sampled(logits, rows, found)
             for own, token in zip(found, parallel.broadcast(tokens).tolist(), strict=True):
                 own.append(max(token, 0))
         return [own[:most] for own, most in zip(found, mosts, strict=True)]
@@ -167,9 +151,3 @@ class Drafting:
                 if own and len(self._fed[row.index]) == len(texts[place]):
                     last[place] = h[row.index, len(own) - 1]
         return torch.stack([state for state in last if state is not None])
-
-
-def in_common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many items two sequences begin with alike."""
-    most = min(len(a), len(b))
-    return most if a[:most] == b[:most] else next(i for i in range(most) if a[i] != b[i])

@@ -4,7 +4,7 @@ Knows the model, the KV cache and which row owns which of its slots; knows no fi
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .model import Transformer
 from .prefill import prefill
 from .rows import Row, Step
 from .sampling import NEVER, processed, sample, token_logprobs
-from .transfer import Arriving, sent
+from .transfer import Arriving, exact_dtype, sent
 
 NOT_FINITE, NONE_LEFT = -1, -2  # in the place of a token
 
@@ -50,12 +50,7 @@ class Streamer:
 
         Rows with the same prompt share its prefill. cached: tokens of a single row's prompt that its slot already has.
         """
-        self.current = ticket = object()
-        rows, h, known = self.prefilled(rows, asked, cached)
-        if asked.echo:
-            yield self.echo(rows, known)
-            self.refuse_if_not(ticket)
-        live, h = self.keep([row for row in rows if row.left > 0], rows, h)
+        ticket, live, h = yield from self.begin(rows, asked, cached)
         while live:
             picked = self._choose(self.model.logits(h), live, asked)
             arriving, next_live = Arriving(picked), live
@@ -68,16 +63,37 @@ class Streamer:
                 return
             self.refuse_if_not(ticket)
             if self.ahead:
-                live, h = self.keep(going, next_live, h)
+                live, h = self._keep(going, next_live, h)
             else:
                 live, h = self._decode(going, live, picked[0])
+
+    def begin(
+        self, rows: list[Row], asked: Asked, cached: int = 0
+    ) -> Generator[list[Step], None, tuple[object, list[Row], Tensor]]:
+        """Prefill, and yield the prompts where they are asked.
+
+        Returns what to `refuse_if_not` with, the rows that go on, in the order of their slots, and hidden states of
+        their last tokens (B, dim).
+        """
+        ticket = self.take_cache()
+        self.proposed = self.kept = 0
+        rows, h, known = self._prefill(rows, asked, cached)
+        if asked.echo:
+            yield self._echo(rows, known)
+            self.refuse_if_not(ticket)
+        return ticket, *self._keep([row for row in rows if row.left > 0], rows, h)
+
+    def take_cache(self) -> object:
+        """End whatever stream relies on the KV cache; what comes back is whose it is now."""
+        self.current = object()
+        return self.current
 
     def refuse_if_not(self, ticket: object) -> None:
         """To be called after each yield and before the cache is touched: a caller may have started another stream."""
         if self.current is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
 
-    def prefilled(
+    def _prefill(
         self, rows: list[Row], asked: Asked, cached: int
     ) -> tuple[list[Row], Tensor, Mapping[tuple[int, ...], list[float]]]:
         """(rows in the order of their slots, hidden states of their last tokens (B, dim), logprobs of each prompt)."""
@@ -94,7 +110,7 @@ class Streamer:
             h = h[[slots[tuple(row.prompt)] for row in rows]]
         return rows, h, dict(zip(slots, known or (), strict=False))
 
-    def keep(self, keep: list[Row], rows: list[Row], x: Tensor) -> tuple[list[Row], Tensor]:
+    def _keep(self, keep: list[Row], rows: list[Row], x: Tensor) -> tuple[list[Row], Tensor]:
         """The rows to keep, which now own the first slots, in their order; and what x, (B, ...), has of them."""
         kept = self.compact(rows, keep)
         if len(kept) == len(rows):
@@ -103,11 +119,11 @@ class Streamer:
         return kept, x[sent(torch.tensor([places[row.index] for row in kept], dtype=torch.long), self._device)]
 
     def _decode(self, keep: list[Row], rows: list[Row], tokens: Tensor) -> tuple[list[Row], Tensor]:
-        """`keep`, and one forward pass over the token of each row that is kept: (rows, hidden states (B, dim)).
+        """`_keep`, and one forward pass over the token of each row that is kept: (rows, hidden states (B, dim)).
 
         tokens: (B), of all rows.
         """
-        rows, tokens = self.keep(keep, rows, tokens)
+        rows, tokens = self._keep(keep, rows, tokens)
         if not rows:
             return rows, tokens
         start_pos = torch.tensor([row.cached for row in rows], pin_memory=self._device.type == "cuda")  # (B)
@@ -120,36 +136,12 @@ class Streamer:
 
         logits: (B, vocab_size). Chosen on the group's first rank, for all.
         """
-        dtype = torch.float32 if self._device.type == "mps" else torch.float64
-        picked = torch.zeros(2 + 2 * asked.top, len(live), dtype=dtype, device=self._device)  # in one message
+        shape = 2 + 2 * asked.top, len(live)
+        picked = torch.zeros(shape, dtype=exact_dtype(self._device), device=self._device)  # in one message
         with together_if_foreign(live):
             if parallel.leads_group():
-                picked[:] = told(logits, self._sample(logits, live), asked)
+                picked[:] = told(logits, sampled(logits, live, [[]] * len(live)), asked)
         return parallel.broadcast(picked)
-
-    def _sample(self, logits: Tensor, live: list[Row]) -> Tensor:
-        """The next token of each row: logits (B, vocab_size) -> (B)."""
-        changed = [place for place, row in enumerate(live) if row.settings.changes_logits]
-        if changed:
-            logits = logits.clone()
-        for place in changed:
-            row = live[place]
-            logits[place] = processed(logits[place], row.prompt, row.answer, row.settings, row.stops)
-        alike: dict[tuple[object, ...], list[int]] = {}  # places of rows that are sampled together
-        for place, row in enumerate(live):
-            alike.setdefault(row.settings.narrowing, []).append(place)
-        tokens = torch.empty(len(live), dtype=torch.long, device=logits.device)
-        for places in alike.values():
-            settings, uniform = live[places[0]].settings, None
-            if settings.temperature > 0:
-                uniform = sent(torch.stack([live[place].draw(0) for place in places])[:, None], self._device)  # (B, 1)
-            own = logits if len(places) == len(live) else logits[places]
-            found = sample(own, settings, uniform)
-            if own is logits:
-                tokens = found
-            else:
-                tokens[places] = found
-        return tokens.where((logits > NEVER).any(dim=-1), NONE_LEFT) if changed else tokens
 
     def _accept(self, picked: Tensor, live: list[Row], asked: Asked) -> list[Step]:
         """What `_choose` picked, now on the CPU, as the next step of each row."""
@@ -186,7 +178,7 @@ class Streamer:
                 rows[slot] = rows[source]
         return rows[: len(keep)]
 
-    def echo(self, rows: list[Row], known: Mapping[tuple[int, ...], list[float]]) -> list[Step]:
+    def _echo(self, rows: list[Row], known: Mapping[tuple[int, ...], list[float]]) -> list[Step]:
         """The prompts' own tokens as steps; known: their logprobs, where asked for."""
         steps = []
         for row in sorted(rows, key=lambda row: row.index):
@@ -207,6 +199,30 @@ def together_if_foreign(rows: list[Row]) -> contextlib.AbstractContextManager[No
     return parallel.together(parallel.group()) if foreign else contextlib.nullcontext()
 
 
+def sampled(logits: Tensor, rows: list[Row], ahead: Sequence[list[int]]) -> Tensor:
+    """What each row gets next, after its answer and the tokens `ahead`: logits (B, vocab_size) -> (B)."""
+    changed = [place for place, row in enumerate(rows) if row.settings.changes_logits]
+    if changed:
+        logits = logits.clone()
+    for place in changed:
+        row = rows[place]
+        logits[place] = processed(logits[place], row.prompt, row.answer + ahead[place], row.settings, row.stops)
+    alike: dict[tuple[object, ...], list[int]] = {}  # places of rows that are sampled together
+    for place, row in enumerate(rows):
+        alike.setdefault(row.settings.narrowing, []).append(place)
+    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
+    for places in alike.values():
+        settings, uniform = rows[places[0]].settings, None
+        if settings.temperature > 0:
+            draws = torch.stack([rows[place].draw(len(ahead[place])) for place in places])
+            uniform = sent(draws[:, None], logits.device)  # (B, 1)
+        if len(places) == len(rows):
+            tokens = sample(logits, settings, uniform)
+        else:
+            tokens[places] = sample(logits[places], settings, uniform)
+    return tokens.where((logits > NEVER).any(dim=-1), NONE_LEFT) if changed else tokens
+
+
 def told(logits: Tensor, tokens: Tensor, asked: Asked) -> Tensor:
     """What steps tell of tokens (B) that were chosen from logits (B, vocab_size): (2 + 2 top, B).
 
@@ -218,4 +234,4 @@ def told(logits: Tensor, tokens: Tensor, asked: Asked) -> Tensor:
         best = logits.topk(asked.top)  # (B, top)
         chances = token_logprobs(logits[:, None].expand(-1, asked.top, -1), best.indices)  # (B, top)
         lines += [line for pair in zip(best.indices.T, chances.T, strict=True) for line in pair]
-    return torch.stack([line.double() if logits.device.type != "mps" else line.float() for line in lines])
+    return torch.stack([line.to(exact_dtype(logits.device)) for line in lines])

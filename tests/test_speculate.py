@@ -127,22 +127,32 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(llama: Llama) -> None:
     assert len(fewer) < 0.8 * len(plain) and llama.acceptance > 0.5
     llama.complete([[0, 1]], 1, lookup_ngram=2)
     assert llama.acceptance is None, "nothing was proposed"
+    list(llama.stream([[0, 1]], lookup_ngram=2, **shared))
+    llama.complete([[0, 1]], 1)
+    assert llama.acceptance is None, "the last call is a plain one"
 
 
-def test_on_two_ranks(directory: Path, llama: Llama, tmp_path: Path) -> None:
+def on_two_ranks(directory: Path, tmp_path: Path, built: str, asked: str) -> list[str]:
+    """(tokens, acceptance) that each rank says of an answer. built, asked: arguments, as Python."""
     program = tmp_path / "speculating.py"
     program.write_text(
         "import os, sys\n"
         "from llama import Llama\n"
-        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r})\n"
-        "found = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1, lookup_ngram=1, repetition_penalty=0.6)\n"
-        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr([one.tokens for one in found]))\n"
+        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r}{built})\n"
+        f"found = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1{asked})\n"
+        "told = [one.tokens for one in found], llama.acceptance\n"
+        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr(told))\n"
     )
     done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
     assert done.returncode == 0, done.stderr
+    return [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]
+
+
+def test_on_two_ranks(directory: Path, llama: Llama, tmp_path: Path) -> None:
     expected = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1, repetition_penalty=0.6)
-    for rank in range(2):
-        assert (tmp_path / f"out.{rank}").read_text() == repr([one.tokens for one in expected])
+    told = on_two_ranks(directory, tmp_path, "", ", lookup_ngram=1, repetition_penalty=0.6")
+    for one in told:
+        assert one.startswith(f"({[answer.tokens for answer in expected]!r}, ")
 
 
 @pytest.mark.parametrize(
@@ -209,20 +219,9 @@ def test_the_model_itself_is_always_right(llama: Llama, temperature: float) -> N
 
 
 def test_a_draft_on_two_ranks(directory: Path, drafted: Llama, tmp_path: Path) -> None:
-    program = tmp_path / "drafting.py"
-    program.write_text(
-        "import os, sys\n"
-        "from llama import Llama\n"
-        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r}, draft_ckpt_dir=sys.argv[1])\n"
-        "found = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1)\n"
-        "told = [one.tokens for one in found], llama.acceptance\n"
-        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr(told))\n"
-    )
-    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
-    assert done.returncode == 0, done.stderr
     expected = drafted.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1)
-    for rank in range(2):
-        assert (tmp_path / f"out.{rank}").read_text() == repr(([one.tokens for one in expected], 1.0))
+    told = on_two_ranks(directory, tmp_path, ", draft_ckpt_dir=sys.argv[1]", "")
+    assert told == [repr(([one.tokens for one in expected], 1.0))] * 2
 
 
 def test_another_vocabulary_is_refused(directory: Path, tmp_path: Path) -> None:
