@@ -12,7 +12,7 @@ from .bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan, carry_out, counts
 from .charts import Chart
 from .chat import talk
 from .checkpoint import survey
-from .checks import check_count, check_room, check_texts
+from .checks import check_count, check_room, check_speculation, check_texts
 from .cli import checkpoint_or_demo, errors_in_one_line
 from .convert import convert
 from .errors import LlamaError, printable
@@ -25,7 +25,8 @@ from .parallel import initialize, is_printer, named_dtype
 from .peers import PEERS
 from .remote import is_url
 from .screen import say
-from .settings import RowOptions, Settings
+from .settings import RowOptions, Settings, Speculation, TurnOptions
+from .speculate import SPECULATE_K
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -44,6 +45,9 @@ def model_options() -> argparse.ArgumentParser:
     add("--max_gen_len", type=int, help="longest answer, in tokens (default: what fits in max_seq_len)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", help="bfloat16, float16, float32, or auto: the files' (default: the best for the device)")
+    add("--draft_ckpt_dir", help="a smaller model of the same vocabulary, to propose tokens: the same text, sooner")
+    add("--lookup_ngram", type=int, help="propose what followed the last so many tokens in the text before")
+    add("--speculate_k", type=int, default=SPECULATE_K, help="tokens to propose at a time (default: %(default)s)")
     add("--seed", type=int, default=1, help="the same seed gives the same text (default: %(default)s)")
     add_form(options)
     return options
@@ -128,6 +132,7 @@ def build(options: argparse.Namespace, max_batch_size: int = 1) -> Llama:
         max_seq_len=options.max_seq_len,
         max_batch_size=max_batch_size,
         seed=options.seed,
+        draft_ckpt_dir=options.draft_ckpt_dir,
         compile=options.compile,
         quantization=options.quantization,
         device=options.device,
@@ -169,8 +174,14 @@ def settings_of(options: argparse.Namespace) -> RowOptions:
     return found
 
 
+def speculation_of(options: argparse.Namespace) -> Speculation:
+    """How tokens are to be proposed. Raises LlamaError for what can't be."""
+    check_speculation(options.lookup_ngram, options.speculate_k)
+    return {"lookup_ngram": options.lookup_ngram, "speculate_k": options.speculate_k}
+
+
 def chat(options: argparse.Namespace) -> None:
-    settings = settings_of(options)
+    settings: TurnOptions = {**settings_of(options), **speculation_of(options)}
     talk(build(options), options.system, settings)
 
 
@@ -190,12 +201,12 @@ def complete(options: argparse.Namespace) -> None:
     if given := [name for name, value in of_files.items() if value]:
         raise LlamaError(f"--{given[0]} belongs to --input, and a text was given")
     check_texts([options.text])
-    settings = settings_of(options)
+    settings: TurnOptions = {**settings_of(options), **speculation_of(options)}
     llama = build(options)
     prompt = llama.tokenizer.encode(options.text, bos=True, eos=False)
     check_room(prompt, options.max_seq_len)
-    for (step,) in llama.stream([prompt], **settings):
-        say(step.text, end="")
+    for steps in llama.stream([prompt], **settings):
+        say("".join(step.text for step in steps), end="")
     say("")
 
 
@@ -210,7 +221,7 @@ def complete_lines(options: argparse.Namespace) -> None:
     about = {name: getattr(options, name) for name in names}
     about["ckpt_dir"] = ckpt_dir if is_url(ckpt_dir) else os.path.realpath(ckpt_dir)
     made = (options.input, options.output, {**settings_of(options)}, options.seed, about, options.force)
-    summary = complete_file(*made, lambda: build(options, rows))
+    summary = complete_file(*made, lambda: build(options, rows), speculation_of(options))
     if summary is not None and sys.stderr is not None:
         print(printable(summary), file=sys.stderr)
 

@@ -17,7 +17,7 @@ from .generation import Llama
 from .keyboard import Keyboard
 from .screen import aside, at_terminal, say
 from .session import Session
-from .settings import RowOptions
+from .settings import TurnOptions
 from .tokenizer import Message
 
 GREETING = '(/help lists commands, """ begins a text of more lines, Ctrl-C stops an answer)'
@@ -59,7 +59,7 @@ class Stats:
 class Chat:
     """One dialog, on every rank alike: what is decided on rank 0 alone comes through the keyboard."""
 
-    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: RowOptions):
+    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: TurnOptions):
         self._llama, self._keyboard, self._sampling = llama, keyboard, sampling
         self._session = Session(llama)
         self._dialog = Dialog(system)
@@ -158,7 +158,9 @@ class Chat:
         if full:
             aside(f"(the window of {window} tokens is full: the answer ends here)")
         if self._shows_stats:
-            aside(f"({stats}, {self._session.prefilled} prefilled, {self._session.reused} reused)")
+            right = self._llama.acceptance
+            proposed = "" if right is None else f", {right:.0%} of proposed tokens right"
+            aside(f"({stats}, {self._session.prefilled} prefilled, {self._session.reused} reused{proposed})")
         return text
 
     # --- commands ---------------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class Chat:
         aside(told if self._shows_stats else "(an answer's speed is no longer told)")
 
 
-def talk(llama: Llama, system: str | None, sampling: RowOptions) -> None:
+def talk(llama: Llama, system: str | None, sampling: TurnOptions) -> None:
     """Talk until /quit or the end of the input; see `llama.settings` for sampling."""
     with Keyboard() as keyboard:
         if at_terminal():

@@ -44,6 +44,12 @@ def check_draft(directory: str | Path, vocab_size: int, expected: int) -> None:
         )
 
 
+def check_speculation(lookup_ngram: object, speculate_k: object) -> None:
+    check_count("speculate_k", speculate_k)
+    if lookup_ngram is not None:
+        check_count("lookup_ngram", lookup_ngram)
+
+
 def check_best_of(best_of: int, n: int) -> None:
     check_count("best_of", best_of)
     if best_of < n:
@@ -136,18 +142,20 @@ def agreed_quantization(
     return stored or asked
 
 
-def check_memory(args: ModelArgs, place: Place, bits: float | None = None) -> None:
+def check_memory(args: ModelArgs, place: Place, bits: float | None = None, beside: int = 0) -> None:
     """Refuse, with the arithmetic, what can't fit: on a GPU a rank's share, on the CPU that of all ranks together.
 
-    bits: of a number of the matrices, where they are rounded.
+    bits: of a number of the matrices, where they are rounded. beside: bytes of a draft model.
     """
     weights, cache = memory_needed(args, place.mp_size, place.dtype, bits)
     ranks = 1 if place.device.type == "cuda" else place.world_size
     have = available_memory(place.device)
-    if ranks * (weights + cache) > have:
+    total = ranks * (weights + cache + beside)
+    if total > have:
+        draft = f" + {beside / 1e9:.2f} GB of the draft model" if beside else ""
         raise LlamaError(
             f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache (max_batch_size="
-            f"{args.max_batch_size} x max_seq_len={args.max_seq_len}) in {place.dtype}, {ranks} x on {place.device} = "
-            f"{ranks * (weights + cache) / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: "
+            f"{args.max_batch_size} x max_seq_len={args.max_seq_len}){draft} in {place.dtype}, {ranks} x on "
+            f"{place.device} = {total / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: "
             "lower max_seq_len or max_batch_size, or use more ranks"
         )

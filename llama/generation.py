@@ -19,17 +19,16 @@ from torch import Tensor
 from . import parallel
 from .beams import Beams, beam_search
 from .chat_template import formatter
-from .checkpoint import find_tokenizer, load_model, open_checkpoint
+from .checkpoint import find_tokenizer
 from .checks import (
-    agreed_quantization,
     check_best_of,
     check_count,
     check_draft,
     check_list,
     check_memory,
     check_prompts,
-    check_ranks,
     check_seed,
+    check_speculation,
     check_texts,
     check_token_ids,
     check_vocabulary,
@@ -37,14 +36,14 @@ from .checks import (
 from .hf_tokenizer import HFTokenizer, open_tokenizer
 from .inference import Form
 from .model import Transformer
+from .opened import on_this_machine, opened
 from .panels import Quantization, bits_of
-from .remote import cache_directory, is_url, local_copy
 from .results import ChatPrediction, Completion, CompletionPrediction, best_of_each, details, drained
 from .rows import Row, Step
 from .sampling import processed, sample_top_p
 from .scoring import Pooling, Score, embed, score
 from .settings import Options, RowOptions, Settings, Streamed, Wanted, settings_of_rows
-from .speculate import Drafting, Propose, looking_up, speculated
+from .speculate import SPECULATE_K, Drafting, looking_up, speculated
 from .stopping import StopFinder
 from .streaming import Asked, Streamer
 from .tokenizer import Dialog, Message, Tokenizer
@@ -93,44 +92,23 @@ class Llama:
         """
         form = Form(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
-        if is_url(ckpt_dir):
-            with parallel.together(parallel.patient_group()):
-                if parallel.leads_machine():
-                    local_copy(str(ckpt_dir))
-            ckpt_dir = cache_directory(str(ckpt_dir))
+        directories = [on_this_machine(one) for one in (ckpt_dir, draft_ckpt_dir) if one is not None]
         today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
         with parallel.together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
             check_count("prefill_chunk", prefill_chunk)
             check_seed(seed)
-            checkpoint = open_checkpoint(ckpt_dir)
-            args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
-            stored = checkpoint.quantization
-            form = replace(form, quantization=agreed_quantization(checkpoint.directory, stored, quantization))
-            if dtype == "auto":
-                place = replace(place, dtype=checkpoint.dtype)
-            tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
-            check_vocabulary(args, tokenizer)
-            check_memory(args, place, bits_of(form.quantization))
-        model = load_model(checkpoint, args, place, form.take)
-        form.finish(model)
-        draft = None
-        if draft_ckpt_dir is not None:
-            draft = Llama.build(
-                draft_ckpt_dir,
-                tokenizer_path,
-                max_seq_len,
-                max_batch_size,
-                model_parallel_size,
-                device=device,
-                dtype=dtype,
-                compile=compile,
-                quantization=quantization,
-                prefill_chunk=prefill_chunk,
-            ).model
-            check_draft(draft_ckpt_dir, draft.vocab_size, model.vocab_size)
+            sizes = max_seq_len, max_batch_size
+            found, *drafts = [opened(one, place, form, *sizes, dtype == "auto") for one in directories]
+            tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(found.checkpoint))
+            check_vocabulary(found.args, tokenizer)
+            for one in drafts:
+                check_draft(one.checkpoint.directory, one.args.vocab_size, found.args.vocab_size)
+            beside = sum(sum(one.memory) for one in drafts)
+            check_memory(found.args, found.place, bits_of(found.form.quantization), beside)
+        model, *smaller = [one.load() for one in (found, *drafts)]
+        draft = smaller[0] if smaller else None
         return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk, draft=draft)
 
     def __init__(
@@ -147,7 +125,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.formatter = formatter(tokenizer, today or datetime.now())
         self.streamer = Streamer(model, prefill_chunk)
-        self.draft = draft
+        self._drafting = None if draft is None else Drafting(draft, prefill_chunk)
         self._seed = seed
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
 
@@ -164,7 +142,7 @@ class Llama:
         top_logprobs: int = 0,
         rows: Sequence[RowOptions | None] | None = None,
         lookup_ngram: int | None = None,
-        speculate_k: int = 5,
+        speculate_k: int = SPECULATE_K,
         **options: Unpack[Options],
     ) -> Iterator[list[Step]]:
         """Generate from each prompt, yielding after every forward pass one `Step` for each row still going.
@@ -183,15 +161,7 @@ class Llama:
         """
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
         made, asked = self.rows(prompt_tokens, n, shared, rows, top_logprobs), Asked(logprobs, echo, top_logprobs)
-        check_count("speculate_k", speculate_k)
-        if lookup_ngram is not None:
-            check_count("lookup_ngram", lookup_ngram)
-            propose: Propose = looking_up(lookup_ngram)
-        elif self.draft is not None:
-            propose = Drafting(self.draft, self.streamer.prefill_chunk, len(made))
-        else:
-            return self.streamer.run(made, asked)
-        return speculated(self.streamer, made, asked, propose, speculate_k)
+        return self.steps(made, asked, lookup_ngram, speculate_k)
 
     @property
     def acceptance(self) -> float | None:
@@ -339,6 +309,17 @@ class Llama:
         prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
         pairs = zip(prompts, settings, strict=True)
         return [self._row(i * n + j, prompt, one, j) for i, (prompt, one) in enumerate(pairs) for j in range(n)]
+
+    def steps(
+        self, rows: list[Row], asked: Asked, lookup_ngram: int | None, speculate_k: int, cached: int = 0
+    ) -> Iterator[list[Step]]:
+        """The rows' steps, with proposals where there are any. cached: see `Streamer.run`."""
+        with parallel.together(parallel.group()):
+            check_speculation(lookup_ngram, speculate_k)
+        propose = self._drafting if lookup_ngram is None else looking_up(lookup_ngram)
+        if propose is None:
+            return self.streamer.run(rows, asked, cached)
+        return speculated(self.streamer, rows, asked, propose, speculate_k, cached)
 
     def _searched(self, prompt_tokens: Sequence[Sequence[int]], beams: Beams, settings: Settings) -> list[Completion]:
         """The best beams of the first prompt, then of the second ..."""

@@ -29,7 +29,7 @@ from .generation import Llama
 from .parallel import broadcast_object, is_printer, patient_group, together
 from .part import Part, beside
 from .results import Completion, details
-from .settings import NAMES, Settings, Wanted, is_whole
+from .settings import NAMES, Settings, Speculation, Wanted, is_whole
 
 OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}  # that a line may have
 FOREIGN = (Wanted.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - OPTIONS  # that it seems to have
@@ -202,16 +202,16 @@ class Files:
         return f"{self.part.output}: {counts}{before}"
 
 
-def answers(llama: Llama, jobs: Sequence[Job]) -> list[list[Completion] | LlamaError]:
+def answers(llama: Llama, jobs: Sequence[Job], speculation: Speculation) -> list[list[Completion] | LlamaError]:
     """n answers to each, or why there are none. All ranks make the same calls, and get the same errors."""
-    n = jobs[0].n
+    n, logprobs = jobs[0].n, any(job.logprobs for job in jobs)
     prompts, settings = [job.prompt for job in jobs], [job.settings for job in jobs]
     try:
-        found = llama.complete(prompts, logprobs=any(job.logprobs for job in jobs), n=n, rows=settings)  # type: ignore[arg-type]
+        found = llama.complete(prompts, logprobs=logprobs, n=n, rows=settings, **speculation)  # type: ignore[arg-type]
     except LlamaError as e:
         if len(jobs) == 1:
             return [e]
-        return [one for job in jobs for one in answers(llama, [job])]  # alone, the others have no error
+        return [one for job in jobs for one in answers(llama, [job], speculation)]  # alone, the others have no error
     return [found[start : start + n] for start in range(0, len(found), n)]
 
 
@@ -229,7 +229,12 @@ def record(llama: Llama, job: Job, found: list[Completion] | LlamaError) -> dict
 
 
 def answer_all(
-    llama: Llama, files: Files | None, shared: Mapping[str, Any], seed: int, ranks: ProcessGroup | None
+    llama: Llama,
+    files: Files | None,
+    shared: Mapping[str, Any],
+    seed: int,
+    speculation: Speculation,
+    ranks: ProcessGroup | None,
 ) -> None:
     """A record to every line that lacks one. files: on the rank that has them, which tells the others what to do."""
     work = files.batches(llama, shared, seed) if files else iter(())
@@ -243,7 +248,7 @@ def answer_all(
             if (batch := broadcast_object(batch, ranks)) is None:
                 return
             begun = time.monotonic()
-            found = answers(llama, batch)
+            found = answers(llama, batch, speculation)
             seconds += time.monotonic() - begun
             tokens += sum(len(one.tokens) for group in found if isinstance(group, list) for one in group)
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
@@ -261,12 +266,14 @@ def complete_file(
     about: Mapping[str, Any],
     force: bool,
     build: Callable[[], Llama],
+    speculation: Speculation,
 ) -> str | None:
     """Answer every line of `source` that has no record yet; then `output` has them all. Called on all ranks alike.
 
     shared: settings of lines that have none of their own. seed: what lines without a seed have theirs from. about: what
-    else makes the text what it is, such as the checkpoint's name. build: gives the model, where one is needed. Returns,
-    on the rank that talks to the user, how it went. Raises LlamaError, on all ranks.
+    else makes the text what it is, such as the checkpoint's name. build: gives the model, where one is needed.
+    speculation: how tokens are proposed. Returns, on the rank that talks to the user, how it went. Raises LlamaError,
+    on all ranks.
     """
     ranks = patient_group()  # one of them may read for long while the others wait
     files = None
@@ -275,7 +282,7 @@ def complete_file(
         if is_printer():
             files = Files(source, output, {**about, **shared, "seed": seed}, force)
     if broadcast_object(files.left if files else 0, ranks):
-        answer_all(build(), files, shared, seed, ranks)
+        answer_all(build(), files, shared, seed, speculation, ranks)
     with together(ranks):
         if files:
             files.part.finish()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from .rows import Row, Step, in_common
 from .settings import Options
+from .speculate import SPECULATE_K
 from .streaming import Asked
 
 if TYPE_CHECKING:
@@ -33,22 +34,27 @@ class Session:
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
+        *,
+        lookup_ngram: int | None = None,
+        speculate_k: int = SPECULATE_K,
         **options: Unpack[Options],
     ) -> Generator[Step, None, None]:
         """As `Llama.stream` of one prompt, the whole conversation so far; the same tokens, sooner."""
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
         (row,) = self._llama.rows([prompt_tokens], 1, shared, None, 0)
-        return self._stream(row, Asked(logprobs))
+        return self._stream(row, Asked(logprobs), lookup_ngram, speculate_k)
 
-    def _stream(self, row: Row, asked: Asked) -> Generator[Step, None, None]:
+    def _stream(
+        self, row: Row, asked: Asked, lookup_ngram: int | None, speculate_k: int
+    ) -> Generator[Step, None, None]:
         streamer = self._llama.streamer
         self.reused = self._reusable(row.prompt) if streamer.current is self._ticket else 0
         self.prefilled = len(row.prompt) - self.reused
         self._cached = []  # what stands there if anything fails
         try:
-            for (step,) in streamer.run([row], asked, self.reused):
+            for steps in self._llama.steps([row], asked, lookup_ngram, speculate_k, self.reused):
                 self._ticket = streamer.current
-                yield step
+                yield from steps
         except GeneratorExit:  # a caller who has heard enough
             self._cached = (row.prompt + row.answer)[: row.cached]
             raise

@@ -42,13 +42,22 @@ class RowOptions(Options, total=False):
     top_p: float
 
 
-class Streamed(Options, total=False):
+class Speculation(TypedDict, total=False):
+    """How tokens are proposed, which changes no text."""
+
+    lookup_ngram: int | None
+    speculate_k: int
+
+
+class TurnOptions(RowOptions, Speculation, total=False):
+    """What `Session.stream` takes."""
+
+
+class Streamed(Options, Speculation, total=False):
     """What `Llama.complete` passes on to `Llama.stream`."""
 
     top_logprobs: int
     rows: Sequence[RowOptions | None] | None
-    lookup_ngram: int | None
-    speculate_k: int
 
 
 class Wanted(Streamed, total=False):

@@ -5,6 +5,7 @@ sampled or not. What is saved is passes. Knows rows and a streamer; knows no tex
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from .rows import Row, Step, in_common
 from .streaming import Asked, Streamer, sampled, together_if_foreign, told
 from .transfer import exact_dtype
 
+SPECULATE_K = 5  # tokens that are proposed at a time
 Propose = Callable[[list[Row], list[int]], list[list[int]]]  # what may follow each row's own tokens, at most so many
-NOTHING = -3  # in the place of a token that wasn't chosen, since one before it wasn't what had been proposed
 
 
 def lookup(tokens: Sequence[int], ngram: int, most: int) -> list[int]:
@@ -41,9 +42,11 @@ def looking_up(ngram: int) -> Propose:
 
 
 @torch.no_grad()
-def speculated(streamer: Streamer, rows: list[Row], asked: Asked, propose: Propose, most: int) -> Iterator[list[Step]]:
+def speculated(
+    streamer: Streamer, rows: list[Row], asked: Asked, propose: Propose, most: int, cached: int = 0
+) -> Iterator[list[Step]]:
     """As `Streamer.run`, with up to 1 + `most` steps of each row after a pass, in their order."""
-    ticket, live, h = yield from streamer.begin(rows, asked)
+    ticket, live, h = yield from streamer.begin(rows, asked, cached)
     proposals: list[list[int]] = [[] for _ in live]
     states = h[:, None]  # (B, T, dim)
     while live:
@@ -70,48 +73,42 @@ def look_at(model: Transformer, rows: list[Row], proposals: list[list[int]]) -> 
 def checked(
     streamer: Streamer, logits: Tensor, live: list[Row], proposals: list[list[int]], asked: Asked
 ) -> list[Step]:
-    """Each row's steps, up to the first that isn't what was proposed: of logits (B, T, vocab_size)."""
-    shape = *logits.shape[:2], 2 + 2 * asked.top
-    chosen = torch.full(shape, NOTHING, dtype=exact_dtype(logits.device), device=logits.device)
+    """Each row's steps, up to the first that isn't what was proposed: of logits (B, T, vocab_size).
+
+    All of them are chosen at once, as if all proposals were right: those that come after a wrong one aren't looked at.
+    """
+    counts = [1 + len(own) for own in proposals]
+    told_of = torch.zeros(2 + 2 * asked.top, sum(counts), dtype=exact_dtype(logits.device), device=logits.device)
     with together_if_foreign(live):
         if parallel.leads_group():
-            for place, (row, own) in enumerate(zip(live, proposals, strict=True)):
-                found = chosen_of(logits[place], row, own)
-                chosen[place, : len(found)] = told(logits[place, : len(found)], found, asked).T
+            wanted = torch.cat([own[:count] for own, count in zip(logits, counts, strict=True)])  # (sum, vocab_size)
+            each = [row for row, count in zip(live, counts, strict=True) for _ in range(count)]
+            ahead = [own[:i] for own in proposals for i in range(1 + len(own))]  # if these are right
+            told_of[:] = told(wanted, sampled(wanted, each, ahead), asked)
+    lines = iter(parallel.broadcast(told_of).T.tolist())
     steps: list[Step] = []
-    for row, own, lines in zip(live, proposals, parallel.broadcast(chosen).tolist(), strict=True):
+    for row, own, count in zip(live, proposals, counts, strict=True):
         before = len(steps)
-        for line in lines:
-            if line[0] == NOTHING or row.finish_reason is not None:  # an answer may end before what was chosen does
-                break
+        for line, guess in zip(list(islice(lines, count)), [*own, None], strict=True):
             steps.append(streamer.accepted(row, line, asked))
+            if row.finish_reason is not None or line[0] != guess:
+                break
         row.cached = row.position - 1  # whatever stands beyond was proposed in vain
         streamer.proposed += len(own)
         streamer.kept += len(steps) - before - 1
     return steps
 
 
-def chosen_of(logits: Tensor, row: Row, proposed: list[int]) -> Tensor:
-    """The tokens that a row gets, (up to T), of logits (T, vocab_size): each as if it were chosen by itself."""
-    found: list[int] = []
-    for own, guess in zip(logits, [*proposed, None], strict=False):
-        token = int(sampled(own[None], [row], [found]))
-        found.append(token)
-        if token < 0 or token in row.stops or token != guess:
-            break
-    return torch.tensor(found, device=logits.device)
-
-
 class Drafting:
     """Proposes what a smaller model says, which chooses by the rows' own draws: so it often says what the model will.
 
-    The slots of its cache are the rows' indices, of which there are `count`; those of rows that ended go along idly.
+    A row's slot of its cache is the row's index; what stands there from an earlier stream is used again.
     """
 
-    def __init__(self, model: Transformer, chunk: int, count: int):
+    def __init__(self, model: Transformer, chunk: int):
         self._model = model
-        self._chunk = max(chunk // count, 1)
-        self._fed: list[list[int]] = [[] for _ in range(count)]  # tokens whose keys and values each slot has
+        self._chunk = chunk
+        self._fed: list[list[int]] = [[] for _ in range(model.params.max_batch_size)]  # what each slot has cached
 
     def __call__(self, rows: list[Row], mosts: list[int]) -> list[list[int]]:
         found: list[list[int]] = [[] for _ in rows]
@@ -133,21 +130,23 @@ class Drafting:
 
         None where padding would not fit the cache: the last few tokens of a full window are chosen one by one.
         """
-        last: list[Tensor | None] = [None] * len(rows)
-        for row, text in zip(rows, texts, strict=True):
-            del self._fed[row.index][in_common(self._fed[row.index], text[:-1]) :]
-        while any(state is None for state in last):
-            new = [text[len(self._fed[row.index]) :][: self._chunk] for row, text in zip(rows, texts, strict=True)]
-            longest = max(map(len, new))
-            tokens, starts = [[0] * longest for _ in self._fed], [0] * len(self._fed)
-            for row, own in zip(rows, new, strict=True):
-                tokens[row.index][: len(own)], starts[row.index] = own, len(self._fed[row.index])
+        slots = {row.index: place for place, row in enumerate(rows)}
+        count = max(slots) + 1
+        for slot, fed in enumerate(self._fed[:count]):  # the slots of rows that ended go along idly, from 0 on
+            del fed[in_common(fed, texts[slots[slot]][:-1]) if slot in slots else 0 :]
+        chunk = max(self._chunk // count, 1)
+        last: dict[int, Tensor] = {}
+        while len(last) < len(rows):
+            new = {row.index: text[len(self._fed[row.index]) :][:chunk] for row, text in zip(rows, texts, strict=True)}
+            longest = max(map(len, new.values()))
+            starts = [len(fed) for fed in self._fed[:count]]
             if max(starts) + longest > self._model.params.max_seq_len:
                 return None
+            tokens = [new.get(slot, []) + [0] * (longest - len(new.get(slot, []))) for slot in range(count)]
             device = self._model.norm.weight.device
             h = self._model.hidden_states(torch.tensor(tokens, device=device), torch.tensor(starts))
-            for place, (row, own) in enumerate(zip(rows, new, strict=True)):
-                self._fed[row.index] += own
-                if own and len(self._fed[row.index]) == len(texts[place]):
-                    last[place] = h[row.index, len(own) - 1]
-        return torch.stack([state for state in last if state is not None])
+            for slot, own in new.items():
+                self._fed[slot] += own
+                if own and len(self._fed[slot]) == len(texts[slots[slot]]):
+                    last[slot] = h[slot, len(own) - 1]
+        return torch.stack([last[row.index] for row in rows])

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
+from llama.layout import memory_needed
 from llama.rows import Row
+from llama.session import Session
 from llama.speculate import lookup, speculated
 from llama.streaming import Asked
 
@@ -224,6 +226,58 @@ def test_a_draft_on_two_ranks(directory: Path, drafted: Llama, tmp_path: Path) -
     assert told == [repr(([one.tokens for one in expected], 1.0))] * 2
 
 
-def test_another_vocabulary_is_refused(directory: Path, tmp_path: Path) -> None:
+def test_turns_of_a_session(llama: Llama, drafted: Llama) -> None:
+    """With proposals of either kind; the draft too reads only what is new."""
+    plain, looking, drafting = (Session(one) for one in (llama, llama, drafted))
+    talk, shared = [], {"temperature": 0.7, "seed": 3}
+    for new in ([1, 2, 3, 4, 5], [6], [7, 8, 9]):
+        talk = [*talk, *new]
+        found = [list(plain.stream(talk, 20, **shared)), list(looking.stream(talk, 20, lookup_ngram=1, **shared))]
+        read: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            draft, states = drafted._drafting._model, drafted._drafting._model.hidden_states
+            patch.setattr(draft, "hidden_states", lambda t, *rest: read.append(t.shape[1]) or states(t, *rest))  # noqa: B023
+            found.append(list(drafting.stream(talk, 20, speculate_k=3, **shared)))
+        assert [[step.token for step in steps] for steps in found[1:]] == [[step.token for step in found[0]]] * 2
+        assert max(read) <= 3 + len(new) + 2, "more than what is new, and what was proposed in vain"
+        assert drafting.prefilled <= len(new) + 1
+        talk = [*talk, *(step.token for step in found[0])]
+
+
+def test_another_vocabulary_is_refused_before_anything_is_loaded(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.opened.load_model", None)
     with pytest.raises(LlamaError, match=r"has vocab_size 3072 and the model 512: a draft must have the same"):
         Llama.build(directory, **OPTIONS, draft_ckpt_dir=ROOT / "demo" / "model", tokenizer_path=None)
+
+
+def test_memory_of_both_is_counted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = Llama.build(directory, **OPTIONS).model.params
+    needed = sum(memory_needed(args, 1, torch.float32))
+    monkeypatch.setattr("llama.checks.available_memory", lambda _: 2 * needed - 1)
+    with pytest.raises(LlamaError, match=r"GB of KV cache .* \+ .* GB of the draft model"):
+        Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
+    monkeypatch.setattr("llama.checks.available_memory", lambda _: 2 * needed)
+    Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
+
+
+def test_commands_take_proposals(directory: Path, tmp_path: Path) -> None:
+    """`complete` of a text and of a file, and `chat`, on one rank and two: the text is the one without."""
+    common = ["--ckpt_dir", str(directory), "--device", "cpu", "--dtype", "float32", "--max_gen_len", "24"]
+    ways = [[], ["--lookup_ngram", "1"], ["--draft_ckpt_dir", str(directory), "--speculate_k", "3"]]
+    texts = [run_program("-m", "llama", "complete", "abab", *common, *way).stdout for way in ways]
+    assert texts[0].strip() and texts == [texts[0]] * 3
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"prompt": "abab"}\n{"prompt": "b"}\n')
+    for i, (way, ranks) in enumerate(zip(ways, (0, 2, 0), strict=True)):
+        output = ["--input", str(lines), "--output", str(tmp_path / f"out{i}.jsonl")]
+        done = run_program("-m", "llama", "complete", *output, *common, *way, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    assert len({(tmp_path / f"out{i}.jsonl").read_bytes() for i in range(3)}) == 1
+    done = run_program("-m", "llama", "chat", *common, *ways[2], input="/stats\nhello\n")
+    assert "100% of proposed tokens right" in done.stderr
+    refused = run_program("-m", "llama", "chat", *common, "--speculate_k", "0", input="hello\n")
+    assert refused.returncode == 1 and refused.stderr == (
+        "error: speculate_k is 0, expected a whole number of at least 1\n"
+    )

@@ -1,0 +1,59 @@
+"""Checkpoints of which all is known but their tensors: what can't work is refused here, before one is loaded.
+
+Knows where they lie and what becomes of them; knows no tokenizer and no text.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import parallel
+from .checkpoint import Checkpoint, load_model, open_checkpoint
+from .checks import agreed_quantization, check_ranks
+from .inference import Form
+from .layout import memory_needed
+from .model import ModelArgs, Transformer
+from .panels import bits_of
+from .parallel import Place
+from .remote import cache_directory, is_url, local_copy
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model to be loaded. args: its sizes, and the KV cache's."""
+
+    checkpoint: Checkpoint
+    args: ModelArgs
+    place: Place
+    form: Form
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes that a rank needs for (weights, KV cache)."""
+        return memory_needed(self.args, self.place.mp_size, self.place.dtype, bits_of(self.form.quantization))
+
+    def load(self) -> Transformer:
+        model = load_model(self.checkpoint, self.args, self.place, self.form.take)
+        self.form.finish(model)
+        return model
+
+
+def on_this_machine(ckpt_dir: str | Path) -> str | Path:
+    """The directory itself, or of a URL the copy of what is there. Called on all ranks alike."""
+    if not is_url(ckpt_dir):
+        return ckpt_dir
+    with parallel.together(parallel.patient_group()):
+        if parallel.leads_machine():
+            local_copy(str(ckpt_dir))
+    return cache_directory(str(ckpt_dir))
+
+
+def opened(
+    ckpt_dir: str | Path, place: Place, form: Form, max_seq_len: int, max_batch_size: int, own_dtype: bool
+) -> Opened:
+    """own_dtype: compute in the dtype of the files. Raises LlamaError for what no rank could load."""
+    checkpoint = open_checkpoint(ckpt_dir)
+    args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
+    agreed = agreed_quantization(checkpoint.directory, checkpoint.quantization, form.quantization)
+    place = replace(place, dtype=checkpoint.dtype) if own_dtype else place
+    return Opened(checkpoint, args, place, replace(form, quantization=agreed))
