@@ -7,6 +7,7 @@ from .results import ChatPrediction, Completion, CompletionPrediction
 from .rows import Step
 from .scoring import Score
 from .settings import Settings
+from .tasks import TaskModel
 from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Settings",
     "Step",
     "StreamDecoder",
+    "TaskModel",
     "Tokenizer",
     "Transformer",
 ]

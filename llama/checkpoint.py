@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
-from . import hf_config, hf_format, meta_format
+from . import head_format, hf_config, hf_format, meta_format
 from .compressed import SCALES, WORDS, check_groups, file_dtypes, file_shapes, wrong_shapes
 from .errors import LlamaError
+from .head_format import Task
+from .heads import HeadConfig
 from .layout import New, Stored, check_sizes, in_memory, is_linear, part_sizes, tensor_shapes
 from .model import ModelArgs, Transformer
 from .panels import BITS, GROUP, IntegerPanels, Quantization, Rounded
@@ -38,8 +40,9 @@ class Checkpoint:
     """What a directory was found to hold. With problems, what they left unknown is missing.
 
     directory: where the files lie, which may be the `original/` folder of the one that was asked for. family: as
-    Hugging Face's configuration calls it; None in Meta's layout. quantization: how the matrices of layers are rounded;
-    None: they aren't. tensors: by Meta's names, of rounded ones as `compressed` has them. problems: what is wrong with
+    Hugging Face's configuration calls it; None in Meta's layout. task, head: what it was made for; language models have
+    no head. quantization: how the matrices of layers are rounded; None: they aren't. tensors: by Meta's names, of
+    rounded ones as `compressed` has them; head_tensors: the head's, by their own. problems: what is wrong with
     files; faults: those of them that are of one file, by its path; misfits: what is wrong with the tensors in whole
     files.
     """
@@ -48,9 +51,12 @@ class Checkpoint:
     format: Format
     args: ModelArgs | None = None
     family: str | None = None
+    task: Task = "language"
+    head: HeadConfig | None = None
     quantization: Quantization | None = None
     files: list[Path] = field(default_factory=list)
     tensors: dict[str, Stored] = field(default_factory=dict)
+    head_tensors: dict[str, Tensor] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     faults: dict[Path, str] = field(default_factory=dict)
     misfits: list[str] = field(default_factory=list)
@@ -193,6 +199,9 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
         expected = file_shapes(checkpoint.args, checkpoint.quantization)
         absent = [name for name in expected if name not in checkpoint.tensors]
         checkpoint.misfits += [f"missing {spell(name)}" for name in absent]
+        if checkpoint.head is not None:
+            sizes = len(checkpoint.head.labels), checkpoint.args.dim
+            checkpoint.misfits += head_format.misfits(checkpoint.head_tensors, checkpoint.task, *sizes)
     checkpoint.misfits += misfits(checkpoint)
     return checkpoint
 
@@ -226,8 +235,9 @@ def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
     if not config.is_file():
         checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
     else:
-        found = attempt(checkpoint, hf_config.read_config, config) or (None, None, None)
-        checkpoint.family, checkpoint.args, checkpoint.quantization = found
+        if (found := attempt(checkpoint, hf_config.read_config, config)) is not None:
+            checkpoint.family, checkpoint.args, checkpoint.quantization = found.family, found.args, found.quantization
+            checkpoint.task, checkpoint.head = found.task, found.head
     files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
     if not any(path.exists() for path in files):  # the index is broken or gone, but there are files
         files = sorted({*files, *directory.glob("*.safetensors")})
@@ -241,7 +251,9 @@ def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
         tensors = attempt(checkpoint, hf_format.read_file, path)
         if tensors is None:
             continue
-        contents.append(tensors)
+        body, head = head_format.divided(tensors, checkpoint.task)
+        contents.append(body)
+        checkpoint.head_tensors |= head
         if absent := [name for name, place in places.items() if place == path.name and name not in tensors]:
             checkpoint.blame(
                 path,

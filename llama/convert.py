@@ -32,6 +32,7 @@ from .checkpoint import (
 from .compressed import check_groups, quantization_config, rounded_tensors
 from .errors import LlamaError, one_line
 from .files import read_json, write_json
+from .head_format import body_name
 from .layout import New, is_linear, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
 from .panels import BITS, Quantization, bits_of
@@ -67,8 +68,22 @@ def convert(
     """
     if is_url(dst):
         raise LlamaError(f"{dst} is a URL: expected a directory of this machine to write to")
-    checkpoint, target = open_checkpoint(src), Path(dst)
+    write(open_checkpoint(src), Path(dst), to, mp_size, dtype, force, quantization)
+
+
+def write(
+    checkpoint: Checkpoint,
+    target: Path,
+    to: Format,
+    mp_size: int = 1,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+    quantization: Quantization | None = None,
+) -> None:
+    """As `convert`, of a checkpoint that was opened; its tensors may be others than those in its directory."""
     args = checkpoint.sizes
+    if to == "meta" and checkpoint.head is not None:
+        raise LlamaError(f"{checkpoint.directory} has a task head, for which Meta's layout has no place: use --to hf")
     if to == "hf" and mp_size != 1:
         raise LlamaError(f"mp_size is {mp_size}, but Hugging Face's layout isn't divided over ranks: leave it out")
     if mp_size not in mp_sizes(args, checkpoint.group):
@@ -78,7 +93,8 @@ def convert(
     if to == "meta":
         config = meta_format.params_of(args)
     else:
-        config = hf_config.config_of(args, source_config(checkpoint), dtype or checkpoint.dtype)
+        known = source_config(checkpoint), dtype or checkpoint.dtype, checkpoint.task, checkpoint.head
+        config = hf_config.config_of(args, *known)
     if quantization is not None:
         config["quantization_config"] = quantization_config(quantization, args.tied_embeddings)
     check_target(checkpoint, target, force)
@@ -89,7 +105,8 @@ def convert(
             if to == "meta":
                 write_meta(checkpoint, args, unfinished, mp_size, dtype)
             else:
-                write_hf(checkpoint, sizes, unfinished, dtype, quantization)
+                body = body_name(config["model_type"], checkpoint.task)
+                write_hf(checkpoint, sizes, unfinished, dtype, quantization, body)
         except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
             raise LlamaError(f"{target} can't be written ({one_line(e)})") from e
         if to == "hf":
@@ -188,6 +205,7 @@ def write_hf(
     directory: Path,
     dtype: torch.dtype | None,
     quantization: Quantization | None,
+    body: str,
 ) -> None:
     files, new = list(hf_files(sizes)), partial(on_disk, directory)
     places: dict[str, str] = {}
@@ -205,8 +223,10 @@ def write_hf(
                     named = rounded_tensors(whole, name, quantization, dtype or whole.dtype, new)
                 else:
                     named = {name: packed(whole, dtype, new)}
-                tensors |= {hf_format.hf_name(name): tensor for name, tensor in named.items()}
+                tensors |= {hf_format.hf_name(name, body): tensor for name, tensor in named.items()}
                 bar.update()
+            if number == len(files):
+                tensors |= {name: packed(tensor, dtype, new) for name, tensor in checkpoint.head_tensors.items()}
             save_file(tensors, directory / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
             total += sum(tensor.nbytes for tensor in tensors.values())

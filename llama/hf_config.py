@@ -4,7 +4,7 @@ Knows no tensors and no other files.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from .compressed import quantization_of
 from .errors import LlamaError
 from .files import read_json
+from .head_format import Task, architecture, config_keys, read_head, task_of, without_head
+from .heads import HeadConfig
 from .model import ModelArgs, feed_forward_size
 from .panels import Quantization
 from .rotary import LARGEST, RopeScaling
@@ -25,8 +27,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**QWEN},
     "qwen3": {**QWEN, "head_dim": 128},
 }
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-ARCHITECTURES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 ROPE_TYPES = {  # the keys of each type of rotary scaling that have a meaning here
     "linear": (),
@@ -80,14 +80,28 @@ class Config:
         return value
 
 
-def read_config(path: Path) -> tuple[str, ModelArgs, Quantization | None]:
-    """(family, what its `config.json` means, how its matrices are rounded).
+@dataclass(frozen=True)
+class Described:
+    """What a `config.json` means. quantization: how matrices are rounded; None: they aren't. head: of tasks that have
+    one, which have no output layer: theirs counts as tied."""
 
-    Raises LlamaError for no model of these families and for what can't be read, naming the key.
-    """
+    family: str
+    args: ModelArgs
+    quantization: Quantization | None
+    task: Task
+    head: HeadConfig | None
+
+
+def read_config(path: Path) -> Described:
+    """Raises LlamaError for no model of these families and for what can't be read, naming the key."""
     values = read_json(path, "a model's configuration")
-    args = args_of(values, path)
-    return values["model_type"], args, quantization_of(values.get("quantization_config"), args.tied_embeddings, path)
+    args, task = args_of(values, path), task_of(values)
+    quantization = quantization_of(values.get("quantization_config"), args.tied_embeddings, path)
+    if task == "language":
+        return Described(values["model_type"], args, quantization, task, None)
+    return Described(
+        values["model_type"], replace(args, tied_embeddings=True), quantization, task, read_head(values, task, path)
+    )
 
 
 def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
@@ -204,7 +218,13 @@ def scaling_fields(kind: str, rope: dict[str, Any], config: Config) -> dict[str,
     return fields
 
 
-def config_of(args: ModelArgs, base: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def config_of(
+    args: ModelArgs,
+    base: dict[str, Any],
+    dtype: torch.dtype,
+    task: Task = "language",
+    head: HeadConfig | None = None,
+) -> dict[str, Any]:
     """The `config.json` that means `args`: `base`, of the same model in another layout, with the keys that matter set.
 
     Its family is that of `base`, or the first whose reading gives `args` back. Raises LlamaError where none does.
@@ -215,6 +235,8 @@ def config_of(args: ModelArgs, base: dict[str, Any], dtype: torch.dtype) -> dict
         config.setdefault("max_position_embeddings", trained_length(args))
         for newer in ("rope_parameters", "dtype"):  # what older readers don't know is said in their words alone
             config.pop(newer, None)
+        if head is not None:
+            config = {**without_head(config), **config_keys(head, task, family)}
         if same_model(args_of(config, Path("config.json")), args):
             return config
     raise LlamaError(
@@ -227,7 +249,7 @@ def config_of(args: ModelArgs, base: dict[str, Any], dtype: torch.dtype) -> dict
 def family_keys(args: ModelArgs, family: str) -> dict[str, Any]:
     """The keys of a family's `config.json` for these sizes."""
     keys: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [architecture(family, "language")],
         "model_type": family,
         "vocab_size": args.vocab_size,
         "hidden_size": args.dim,

@@ -21,8 +21,8 @@ SINGLE = "model.safetensors"
 LONGEST_NAME = 200
 
 NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
+    "tok_embeddings": "embed_tokens",
+    "norm": "norm",
     "output": "lm_head",
     "attention.wq": "self_attn.q_proj",
     "attention.wk": "self_attn.k_proj",
@@ -38,13 +38,13 @@ NAMES = {
 }
 
 
-def hf_name(name: str) -> str:
-    """Meta's name of a tensor -> Hugging Face's."""
+def hf_name(name: str, body: str = "model") -> str:
+    """Meta's name of a tensor -> Hugging Face's; body: what the Transformer is called there."""
     stem, _, kind = name.rpartition(".")
-    if not stem.startswith("layers."):
-        return f"{NAMES[stem]}.{kind}"
-    _, layer, rest = stem.split(".", 2)
-    return f"model.layers.{layer}.{NAMES[rest]}.{kind}"
+    if stem.startswith("layers."):
+        _, layer, rest = stem.split(".", 2)
+        return f"{body}.layers.{layer}.{NAMES[rest]}.{kind}"
+    return f"{NAMES[stem]}.{kind}" if stem == "output" else f"{body}.{NAMES[stem]}.{kind}"
 
 
 def tensor_files(directory: Path) -> tuple[list[Path], dict[str, str]]:

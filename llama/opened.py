@@ -9,6 +9,7 @@ from pathlib import Path
 from . import parallel
 from .checkpoint import Checkpoint, load_model, open_checkpoint
 from .checks import agreed_quantization, check_ranks
+from .errors import LlamaError
 from .inference import Form
 from .layout import memory_needed
 from .model import ModelArgs, Transformer
@@ -47,11 +48,23 @@ def on_this_machine(ckpt_dir: str | Path) -> str | Path:
     return cache_directory(str(ckpt_dir))
 
 
+def check_generates(checkpoint: Checkpoint) -> None:
+    if checkpoint.head is not None:
+        raise LlamaError(
+            f"{checkpoint.directory} has no output layer to generate with, but a head to {checkpoint.task} texts: "
+            "llama.TaskModel.build reads it"
+        )
+
+
 def opened(
     ckpt_dir: str | Path, place: Place, form: Form, max_seq_len: int, max_batch_size: int, own_dtype: bool
 ) -> Opened:
-    """own_dtype: compute in the dtype of the files. Raises LlamaError for what no rank could load."""
+    """A model to generate with. own_dtype: compute in the dtype of the files.
+
+    Raises LlamaError for what no rank could load.
+    """
     checkpoint = open_checkpoint(ckpt_dir)
+    check_generates(checkpoint)
     args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
     agreed = agreed_quantization(checkpoint.directory, checkpoint.quantization, form.quantization)

@@ -1,0 +1,261 @@
+"""Task heads on the shared Transformer: language, classes of whole texts and of tokens, spans that answer questions.
+
+No cache; differentiable; the rows of a batch may be padded, on the right or on the left. Knows no files and no text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import LlamaError
+from .losses import class_loss, language_loss
+from .model import Transformer
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+NEVER = float("-inf")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """labels: the names of the classes, in the order of their logits. problem_type: None is inferred from the labels
+    that a loss is computed of, as transformers does it. dropout: of hidden states before a TokenClassifier's layer, in
+    training. Raises LlamaError for what makes no head."""
+
+    labels: tuple[str, ...]
+    problem_type: ProblemType | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise LlamaError(f"labels are {self.labels!r}, expected at least one name, each of them once")
+        if self.problem_type is not None and self.problem_type not in get_args(ProblemType):
+            expected = ", ".join(get_args(ProblemType))
+            raise LlamaError(f"problem_type is {self.problem_type!r}, expected one of {expected}")
+        if not 0 <= self.dropout < 1:
+            raise LlamaError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
+
+    def inferred(self, labels: Tensor | None = None) -> ProblemType:
+        """labels: as a SequenceClassifier takes them, if there are any."""
+        if self.problem_type is not None:
+            return self.problem_type
+        if len(self.labels) == 1:
+            return "regression"
+        if labels is None or not labels.is_floating_point():
+            return "single_label_classification"
+        return "multi_label_classification"
+
+
+@dataclass(frozen=True)
+class Output:
+    """logits: float32, where they are asked for. loss: float32 (), where labels were given."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Spans:
+    """start_logits, end_logits: float32 (B, T), -inf at padding. loss: where positions were given."""
+
+    start_logits: Tensor
+    end_logits: Tensor
+    loss: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where each row's tokens stand: `lengths` (B) of them from `starts` (B) on, of T places."""
+
+    starts: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def of(tokens: Tensor, lengths: Tensor | Sequence[int] | None, attention_mask: Tensor | None) -> "Padding":
+        """From lengths of rows that begin at 0, or from a mask (B, T), 1 at tokens; neither: all are tokens.
+
+        Raises LlamaError for what contradicts, a row without tokens, and a mask with a hole.
+        """
+        bsz, seqlen = tokens.shape
+        if lengths is not None and attention_mask is not None:
+            raise LlamaError("both lengths and attention_mask were given: drop one of them")
+        if attention_mask is not None:
+            return Padding._of_mask(tokens, attention_mask)
+        counts = torch.full((bsz,), seqlen) if lengths is None else torch.as_tensor(lengths)
+        if counts.shape != (bsz,) or not bool(((counts > 0) & (counts <= seqlen)).all()):
+            raise LlamaError(f"lengths are {counts.tolist()}, expected {bsz} numbers in [1, {seqlen}]")
+        return Padding(torch.zeros(bsz, dtype=torch.long, device=tokens.device), counts.to(tokens.device))
+
+    @staticmethod
+    def _of_mask(tokens: Tensor, attention_mask: Tensor) -> "Padding":
+        if attention_mask.shape != tokens.shape:
+            raise LlamaError(f"attention_mask is {tuple(attention_mask.shape)}, expected {tuple(tokens.shape)}")
+        mask = attention_mask.to(tokens.device).bool()
+        starts, lengths = mask.int().argmax(dim=-1), mask.sum(dim=-1)
+        places = torch.arange(tokens.shape[1], device=tokens.device) - starts[:, None]  # (B, T)
+        whole = (mask == ((places >= 0) & (places < lengths[:, None]))).all(dim=-1) & (lengths > 0)
+        if not bool(whole.all()):
+            row = int((~whole).nonzero()[0])
+            raise LlamaError(
+                f"attention_mask of row {row} has no tokens, or padding between them: expected one run of ones"
+            )
+        return Padding(starts, lengths)
+
+    def is_token(self, seqlen: int) -> Tensor:
+        """(B, T): which places hold tokens."""
+        places = torch.arange(seqlen, device=self.starts.device) - self.starts[:, None]
+        return (places >= 0) & (places < self.lengths[:, None])
+
+    def last(self, x: Tensor) -> Tensor:
+        """x (B, T, ...) at each row's last token: (B, ...)."""
+        return x[torch.arange(len(x), device=x.device), self.starts + self.lengths - 1]
+
+
+class Head(nn.Module):
+    """A Transformer, `model`, and what stands on it instead of its output layer."""
+
+    def __init__(self, model: Transformer, config: HeadConfig):
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def states(self, tokens: Tensor, padding: Padding) -> Tensor:
+        """Normed hidden states (B, T, dim); those at padding mean nothing.
+
+        What is padded on the left goes through the network moved to the left, where causal attention sees no padding.
+        """
+        if not bool(padding.starts.any()):
+            return self.model.hidden_states(tokens, None, padding.lengths)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        moved = tokens.gather(1, (places + padding.starts[:, None]) % len(places))
+        h = self.model.hidden_states(moved, None, padding.lengths)  # (B, T, dim)
+        back = (places - padding.starts[:, None]) % len(places)  # (B, T)
+        return h.gather(1, back[..., None].expand_as(h))
+
+    def linear(self, outputs: int, bias: bool) -> nn.Linear:
+        """A new layer, whole on every rank; normal(0, 0.02) as the published models' own, alike everywhere."""
+        like = self.model.norm.weight
+        layer = nn.Linear(self.model.params.dim, outputs, bias=bias, device=like.device, dtype=like.dtype)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            layer.weight.copy_(torch.empty(layer.weight.shape).normal_(std=0.02, generator=generator))
+            if bias:
+                layer.bias.zero_()
+        return layer
+
+
+class CausalLM(nn.Module):
+    """The Transformer with its own output layer, to be trained on text."""
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        labels: Tensor,
+    ) -> Tensor:
+        """The loss: float32 (). labels: (B, T), the tokens themselves, -100 where nothing is to be learnt.
+
+        `Llama.model` gives logits. See `losses.language_loss` for how little of them is held here.
+        """
+        padding = Padding.of(tokens, lengths, attention_mask)
+        return language_loss(Head.states(self, tokens, padding), self.model.output.weight, labels)  # type: ignore[arg-type]
+
+
+class SequenceClassifier(Head):
+    """Classes, or numbers, of whole texts: the score of each row's last token."""
+
+    def __init__(self, model: Transformer, config: HeadConfig):
+        super().__init__(model, config)
+        self.score = self.linear(len(config.labels), bias=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Output:
+        """logits (B, labels) of tokens (B, T). labels: (B) classes, or 0 and 1 for each of them, float (B, labels), or
+        for regression numbers, (B) or (B, labels)."""
+        padding = Padding.of(tokens, lengths, attention_mask)
+        logits = self.score(padding.last(self.states(tokens, padding))).float()  # (B, labels)
+        return Output(logits, None if labels is None else self.loss(logits, labels))
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        kind = self.config.inferred(labels)
+        if kind == "single_label_classification":
+            return class_loss(logits, labels.view(-1))
+        if labels.numel() != logits.numel():
+            raise LlamaError(f"labels are {tuple(labels.shape)}, expected {tuple(logits.shape)} for {kind}")
+        measure = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+        return measure(logits, labels.view_as(logits).float())
+
+
+class TokenClassifier(Head):
+    """A class for each token."""
+
+    def __init__(self, model: Transformer, config: HeadConfig):
+        super().__init__(model, config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.score = self.linear(len(config.labels), bias=True)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Output:
+        """logits (B, T, labels) of tokens (B, T). labels: (B, T), -100 where there is nothing to learn."""
+        states = self.states(tokens, Padding.of(tokens, lengths, attention_mask))
+        logits = self.score(self.dropout(states)).float()  # (B, T, labels)
+        return Output(logits, None if labels is None else class_loss(logits.flatten(0, 1), labels.flatten()))
+
+
+class QuestionAnswerer(Head):
+    """Where an answer starts and where it ends, both among a row's own tokens."""
+
+    def __init__(self, model: Transformer, config: HeadConfig):
+        super().__init__(model, config)
+        self.qa_outputs = self.linear(2, bias=True)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | Sequence[int] | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> Spans:
+        """start_positions, end_positions: (B), the places of the answers' first and last tokens. Those at no token of
+        the row don't count. Padding is no place that could be chosen; transformers lets it take part in the softmax."""
+        padding = Padding.of(tokens, lengths, attention_mask)
+        is_token = padding.is_token(tokens.shape[1])
+        both = self.qa_outputs(self.states(tokens, padding)).float()  # (B, T, 2)
+        starts, ends = both.masked_fill(~is_token[..., None], NEVER).unbind(dim=-1)  # (B, T) each
+        if start_positions is None or end_positions is None:
+            return Spans(starts, ends)
+        losses = [
+            class_loss(logits, self.inside(places, is_token))
+            for logits, places in ((starts, start_positions), (ends, end_positions))
+        ]
+        return Spans(starts, ends, (losses[0] + losses[1]) / 2)
+
+    @staticmethod
+    def inside(places: Tensor, is_token: Tensor) -> Tensor:
+        """Places (B), with -100 for those at no token."""
+        within = places.clamp(0, is_token.shape[1] - 1)
+        there = is_token.gather(1, within[:, None]).squeeze(-1) & (within == places)
+        return places.where(there, -100)

@@ -1,0 +1,150 @@
+"""TaskModel: a model with a task head and its tokenizer, built from a checkpoint's directory and written back to one.
+
+Knows where things are; leaves the network to `heads`, what is read out of logits to `answering`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import parallel
+from .checkpoint import Checkpoint, find_tokenizer, load_model, open_checkpoint
+from .checks import check_count, check_memory, check_ranks, check_vocabulary
+from .convert import on_disk, write
+from .errors import LlamaError
+from .head_format import TAG_DROPOUT, TENSORS, Task
+from .heads import CausalLM, Head, HeadConfig, ProblemType, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from .hf_tokenizer import HFTokenizer, open_tokenizer
+from .layout import Stored, parts, split_dim, tensor_shapes
+from .model import Transformer
+from .opened import on_this_machine
+from .tokenizer import Tokenizer
+
+HEADS: dict[Task, type[Head]] = {"classify": SequenceClassifier, "tag": TokenClassifier, "answer": QuestionAnswerer}
+
+
+class TaskModel:
+    """A task's head on a Transformer. On several ranks every rank calls the same methods with the same arguments."""
+
+    @staticmethod
+    def build(
+        ckpt_dir: str | Path,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int = 512,
+        max_batch_size: int = 4,
+        model_parallel_size: int | None = None,
+        *,
+        task: Task | None = None,
+        labels: Sequence[str] | None = None,
+        problem_type: ProblemType | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> "TaskModel":
+        """Load a checkpoint directory on the ranks that run; most arguments as `Llama.build` has them.
+
+        max_seq_len, max_batch_size: the longest text, and how many at a time. task: None takes the one that the
+        checkpoint was made for. A task that it wasn't made for, or labels that aren't its own, get a new head, to be
+        trained; "language" has none. Raises LlamaError, on every rank, for whatever can't work.
+        """
+        place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
+        directory = on_this_machine(ckpt_dir)
+        with parallel.together():
+            check_count("max_seq_len", max_seq_len)
+            check_count("max_batch_size", max_batch_size)
+            checkpoint = for_task(open_checkpoint(directory), task, labels, problem_type)
+            args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            check_ranks(checkpoint.directory, args, place.mp_size)
+            if dtype == "auto":
+                place = replace(place, dtype=checkpoint.dtype)
+            tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
+            check_vocabulary(args, tokenizer)
+            check_memory(replace(args, max_batch_size=1, max_seq_len=1), place)  # there is no KV cache
+        model = load_model(checkpoint, args, place)
+        head = CausalLM(model) if checkpoint.head is None else HEADS[checkpoint.task](model, checkpoint.head)
+        for name, tensor in checkpoint.head_tensors.items():
+            head.get_parameter(name).data.copy_(tensor)
+        return TaskModel(head.eval(), tokenizer, checkpoint)
+
+    def __init__(self, head: Head | CausalLM, tokenizer: Tokenizer | HFTokenizer, checkpoint: Checkpoint):
+        """checkpoint: what it was built from, and what it is written as."""
+        self.head = head
+        self.tokenizer = tokenizer
+        self.checkpoint = checkpoint
+
+    @property
+    def task(self) -> Task:
+        return self.checkpoint.task
+
+    @property
+    def model(self) -> Transformer:
+        return self.head.model
+
+    def save(self, directory: str | Path, dtype: torch.dtype | None = None, force: bool = False) -> None:
+        """Write it as transformers' class of the same task reads it, whole or not at all. Called on all ranks.
+
+        dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, where
+        `directory` holds files, unless `force` lets the checkpoint there be replaced.
+        """
+        ranks, target = parallel.patient_group(), Path(directory)
+        with parallel.together(ranks):
+            places = self._places(target) if parallel.is_printer() else {}
+        tensors = gathered(self.model, places)
+        with parallel.together(ranks):
+            if parallel.is_printer():
+                head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
+                found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
+                write(found, target, "hf", dtype=dtype or self.checkpoint.dtype, force=force)
+
+    def _places(self, target: Path) -> dict[str, list[Tensor]]:
+        """Where other ranks' parts of each tensor go, in the order of the ranks: in files without names."""
+        target.mkdir(parents=True, exist_ok=True)
+        own, ranks = dict(self.model.named_parameters()), parallel.group().size()
+        return {
+            name: [on_disk(target, own[name].shape, own[name].dtype) for _ in range(ranks)]
+            for name in tensor_shapes(self.model.params)
+            if ranks > 1 and split_dim(name) is not None
+        }
+
+
+def for_task(
+    checkpoint: Checkpoint, task: Task | None, labels: Sequence[str] | None, problem_type: ProblemType | None
+) -> Checkpoint:
+    """The checkpoint as one of this task, whose head is new where it has no such head. Raises LlamaError."""
+    task = task or checkpoint.task
+    if task not in TENSORS:
+        raise LlamaError(f"task is {task!r}, expected one of {', '.join(TENSORS)}")
+    if task == "language":
+        if checkpoint.head is not None:
+            raise LlamaError(f"{checkpoint.directory} has no output layer: it was made to {checkpoint.task} texts")
+        return checkpoint
+    own = checkpoint.head if checkpoint.task == task else None
+    if own is not None and (labels is None or tuple(labels) == own.labels) and problem_type in (None, own.problem_type):
+        return checkpoint
+    if labels is None and task != "answer":
+        raise LlamaError(f"{checkpoint.directory} has no head to {task} texts: give labels for a new one")
+    config = HeadConfig(
+        ("start", "end") if task == "answer" else tuple(labels or ()), problem_type, TAG_DROPOUT * (task == "tag")
+    )
+    args = replace(checkpoint.sizes, tied_embeddings=True)  # what stands for an output layer takes no room
+    return replace(checkpoint, task=task, head=config, head_tensors={}, args=args)
+
+
+def gathered(model: Transformer, places: dict[str, list[Tensor]]) -> dict[str, Stored]:
+    """All tensors of the whole model, on rank 0, whose `places` ranks' parts are put into."""
+    ranks, found = parallel.group(), {}
+    if dist.get_global_rank(ranks, 0) != 0:
+        return {}  # a data-parallel copy
+    own = dict(model.named_parameters())
+    for name in tensor_shapes(model.params):
+        part, dim = own[name].detach().cpu(), split_dim(name)
+        if ranks.size() == 1 or dim is None:
+            found[name] = Stored(name, (part,))
+            continue
+        dist.gather(part.contiguous(), places.get(name), 0, group=ranks)
+        every = ranks.size() // parts(name, model.params, ranks.size())  # of neighbours that hold the same, one
+        found[name] = Stored(name, tuple(places.get(name, [part])[::every]), dim)
+    return found

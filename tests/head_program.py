@@ -1,0 +1,43 @@
+"""What tests/test_heads.py runs on ranks: losses, logits and gradients of task heads.
+
+    torchrun --nproc_per_node N tests/head_program.py JOBS.json
+
+JOBS.json is a list of {"directory", "task", "inputs": what goes into the head, as lists, "output": a directory}. Rank 0
+writes output/result.pt, and a checkpoint whose tensors are the gradients; "recomputed" says that layers are.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama import TaskModel, gradients, parallel
+
+
+def outputs(found: Any) -> dict[str, Tensor]:
+    """What a head gave, by name; CausalLM gives its loss alone."""
+    return {"loss": found} if isinstance(found, Tensor) else {k: v for k, v in vars(found).items() if v is not None}
+
+
+def main(jobs: str) -> None:
+    for job in json.loads(Path(jobs).read_text()):
+        built = TaskModel.build(job["directory"], device="cpu", dtype="float32")
+        head = built.head.train()
+        if job["recomputed"]:
+            gradients.checkpoint_layers(built.model)
+        result = outputs(head(**{name: torch.tensor(value) for name, value in job["inputs"].items()}))
+        result["loss"].backward()
+        gradients.complete(head, built.model.params)
+        result["norm"] = gradients.clip(head, built.model.params, 1e9)
+        for parameter in head.parameters():
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        built.save(job["output"])
+        if parallel.is_printer():
+            torch.save({k: v.detach() for k, v in result.items()}, Path(job["output"]) / "result.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
