@@ -25,6 +25,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "transformers>=4.44",  # the independent implementation that logits are compared with
+            "peft>=0.17",  # the independent implementation of low-rank adapters
             "matplotlib>=3.7",  # draws what `bench --plot` draws
             "ruff>=0.6",
             "mypy>=1.11",

@@ -4,7 +4,6 @@ file on disk, and the directory whole or not at all.
 Knows the layouts by their own files; knows no ranks, no network.
 """
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -31,7 +30,7 @@ from .checkpoint import (
 )
 from .compressed import check_groups, quantization_config, rounded_tensors
 from .errors import LlamaError, one_line
-from .files import read_json, write_json
+from .files import read_json, unfinished_directory, write_json
 from .head_format import body_name
 from .layout import New, is_linear, is_rotary, mp_sizes, permute_rotary, tensor_shapes
 from .model import ModelArgs
@@ -41,7 +40,6 @@ from .tokenizer import Tokenizer
 from .tokenizer_json import write_tokenizer_json
 
 FILE_BYTES = 5 * 10**9  # of one .safetensors file at most, but for a single tensor that is larger
-PARTIAL = ".partial-"
 TENSOR_FILES = ("consolidated.*.pth", "model.safetensors", "model-*-of-*.safetensors", hf_format.INDEX)
 SETTINGS = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -116,22 +114,6 @@ def write(
         copy_settings(checkpoint, unfinished)
         publish(unfinished, target)
         write_json(target / CONFIG[to], config)
-
-
-@contextlib.contextmanager
-def unfinished_directory(target: Path) -> Iterator[Path]:
-    """A directory in `target` to write to. Whatever fails in this context leaves nothing of it, nor a new `target`."""
-    new = not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    try:
-        for killed in target.glob(PARTIAL + "*"):  # which could not tidy up
-            shutil.rmtree(killed, ignore_errors=True)
-        unfinished = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
-        yield unfinished
-    except BaseException:
-        for left in [target] if new else target.glob(PARTIAL + "*"):
-            shutil.rmtree(left, ignore_errors=True)
-        raise
 
 
 def source_config(checkpoint: Checkpoint) -> dict[str, Any]:

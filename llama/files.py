@@ -3,14 +3,18 @@
 Knows no formats of checkpoints.
 """
 
+import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import LlamaError
+
+PARTIAL = ".partial-"
 
 
 def unreadable(path: Path, e: OSError) -> LlamaError:
@@ -62,3 +66,19 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write `value` to `path`, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_whole(path, lambda f: f.write(text.encode()))
+
+
+@contextlib.contextmanager
+def unfinished_directory(target: Path) -> Iterator[Path]:
+    """A directory in `target` to write to. Whatever fails in this context leaves nothing of it, nor a new `target`."""
+    new = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        for killed in target.glob(PARTIAL + "*"):  # which could not tidy up
+            shutil.rmtree(killed, ignore_errors=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
+        yield unfinished
+    except BaseException:
+        for left in [target] if new else target.glob(PARTIAL + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise

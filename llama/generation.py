@@ -92,7 +92,8 @@ class Llama:
         """
         form = Form(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
-        directories = [on_this_machine(one) for one in (ckpt_dir, draft_ckpt_dir) if one is not None]
+        smaller = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
+        directories = [on_this_machine(one) for one in (ckpt_dir, *smaller)]
         today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
         with parallel.together():
             check_count("max_seq_len", max_seq_len)
@@ -107,8 +108,7 @@ class Llama:
                 check_draft(one.checkpoint.directory, one.args.vocab_size, found.args.vocab_size)
             beside = sum(sum(one.memory) for one in drafts)
             check_memory(found.args, found.place, bits_of(found.form.quantization), beside)
-        model, *smaller = [one.load() for one in (found, *drafts)]
-        draft = smaller[0] if smaller else None
+        model, draft = found.load(), next((one.load() for one in drafts), None)
         return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk, draft=draft)
 
     def __init__(

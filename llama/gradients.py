@@ -17,7 +17,7 @@ from fairscale.nn.model_parallel.initialize import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layout import parts, split_dim
+from .layout import shared_over, split_dim
 from .model import ModelArgs, Transformer
 
 # Whose gradients are each rank's own heads' share, though the parameter is the same on every rank.
@@ -31,11 +31,6 @@ def with_gradients(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
             yield name, parameter, parameter.grad
 
 
-def copies(name: str, args: ModelArgs) -> int:
-    """How many of the model-parallel ranks hold the same part of this parameter."""
-    return get_model_parallel_world_size() // parts(name, args, get_model_parallel_world_size())
-
-
 @torch.no_grad()
 def complete(module: nn.Module, args: ModelArgs) -> None:
     """Make each gradient the whole one of its parameter: summed over the ranks that share a key/value head, over all
@@ -44,7 +39,7 @@ def complete(module: nn.Module, args: ModelArgs) -> None:
     for name, _, grad in with_gradients(module):
         if ranks > 1 and name.endswith(OF_HEADS):
             dist.all_reduce(grad, group=get_model_parallel_group())
-        elif split_dim(name) is not None and (shared := copies(name, args)) > 1:
+        elif (shared := shared_over(name, args, ranks)) > 1:
             slots = grad.new_zeros(ranks // shared, *grad.shape)  # one for each head: neighbours have the same
             slots[get_model_parallel_rank() // shared] = grad
             dist.all_reduce(slots, group=get_model_parallel_group())
@@ -63,7 +58,7 @@ def norm(module: nn.Module, args: ModelArgs) -> Tensor:
         if split_dim(name) is None:
             whole += square
         else:
-            divided += square / copies(name, args)
+            divided += square / shared_over(name, args, get_model_parallel_world_size())
     if get_model_parallel_world_size() > 1:
         dist.all_reduce(divided, group=get_model_parallel_group())
     return (divided + whole).sqrt()

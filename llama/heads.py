@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import LlamaError
+from .lora import LoraLinear
 from .losses import class_loss, language_loss
 from .model import Transformer
 
@@ -114,6 +115,20 @@ class Padding:
         return x[torch.arange(len(x), device=x.device), self.starts + self.lengths - 1]
 
 
+def states(model: Transformer, tokens: Tensor, padding: Padding) -> Tensor:
+    """Normed hidden states (B, T, dim) of tokens (B, T); those at padding mean nothing.
+
+    What is padded on the left goes through the network moved to the left, where causal attention sees no padding.
+    """
+    if not bool(padding.starts.any()):
+        return model.hidden_states(tokens, None, padding.lengths)
+    places = torch.arange(tokens.shape[1], device=tokens.device)
+    moved = tokens.gather(1, (places + padding.starts[:, None]) % len(places))
+    h = model.hidden_states(moved, None, padding.lengths)  # (B, T, dim)
+    back = (places - padding.starts[:, None]) % len(places)  # (B, T)
+    return h.gather(1, back[..., None].expand_as(h))
+
+
 class Head(nn.Module):
     """A Transformer, `model`, and what stands on it instead of its output layer."""
 
@@ -121,19 +136,6 @@ class Head(nn.Module):
         super().__init__()
         self.model = model
         self.config = config
-
-    def states(self, tokens: Tensor, padding: Padding) -> Tensor:
-        """Normed hidden states (B, T, dim); those at padding mean nothing.
-
-        What is padded on the left goes through the network moved to the left, where causal attention sees no padding.
-        """
-        if not bool(padding.starts.any()):
-            return self.model.hidden_states(tokens, None, padding.lengths)
-        places = torch.arange(tokens.shape[1], device=tokens.device)
-        moved = tokens.gather(1, (places + padding.starts[:, None]) % len(places))
-        h = self.model.hidden_states(moved, None, padding.lengths)  # (B, T, dim)
-        back = (places - padding.starts[:, None]) % len(places)  # (B, T)
-        return h.gather(1, back[..., None].expand_as(h))
 
     def linear(self, outputs: int, bias: bool) -> nn.Linear:
         """A new layer, whole on every rank; normal(0, 0.02) as the published models' own, alike everywhere."""
@@ -166,8 +168,8 @@ class CausalLM(nn.Module):
 
         `Llama.model` gives logits. See `losses.language_loss` for how little of them is held here.
         """
-        padding = Padding.of(tokens, lengths, attention_mask)
-        return language_loss(Head.states(self, tokens, padding), self.model.output.weight, labels)  # type: ignore[arg-type]
+        h, output = states(self.model, tokens, Padding.of(tokens, lengths, attention_mask)), self.model.output
+        return language_loss(h, output.matrix() if isinstance(output, LoraLinear) else output.weight, labels)
 
 
 class SequenceClassifier(Head):
@@ -188,7 +190,7 @@ class SequenceClassifier(Head):
         """logits (B, labels) of tokens (B, T). labels: (B) classes, or 0 and 1 for each of them, float (B, labels), or
         for regression numbers, (B) or (B, labels)."""
         padding = Padding.of(tokens, lengths, attention_mask)
-        logits = self.score(padding.last(self.states(tokens, padding))).float()  # (B, labels)
+        logits = self.score(padding.last(states(self.model, tokens, padding))).float()  # (B, labels)
         return Output(logits, None if labels is None else self.loss(logits, labels))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -218,8 +220,8 @@ class TokenClassifier(Head):
         labels: Tensor | None = None,
     ) -> Output:
         """logits (B, T, labels) of tokens (B, T). labels: (B, T), -100 where there is nothing to learn."""
-        states = self.states(tokens, Padding.of(tokens, lengths, attention_mask))
-        logits = self.score(self.dropout(states)).float()  # (B, T, labels)
+        h = states(self.model, tokens, Padding.of(tokens, lengths, attention_mask))
+        logits = self.score(self.dropout(h)).float()  # (B, T, labels)
         return Output(logits, None if labels is None else class_loss(logits.flatten(0, 1), labels.flatten()))
 
 
@@ -243,7 +245,7 @@ class QuestionAnswerer(Head):
         the row don't count. Padding is no place that could be chosen; transformers lets it take part in the softmax."""
         padding = Padding.of(tokens, lengths, attention_mask)
         is_token = padding.is_token(tokens.shape[1])
-        both = self.qa_outputs(self.states(tokens, padding)).float()  # (B, T, 2)
+        both = self.qa_outputs(states(self.model, tokens, padding)).float()  # (B, T, 2)
         starts, ends = both.masked_fill(~is_token[..., None], NEVER).unbind(dim=-1)  # (B, T) each
         if start_positions is None or end_positions is None:
             return Spans(starts, ends)

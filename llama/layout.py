@@ -19,6 +19,8 @@ New = Callable[[Sequence[int], torch.dtype], Tensor]  # makes the tensor that mo
 
 # The dimension along which fairscale divides each matrix over ranks. What isn't here is whole on every rank.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+# Beside such a matrix, what is whole on every rank where that is divided along this dimension.
+WHOLE = {"bias": 1, "lora_A": 0, "lora_B": 1}
 COMPARED_ROWS, SAMPLED_ROWS = 1024, 64  # of two matrices: at a time, and in all where that shall do
 MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # beyond, sizes would be computed for hours
 
@@ -66,7 +68,7 @@ def split_dim(name: str) -> int | None:
     """Along which dimension the tensor `name` is divided over ranks; None: every rank holds all of it."""
     stem, _, kind = name.rpartition(".")
     dim = SPLIT_DIM.get(stem.rpartition(".")[2])
-    return None if kind == "bias" and dim == 1 else dim
+    return None if dim == WHOLE.get(kind) else dim
 
 
 def parts(name: str, args: ModelArgs, mp_size: int) -> int:
@@ -74,6 +76,14 @@ def parts(name: str, args: ModelArgs, mp_size: int) -> int:
     if split_dim(name) is None:
         return 1
     return min(mp_size, args.kv_heads) if name.rpartition(".")[0].endswith(("wk", "wv")) else mp_size
+
+
+def shared_over(name: str, args: ModelArgs, mp_size: int) -> int:
+    """How many neighbouring ranks hold one divided part alike: 1, but where they share a key/value head.
+
+    Each has gradients from its own queries alone, so that those of a parameter must be summed over these ranks.
+    """
+    return 1 if split_dim(name) is None else mp_size // parts(name, args, mp_size)
 
 
 def part_sizes(args: ModelArgs, mp_size: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from .errors import LlamaError
 from .head_format import TAG_DROPOUT, TENSORS, Task
 from .heads import CausalLM, Head, HeadConfig, ProblemType, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from .hf_tokenizer import HFTokenizer, open_tokenizer
-from .layout import Stored, parts, split_dim, tensor_shapes
+from .layout import Stored, shared_over, split_dim, tensor_shapes
 from .model import Transformer
 from .opened import on_this_machine
 from .tokenizer import Tokenizer
@@ -145,6 +145,6 @@ def gathered(model: Transformer, places: dict[str, list[Tensor]]) -> dict[str, S
             found[name] = Stored(name, (part,))
             continue
         dist.gather(part.contiguous(), places.get(name), 0, group=ranks)
-        every = ranks.size() // parts(name, model.params, ranks.size())  # of neighbours that hold the same, one
+        every = shared_over(name, model.params, ranks.size())  # of neighbours that hold the same, one
         found[name] = Stored(name, tuple(places.get(name, [part])[::every]), dim)
     return found

@@ -1,0 +1,69 @@
+"""What tests/test_lora.py runs on 1, 2 and 4 ranks: an adapter's outputs and gradients, and what is saved of it.
+
+    torchrun --nproc_per_node N tests/lora_program.py CKPT_DIR ADAPTER_DIR OUTPUT_DIR
+
+Rank 0 writes OUTPUT_DIR/result with torch.save; adapters are saved in OUTPUT_DIR/saved and OUTPUT_DIR/fresh.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llama import LlamaError, parallel
+from llama.adapter import load_adapter, save_adapter
+from llama.checkpoint import load_model, open_checkpoint
+from llama.layout import shared_over, split_dim
+from llama.lora import TARGETS, Lora, add_lora, lora_parameters, merge_lora
+from llama.model import ModelArgs, Transformer
+
+
+def whole_gradients(model: Transformer, args: ModelArgs) -> dict[str, Tensor]:
+    """Of every parameter of the adapter, as a training loop has to sum them."""
+    size, found = dist.get_world_size(), {}
+    for name, parameter in lora_parameters(model).items():
+        pieces = [torch.empty_like(parameter) for _ in range(size)]
+        dist.all_gather(pieces, parameter.grad)
+        dim, alike = split_dim(name), shared_over(name, args, size)
+        if dim is None:
+            assert all(torch.equal(piece, pieces[0]) for piece in pieces), name
+            found[name] = pieces[0]
+        else:
+            found[name] = torch.cat([sum(pieces[i : i + alike]) for i in range(0, size, alike)], dim)
+    return found
+
+
+def refusal(model: Transformer, directory: str) -> str:
+    try:
+        save_adapter(model, directory)
+    except LlamaError as e:
+        return str(e)
+    return ""
+
+
+def main(ckpt_dir: str, adapter_dir: str, output_dir: str) -> None:
+    place, output = parallel.initialize(device="cpu", dtype=torch.float32), Path(output_dir)
+    checkpoint = open_checkpoint(ckpt_dir)
+    model = load_model(checkpoint, checkpoint.sizes, place)
+    tokens = torch.arange(24).view(2, 12) * 5
+    result: dict[str, object] = {"extra": load_adapter(model, adapter_dir)}
+    logits = model(tokens)
+    logits.logsumexp(-1).sum().backward()
+    result |= {"logits": logits.detach(), "gradients": whole_gradients(model, checkpoint.sizes)}
+    save_adapter(model, output / "saved", extra={"score.weight": torch.eye(3)}, task_type="SEQ_CLS")
+    torch.manual_seed(dist.get_rank())  # which differs, and shall not matter
+    with torch.no_grad():
+        result["dropped"] = model.train()(tokens)
+        merge_lora(model)
+        result["merged"] = model(tokens)
+    add_lora(model, Lora(5, 7.5, TARGETS), seed=3)
+    save_adapter(model, output / "fresh")
+    result["refused"] = refusal(model, str(output / "saved" / "adapter_config.json"))
+    if dist.get_rank() == 0:
+        torch.save(result, output / "result")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
