@@ -4,8 +4,6 @@ Knows lines, batches and records; of what survives a kill, and of how text is ge
 """
 
 import hashlib
-import json
-import math
 import os
 import re
 import time
@@ -16,7 +14,7 @@ from difflib import get_close_matches
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
@@ -26,6 +24,7 @@ from .checks import check_room, check_token_ids
 from .errors import LlamaError, counted, kind_of, shortened
 from .files import unreadable
 from .generation import Llama
+from .json_lines import parsed
 from .parallel import broadcast_object, is_printer, patient_group, together
 from .part import Part, beside
 from .results import Completion, details
@@ -96,31 +95,6 @@ class Reader:
         if not text:
             raise LlamaError("prompt is empty: give it at least one character")
         return self._llama.tokenizer.encode(text, bos=True, eos=False)
-
-
-def parsed(line: bytes) -> dict[str, Any]:
-    """The JSON object in a line. Raises LlamaError."""
-    try:
-        value = json.loads(line.rstrip().decode("utf-8-sig"), parse_constant=_no_number, parse_float=_finite)
-    except UnicodeDecodeError as e:
-        raise LlamaError(f"the line is not UTF-8: byte {e.start + 1} of it is 0x{line[e.start]:02x}") from None
-    except json.JSONDecodeError as e:
-        raise LlamaError(f"the line is not JSON: {e.msg} at character {e.pos + 1}") from None
-    except (ValueError, RecursionError) as e:  # numbers that are none or too long; brackets without end
-        raise LlamaError(f"the line is not JSON that can be read: {e}") from None
-    if not isinstance(value, dict):
-        raise LlamaError(f"the line is {kind_of(value)}, expected a JSON object")
-    return value
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON's")
-
-
-def _finite(digits: str) -> float:
-    if not math.isfinite(value := float(digits)):
-        raise ValueError(f"{digits} is too large")
-    return value
 
 
 @lru_cache(maxsize=1024)
