@@ -21,12 +21,17 @@ setup(
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
+        "finetune": [
+            "torchmetrics>=1.4",  # how good answers are
+            "matplotlib>=3.7",  # draws the curves of a training
+        ],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
             "transformers>=4.44",  # the independent implementation that logits are compared with
             "peft>=0.17",  # the independent implementation of low-rank adapters
             "matplotlib>=3.7",  # draws what `bench --plot` draws
+            "torchmetrics>=1.4",
             "ruff>=0.6",
             "mypy>=1.11",
         ],

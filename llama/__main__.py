@@ -27,6 +27,7 @@ from .remote import is_url
 from .screen import say
 from .settings import RowOptions, Settings, Speculation, TurnOptions
 from .speculate import SPECULATE_K
+from .train_command import add_finetune
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -69,6 +70,7 @@ def parse() -> argparse.Namespace:
     add_complete(commands.add_parser("complete", parents=[model_options()], help="go on from a text, or from many"))
     add_convert(commands.add_parser("convert", help="write a checkpoint in another layout"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint's directory holds, and what is wrong there"))
+    add_finetune(commands.add_parser("finetune", help="train a model, or a head on it, on records"))
     add_bench(commands.add_parser("bench", help="measure how fast a model runs here, beside what memory allows"))
     return parser.parse_args()
 

@@ -44,8 +44,14 @@ def complete(module: nn.Module, args: ModelArgs) -> None:
             slots[get_model_parallel_rank() // shared] = grad
             dist.all_reduce(slots, group=get_model_parallel_group())
             grad.copy_(slots[get_model_parallel_rank() // shared])
-        if dist.get_world_size(get_data_parallel_group()) > 1:
-            dist.all_reduce(grad, group=get_data_parallel_group())
+        over_copies(grad)
+
+
+def over_copies(x: Tensor) -> Tensor:
+    """Make it the sum of those of all data-parallel copies."""
+    if dist.get_world_size(get_data_parallel_group()) > 1:
+        dist.all_reduce(x, group=get_data_parallel_group())
+    return x
 
 
 @torch.no_grad()

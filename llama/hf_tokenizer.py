@@ -79,6 +79,7 @@ class HFTokenizer:
 
         probe = self._backend.encode(next(iter(aliases.values()), "a"), add_special_tokens=True)
         self._prefix = probe.ids[: probe.sequence_ids.index(0)] if 0 in probe.sequence_ids else []
+        self._backend.post_processor = None  # some trim the white space off offsets
         self._read_siblings(path.parent)
 
     def _read_siblings(self, folder: Path) -> None:
@@ -142,21 +143,26 @@ class HFTokenizer:
         Raises:
             LlamaError: the tokenizer can't encode this text, or finds other control tokens in it than were put there.
         """
+        return self.encoding(parts).ids
+
+    def encoding(self, parts: Iterable[str | int]) -> tokenizers.Encoding:
+        """What `encode_parts` finds, with the offsets of plain text as the library has them: of its characters, each
+        pair of surrogates as one."""
         parts = list(parts)
         text = "".join(self._aliases[part] if isinstance(part, int) else without_surrogates(part) for part in parts)
         try:
-            tokens = self._backend.encode(text, add_special_tokens=False).ids
+            encoding = self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library has no narrower one
             raise LlamaError(f"the tokenizer can't encode the text ({one_line(error)})") from None
         put = Counter(part for part in parts if isinstance(part, int))
-        found = Counter(token for token in tokens if token in self._names)
+        found = Counter(token for token in encoding.ids if token in self._names)
         for token in (put | found).keys() - {self._unknown}:  # any text may have characters that are unknown
             if put[token] != found[token]:
                 raise LlamaError(
                     f"the tokenizer finds the control token {self._names[token]!r} {found[token]} times in a text that "
                     f"has it {put[token]} times; set its 'normalized' to false in tokenizer.json"
                 )
-        return tokens
+        return encoding
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD, and nothing for

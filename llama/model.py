@@ -339,7 +339,8 @@ class Transformer(nn.Module):
         """What `forward` computes before the output layer: (B, T, dim), normed.
 
         start_pos: may be on the CPU wherever the model is, so that nobody waits for another device to tell its numbers.
-        lengths: (B,) how many of each row's tokens are no padding; None: all. Only `dynamic` rotary scaling asks.
+        lengths: (B,) how many of each row's tokens are no padding; None: all; (B, T) how many had come with each token.
+        Only `dynamic` rotary scaling asks.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
             return self.run(*self._prepared(tokens, start_pos, lengths))
@@ -405,14 +406,14 @@ class Transformer(nn.Module):
     def _rotary(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:
         """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2).
 
-        lengths: (B,) how many of each row's positions are no padding; None: all.
+        lengths: as in `hidden_states`.
         """
         args, device = self.params, positions.device
         if args.rope_scaling is not None and args.rope_scaling.type == "dynamic":
-            ends = positions[..., -1:] + 1 if lengths is None else positions[..., :1] + lengths[:, None]
-            theta = grown_theta(args.head_size, args.rope_theta, args.rope_scaling, ends.view(-1))  # (B or 1, 1)
-            angles = positions[..., None] * powers(args.head_size, theta)[:, None]  # (1 or B, T, D/2)
-            return torch.polar(torch.ones_like(angles), angles).squeeze(0)
+            ends = positions[..., -1:] + 1 if lengths is None else positions[..., :1] + lengths.view(len(lengths), -1)
+            theta = grown_theta(args.head_size, args.rope_theta, args.rope_scaling, ends)  # ([B], 1 or T, 1)
+            angles = positions[..., None] * powers(args.head_size, theta)  # ([B], T, D/2)
+            return torch.polar(torch.ones_like(angles), angles)
         if self.freqs_cis is None or self.freqs_cis.shape[0] < end:
             end = max(end, args.max_seq_len)
             with torch.inference_mode(False), torch.device("cpu"):

@@ -56,8 +56,8 @@ class RopeScaling:
 
 
 def powers(dim: int, theta: float | Tensor) -> Tensor:
-    """Angles a position, in radians, fastest pair first: theta^(-2j / dim), float32 (dim / 2), or (B, dim / 2) of bases
-    (B, 1)."""
+    """Angles a position, in radians, fastest pair first: theta^(-2j / dim), float32 (dim / 2), or (..., dim / 2) of
+    bases (..., 1)."""
     exponents = torch.arange(0, dim, 2)[: dim // 2].float() / dim  # (dim / 2)
     return 1.0 / theta ** (exponents.to(theta.device) if isinstance(theta, Tensor) else exponents)
 
@@ -83,14 +83,14 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> t
 
 
 def grown_theta(dim: int, theta: float, scaling: RopeScaling, lengths: Tensor) -> Tensor:
-    """The base of `dynamic` for rows of `lengths` tokens, (B) -> (B, 1): theta up to the original length, then more.
+    """The base of `dynamic` for rows of `lengths` tokens, (...) -> (..., 1): theta, more past the original length.
 
     As a row grows its later tokens are rotated by larger bases than its cached ones, as in `transformers`.
     """
     if dim <= 2:
         raise LlamaError(f"rope scaling 'dynamic' needs a head_dim of at least 4, found {dim}")
     past = lengths.clamp(min=scaling.original_max_position_embeddings) / scaling.original_max_position_embeddings
-    return (theta * (scaling.factor * past - (scaling.factor - 1)) ** (dim / (dim - 2)))[:, None]
+    return (theta * (scaling.factor * past - (scaling.factor - 1)) ** (dim / (dim - 2)))[..., None]
 
 
 def _yarn_slowness(dim: int, theta: float, scaling: RopeScaling) -> Tensor:

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from . import parallel
 from .checks import check_texts
 from .errors import LlamaError, shortened
+from .hf_tokenizer import HFTokenizer
 from .model import Transformer
 from .prefill import logprobs_within, prefill, walk
 from .settings import is_whole
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .generation import Llama
@@ -75,7 +77,7 @@ def score(llama: "Llama", texts: Sequence[str], *, stride: int | None = None) ->
     size = llama.model.params.max_seq_len
     with parallel.together(parallel.group()):
         stride = checked_stride(stride, size)
-        tokens = encoded(llama, texts)
+        tokens = encoded(llama.tokenizer, texts)
     model, chunk = with_the_cache(llama)
     found = [[0.0] * len(text) for text in tokens]
     places = [window for i, text in enumerate(tokens) for window in windows(i, len(text), size, stride)]
@@ -86,7 +88,7 @@ def score(llama: "Llama", texts: Sequence[str], *, stride: int | None = None) ->
             found[window.text][window.first : window.end] = known
     for i, known in enumerate(found):
         if not all(map(math.isfinite, known)):
-            raise not_finite(i, "logprobs", model)
+            raise not_finite(i, "logprobs", model.norm.weight.dtype)
     return [Score(text, known) for text, known in zip(tokens, found, strict=True)]
 
 
@@ -101,7 +103,7 @@ def embed(llama: "Llama", texts: Sequence[str], pooling: Pooling = "last") -> Te
     with parallel.together(parallel.group()):
         if pooling not in get_args(Pooling):
             raise LlamaError(f"pooling is {pooling!r}, expected {' or '.join(map(repr, get_args(Pooling)))}")
-        tokens = encoded(llama, texts)
+        tokens = encoded(llama.tokenizer, texts)
         check_lengths(tokens, llama.model.params.max_seq_len)
     model, chunk = with_the_cache(llama)
     found = torch.empty(len(tokens), model.params.dim)
@@ -109,17 +111,17 @@ def embed(llama: "Llama", texts: Sequence[str], pooling: Pooling = "last") -> Te
     for batch in batches(range(len(tokens)), lambda i: len(tokens[i]), model.params.max_batch_size, "embedding"):
         found[batch] = pool(model, [tokens[i] for i in batch], chunk).float().cpu()
     for i in (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist():
-        raise not_finite(i, "hidden states", model)
+        raise not_finite(i, "hidden states", model.norm.weight.dtype)
     return found
 
 
 # --- what is checked ------------------------------------------------------------------------------------------------
 
 
-def encoded(llama: "Llama", texts: Sequence[str]) -> list[list[int]]:
+def encoded(tokenizer: Tokenizer | HFTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text. Raises LlamaError for what has none."""
     check_texts(texts, "text")
-    tokens = [llama.tokenizer.encode(text, bos=True, eos=False) for text in texts]
+    tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
     if [] in tokens:
         i = tokens.index([])
         raise LlamaError(f"text {i}, {shortened(texts[i])}, has no token: expected at least one")
@@ -145,9 +147,9 @@ def check_lengths(tokens: Sequence[Sequence[int]], most: int) -> None:
             )
 
 
-def not_finite(text: int, what: str, model: Transformer) -> LlamaError:
+def not_finite(text: int, what: str, dtype: torch.dtype) -> LlamaError:
     return LlamaError(
-        f"text {text}: the {what} are not finite in {model.norm.weight.dtype}: the weights are damaged or this dtype "
+        f"text {text}: the {what} are not finite in {dtype}: the weights are damaged or this dtype "
         "overflows; try --dtype float32"
     )
 

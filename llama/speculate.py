@@ -66,8 +66,9 @@ def look_at(model: Transformer, rows: list[Row], proposals: list[list[int]]) -> 
     longest = max(map(len, proposals))
     padded = [[*own, *[0] * (longest - len(own))] for own in proposals]
     tokens = [[row.answer[-1], *own] for row, own in zip(rows, padded, strict=True)]  # (B, T)
-    starts = torch.tensor([row.cached for row in rows])
-    return model.hidden_states(torch.tensor(tokens, device=model.norm.weight.device), starts)
+    starts, device = torch.tensor([row.cached for row in rows]), model.norm.weight.device
+    one_by_one = torch.arange(1, 2 + longest, device=device).expand(len(rows), -1)  # (B, T)
+    return model.hidden_states(torch.tensor(tokens, device=device), starts, one_by_one)
 
 
 def checked(

@@ -6,12 +6,14 @@ Knows where things are; leaves the network to `heads`, what is read out of logit
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import parallel
+from .answering import Answer, AnswerOptions, Label, answer_all, classify, tag
 from .checkpoint import Checkpoint, find_tokenizer, load_model, open_checkpoint
 from .checks import check_count, check_memory, check_ranks, check_vocabulary
 from .convert import on_disk, write
@@ -22,6 +24,7 @@ from .hf_tokenizer import HFTokenizer, open_tokenizer
 from .layout import Stored, shared_over, split_dim, tensor_shapes
 from .model import Transformer
 from .opened import on_this_machine
+from .spans import Span
 from .tokenizer import Tokenizer
 
 HEADS: dict[Task, type[Head]] = {"classify": SequenceClassifier, "tag": TokenClassifier, "answer": QuestionAnswerer}
@@ -67,13 +70,21 @@ class TaskModel:
         head = CausalLM(model) if checkpoint.head is None else HEADS[checkpoint.task](model, checkpoint.head)
         for name, tensor in checkpoint.head_tensors.items():
             head.get_parameter(name).data.copy_(tensor)
-        return TaskModel(head.eval(), tokenizer, checkpoint)
+        return TaskModel(head.eval(), tokenizer, checkpoint, max_seq_len, max_batch_size)
 
-    def __init__(self, head: Head | CausalLM, tokenizer: Tokenizer | HFTokenizer, checkpoint: Checkpoint):
+    def __init__(
+        self,
+        head: Head | CausalLM,
+        tokenizer: Tokenizer | HFTokenizer,
+        checkpoint: Checkpoint,
+        max_seq_len: int = 512,
+        max_batch_size: int = 4,
+    ):
         """checkpoint: what it was built from, and what it is written as."""
         self.head = head
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
+        self._sizes = max_seq_len, max_batch_size
 
     @property
     def task(self) -> Task:
@@ -82,6 +93,29 @@ class TaskModel:
     @property
     def model(self) -> Transformer:
         return self.head.model
+
+    def classify(self, texts: Sequence[str]) -> list[list[Label]]:
+        """The labels of each text: see `answering.classify`."""
+        return classify(self._made_for("classify"), self.tokenizer, texts, *self._sizes)
+
+    def tag(self, texts: Sequence[str]) -> list[list[Span]]:
+        """The spans found in each text: see `answering.tag`."""
+        return tag(self._made_for("tag"), self.tokenizer, texts, *self._sizes)
+
+    def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> list[Answer]:
+        """The best answers that the context gives, the best first: see `answering.answer_all`, options too."""
+        (found,) = self.answer_all([(question, context)], **options)
+        return found
+
+    def answer_all(self, pairs: Sequence[tuple[str, str]], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
+        """The best answers to each (question, context): see `answering.answer_all`."""
+        return answer_all(self._made_for("answer"), self.tokenizer, pairs, *self._sizes, **options)
+
+    def _made_for(self, task: Task) -> Any:
+        """The head, if it is one to do this. Raises LlamaError."""
+        if self.task != task:
+            raise LlamaError(f"{self.checkpoint.directory} was made to {self.task} texts: it can't {task}")
+        return self.head
 
     def save(self, directory: str | Path, dtype: torch.dtype | None = None, force: bool = False) -> None:
         """Write it as transformers' class of the same task reads it, whole or not at all. Called on all ranks.

@@ -1,0 +1,338 @@
+"""Training: a plan, and how a model is brought through its steps on model-parallel ranks and data-parallel copies.
+
+Knows models, batches and optimizers; leaves what survives a kill to `progress`, what is measured to `evaluation`.
+"""
+
+import contextlib
+import hashlib
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_data_parallel_world_size
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import gradients, parallel
+from .adapter import Task as PeftTask
+from .adapter import save_adapter
+from .chat_template import formatter
+from .checks import check_count, check_seed
+from .errors import LlamaError
+from .evaluation import check_packages, decides, draw, measured
+from .examples import Example, Reader, collated, examples
+from .head_format import TENSORS, Task, body_name
+from .layout import part_sizes
+from .lora import Lora, add_lora
+from .parallel import Place
+from .progress import Keeper
+from .records import Record, labels_in, problem_of, read_records
+from .screen import say
+from .settings import is_number
+from .tasks import TaskModel
+
+PEFT_TASKS: dict[Task, PeftTask] = {
+    "language": "CAUSAL_LM",
+    "classify": "SEQ_CLS",
+    "tag": "TOKEN_CLS",
+    "answer": "QUESTION_ANS",
+}
+ADAM_BYTES = 16  # of each number that is trained: itself, its gradient and two moments, in float32
+BETAS = 0.9, 0.98
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained on what. data, eval: files of records, see `records`. output: the directory to be written.
+
+    batch_size: examples a step, over all data-parallel copies; micro_batch_size: how many of them go through a copy
+    of the model at a time (None: all). learning_rate: rises linearly in the first `warmup` of all steps, then falls.
+    weight_decay: of matrices. clip: the largest norm of a gradient. every: steps between two evaluations, each of which
+    is also where a killed run goes on (None: an epoch). patience: how many evaluations may pass without a better one
+    (None: all). recompute: layers again for the gradient, which takes less memory. lora: adapters instead of the
+    model's own weights; learning rates of 1e-4 to 1e-3 suit them, of 1e-5 to 1e-4 whole models of a billion and more.
+    merge: write the adapter into the weights too. Raises LlamaError for what can't be.
+    """
+
+    task: Task
+    data: str
+    output: str
+    eval: str | None = None
+    epochs: int = 3
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    learning_rate: float = 1e-4
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    every: int | None = None
+    patience: int | None = None
+    recompute: bool = False
+    lora: Lora | None = None
+    merge: bool = True
+    max_seq_len: int = 512
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.task not in TENSORS:
+            raise LlamaError(f"task is {self.task!r}, expected one of {', '.join(TENSORS)}")
+        for name in ("epochs", "batch_size", "max_seq_len"):
+            check_count(name, getattr(self, name))
+        for name in ("micro_batch_size", "every", "patience"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_seed(self.seed)
+        for name in ("learning_rate", "clip"):
+            if not is_number(value := getattr(self, name)) or value <= 0:
+                raise LlamaError(f"{name} is {value!r}, expected a number above 0")
+        if not is_number(self.warmup) or not 0 <= self.warmup <= 1:
+            raise LlamaError(f"warmup is {self.warmup!r}, expected a share of the steps, in [0, 1]")
+        if not is_number(self.weight_decay) or self.weight_decay < 0:
+            raise LlamaError(f"weight_decay is {self.weight_decay!r}, expected a number of at least 0")
+        if self.patience is not None and self.eval is None:
+            raise LlamaError("patience was given without eval: name the records to evaluate on, or drop patience")
+        if not self.merge and self.lora is None:
+            raise LlamaError("merge is off, but there is no adapter: give lora, or leave it on")
+
+
+def finetune(
+    plan: Plan,
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path | None = None,
+    model_parallel_size: int | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    force: bool = False,
+) -> None:
+    """Train, and write the best model to `plan.output`; a run that was killed goes on where it was, to the same end.
+
+    dtype: what products are computed in; weights that are trained are float32 all the same. Ranks beyond
+    model_parallel_size, None: all of them, are data-parallel copies. Raises LlamaError, on all ranks.
+    """
+    place = parallel.initialize(model_parallel_size, device, dtype)
+    with parallel.together():
+        if place.dtype == torch.float16:
+            raise LlamaError("float16 has too few exponents for gradients: train in bfloat16 or float32")
+        check_packages(plan.eval is not None)
+        files = [plan.data] if plan.eval is None else [plan.data, plan.eval]
+        read = [read_records(path, plan.task) for path in files] if parallel.is_printer() else []
+    trained, held = (*parallel.broadcast_object(read), [])[:2]
+    with parallel.together():
+        problem = problem_of([*trained, *held], plan.data) if plan.task == "classify" else None
+        labels = labels_in([*trained, *held], plan.task, problem)
+    size, frozen = plan.max_seq_len, place.dtype if plan.lora else torch.float32
+    options: dict[str, Any] = {"task": plan.task, "labels": labels, "problem_type": problem}
+    options |= {"device": device, "dtype": frozen}
+    built = TaskModel.build(ckpt_dir, tokenizer_path, size, 1, model_parallel_size, **options)
+    Training(plan, built, place, trained, held, about(plan, ckpt_dir, [*trained, *held]), force).run()
+
+
+def about(plan: Plan, ckpt_dir: str | Path, records: Sequence[Record]) -> dict[str, Any]:
+    """What makes the result what it is, for a run that goes on with another's."""
+    given = repr([record.given for record in records])
+    settings = {name: value for name, value in vars(plan).items() if name not in ("output", "data", "eval", "lora")}
+    digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()
+    return {**settings, "lora": repr(plan.lora), "records": digest, "ckpt_dir": str(ckpt_dir)}
+
+
+class Training:
+    """A model on its way: optimizer, place in the data, what was measured."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        built: TaskModel,
+        place: Place,
+        trained: Sequence[Record],
+        held: Sequence[Record],
+        about: dict[str, Any],
+        force: bool,
+    ):
+        self.plan, self.built, self.place, self.held = plan, built, place, held
+        with parallel.together():
+            labels = built.checkpoint.head.labels if built.checkpoint.head else ()
+            form = formatter(built.tokenizer, datetime.now())
+            reader = Reader(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
+            self.examples = examples(reader, plan.task, trained, plan.data)
+            self.held_examples = examples(reader, plan.task, held, plan.eval or "")
+            if plan.lora is None:
+                check_training_memory(built, place)
+        self.keeper = Keeper(Path(plan.output), about, force)
+        self.progress = self.keeper.progress
+        if plan.lora is not None:
+            add_lora(built.model, plan.lora, plan.seed)
+        for name in TENSORS[plan.task]:
+            built.head.get_parameter(name).data = built.head.get_parameter(name).data.float()
+        if plan.recompute:
+            gradients.checkpoint_layers(built.model)
+        self.parameters = {n: p for n, p in built.head.named_parameters() if p.requires_grad}
+        if plan.task != "language" and "model.output.weight" in self.parameters:
+            del self.parameters["model.output.weight"]
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)  # on every rank, whatever it is given to learn
+        self.optimizer = torch.optim.AdamW(decaying(self.parameters, plan.weight_decay), betas=BETAS, foreach=True)
+        self.steps_per_epoch = math.ceil(len(self.examples) / plan.batch_size)
+        self.steps = plan.epochs * self.steps_per_epoch
+
+    def run(self) -> None:
+        every = self.plan.every or self.steps_per_epoch
+        self.resume()
+        silent = not parallel.is_printer() or None  # None: unless on a terminal
+        losses: list[float] = []
+        with tqdm(desc="training", total=self.steps, initial=self.progress.step, unit=" steps", disable=silent) as bar:
+            while self.progress.step < self.steps and not self.progress.ended:
+                losses.append(self.step())
+                self.progress.step += 1
+                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                bar.update()
+                if self.progress.step % every == 0 or self.progress.step == self.steps:
+                    self.pause(losses, bar)
+                    losses = []
+        if not self.progress.ended:
+            self.progress.ended = True
+            self.keeper.note()
+
+    def step(self) -> float:
+        """One of the optimizer's: the loss of its examples, each of which counts by how much is learnt of it."""
+        batch = self.batch(self.progress.step)
+        items = sum(example.items for example in batch)
+        size = self.plan.micro_batch_size or math.ceil(len(batch) / get_data_parallel_world_size())
+        batch.sort(key=lambda example: len(example.tokens))
+        micros = [batch[i : i + size] for i in range(0, len(batch), size)]
+        total = torch.zeros((), device=self.place.device)
+        self.built.head.train()
+        with self.chance(self.progress.step):
+            for micro in micros[get_data_parallel_rank() :: get_data_parallel_world_size()]:
+                with self.autocast():
+                    found = self.built.head(**collated(micro, self.plan.task, self.place.device))
+                loss = (found if isinstance(found, Tensor) else found.loss) * (sum(e.items for e in micro) / items)
+                loss.backward()
+                total += loss.detach()
+        gradients.complete(self.built.head, self.built.model.params)
+        gradients.clip(self.built.head, self.built.model.params, self.plan.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.plan, self.progress.step, self.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        loss_of_all = float(gradients.over_copies(total))
+        if not math.isfinite(loss_of_all):
+            raise LlamaError(f"the loss of step {self.progress.step + 1} is {loss_of_all}: lower the learning rate")
+        return loss_of_all
+
+    def batch(self, step: int) -> list[Example]:
+        """What a step learns from: an epoch has every example once, in an order of its own."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = list(range(len(self.examples)))
+        random.Random(f"{self.plan.seed} {epoch}").shuffle(order)
+        own = order[place * self.plan.batch_size : (place + 1) * self.plan.batch_size]
+        return [self.examples[i] for i in own]
+
+    @contextlib.contextmanager
+    def chance(self, step: int) -> Iterator[None]:
+        """Torch's own generators, which dropout asks, as they are in this step and data-parallel copy of every run."""
+        device = self.place.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(random.Random(f"{self.plan.seed} {step} {get_data_parallel_rank()}").getrandbits(63))
+            yield
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.place.device.type, self.place.dtype, enabled=self.place.dtype != torch.float32)
+
+    # --- between the steps ------------------------------------------------------------------------------------------
+
+    def pause(self, losses: Sequence[float], bar: tqdm) -> None:
+        """Measure, keep the best model, and let a run that is killed from now on go on from here."""
+        progress, plan = self.progress, self.plan
+        told: dict[str, float] = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch}
+        told["trained"] = math.fsum(losses) / len(losses)
+        better = not self.held
+        if self.held:
+            with self.autocast():
+                size = plan.micro_batch_size or plan.batch_size
+                told |= measured(self.built, self.held_examples, self.held, size, plan.max_seq_len)
+            name = decides(plan.task, is_regression(self.built))
+            value = -told["loss"] if name == "loss" else told[name]
+            better = progress.best is None or value > progress.best
+            progress.best = value if better else progress.best
+            progress.waited = 0 if better else progress.waited + 1
+        progress.history.append(told)
+        progress.ended = progress.step == self.steps or (plan.patience is not None and progress.waited >= plan.patience)
+        with bar.external_write_mode():
+            say(line_of(told))
+        if better and (self.held or progress.ended):
+            self.write()
+        if parallel.is_printer():
+            draw(progress.history, self.keeper.directory / "curves.png")
+        parameters = {name: parameter.data for name, parameter in self.parameters.items()}
+        self.keeper.keep({"parameters": parameters, "optimizer": self.optimizer.state_dict()})
+
+    def write(self) -> None:
+        """The model as it is now: whole, with what an adapter adds, and the adapter by itself."""
+        directory, plan = self.keeper.directory, self.plan
+        if plan.lora is None or plan.merge:
+            self.built.save(directory, force=True)
+        if plan.lora is not None:
+            head = {name: self.built.head.get_parameter(name).data for name in TENSORS[plan.task]}
+            body = body_name(self.built.checkpoint.family or "llama", plan.task)
+            base = str(self.built.checkpoint.directory)
+            save_adapter(
+                self.built.model,
+                directory / "adapter",
+                base,
+                extra=head,
+                task_type=PEFT_TASKS[plan.task],
+                prefix="transformer" if body == "transformer" else "model",
+            )
+
+    def resume(self) -> None:
+        state = self.keeper.state() if not self.progress.ended else None
+        if self.progress.ended:
+            say(f"{self.keeper.directory}: all is done already")
+        if state is None:
+            return
+        say(f"{self.keeper.directory}: going on after step {self.progress.step}")
+        for name, parameter in self.parameters.items():
+            parameter.data.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+def is_regression(built: TaskModel) -> bool:
+    return built.checkpoint.head is not None and built.checkpoint.head.problem_type == "regression"
+
+
+def decaying(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases don't."""
+    matrices = [p for p in parameters.values() if p.ndim > 1]
+    others = [p for p in parameters.values() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(plan: Plan, step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to nothing."""
+    rising = max(round(plan.warmup * steps), 1)
+    return plan.learning_rate * min((step + 1) / rising, (steps - step) / max(steps - rising + 1, 1))
+
+
+def check_training_memory(built: TaskModel, place: Place) -> None:
+    """Whether gradients and moments fit beside the weights. Raises LlamaError."""
+    numbers = sum(part_sizes(built.model.params, place.mp_size).values())
+    ranks = 1 if place.device.type == "cuda" else place.world_size
+    have = parallel.available_memory(place.device)
+    if (needed := ranks * numbers * ADAM_BYTES) > have:
+        raise LlamaError(
+            f"training {numbers / 1e9:.2f} billion numbers takes {ADAM_BYTES} bytes of each, {ranks} x on "
+            f"{place.device} = {needed / 1e9:.2f} GB, which do not fit its {have / 1e9:.2f} GB: use lora, or more ranks"
+        )
+
+
+def line_of(told: dict[str, float]) -> str:
+    names = {"trained": "loss", "loss": "held-out loss"}
+    rest = [f"{names.get(name, name)} {value:.4g}" for name, value in told.items() if name not in ("step", "epoch")]
+    return f"step {told['step']}, epoch {told['epoch']:.2f}: {', '.join(rest)}"
