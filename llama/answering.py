@@ -21,7 +21,7 @@ from .hf_tokenizer import HFTokenizer
 from .offsets import Offsets, encode_with_offsets
 from .scoring import batches, check_lengths, encoded, not_finite
 from .settings import is_whole
-from .spans import Candidate, Span, best_spans, merged, stripped, tagged_spans, windows
+from .spans import Candidate, Span, best_spans, merged, of_whole_words, stripped, tagged_spans, windows
 from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -92,10 +92,18 @@ def classify(
 
 @torch.no_grad()
 def tag(
-    head: "TokenClassifier", tokenizer: AnyTokenizer, texts: Sequence[str], max_seq_len: int, max_batch_size: int
+    head: "TokenClassifier",
+    tokenizer: AnyTokenizer,
+    texts: Sequence[str],
+    max_seq_len: int,
+    max_batch_size: int,
+    *,
+    whole_words: bool = True,
 ) -> list[list[Span]]:
-    """The spans that the head finds in each text, in the order of the texts; `tagged_spans` says which.
+    """The spans that the head finds in each text, in the order of the texts; `spans.tagged_spans` says which.
 
+    whole_words: all tokens of a word have the label of its last one, which alone has read all of it; see
+    `spans.of_whole_words`. Otherwise each has its own.
     A text longer than max_seq_len is read in windows that overlap by half; a token's label comes from the first window
     that has it, where most stands before it.
     Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character each, or a
@@ -123,10 +131,13 @@ def tag(
         best = chances.max(-1)
         labels[place.text][place.start : place.end] = best.indices.tolist()
         scores[place.text][place.start : place.end] = best.values.tolist()
-    return [
-        tagged_spans([head.config.labels[i] for i in known], chances, offsets, text)
-        for known, chances, (_, offsets), text in zip(labels, scores, read, texts, strict=True)
-    ]
+    found = []
+    for known, sure, (_, offsets), text in zip(labels, scores, read, texts, strict=True):
+        named = [head.config.labels[i] for i in known]
+        if whole_words:
+            named, sure = of_whole_words(named, sure, offsets, text)
+        found.append(tagged_spans(named, sure, offsets, text))
+    return found
 
 
 def answer(

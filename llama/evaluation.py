@@ -76,14 +76,15 @@ def labels_measured(built: TaskModel, given: Sequence[dict[str, Any]], *sizes: i
     return classification_metrics([[one.label for one in labels] for labels in found], [one["labels"] for one in given])
 
 
-def draw(history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Loss against steps, of training and held-out records; beside it what else was measured of those."""
+def draw(trained: Sequence[float], history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Losses of all steps and of held-out records, against steps; beside them what else was measured of the latter."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a screen
 
     names = sorted({name for one in history for name in one} - {"step", "epoch", "trained", "loss", "perplexity"})
     figure = Figure(figsize=(6 + 6 * bool(names), 4), layout="constrained")
     losses, *others = figure.subplots(1, 1 + bool(names), squeeze=False).flat
-    lines = [(losses, "trained", "training"), (losses, "loss", "held out"), *((others[0], n, n) for n in names)]
+    losses.plot(range(1, 1 + len(trained)), trained, linewidth=0.8, label="of each step")
+    lines = [(losses, "trained", "their mean"), (losses, "loss", "held out"), *((others[0], n, n) for n in names)]
     for axes, name, label in lines:
         points = [(one["step"], one[name]) for one in history if name in one]
         if points:

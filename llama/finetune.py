@@ -184,16 +184,14 @@ class Training:
         every = self.plan.every or self.steps_per_epoch
         self.resume()
         silent = not parallel.is_printer() or None  # None: unless on a terminal
-        losses: list[float] = []
         with tqdm(desc="training", total=self.steps, initial=self.progress.step, unit=" steps", disable=silent) as bar:
             while self.progress.step < self.steps and not self.progress.ended:
-                losses.append(self.step())
+                self.progress.losses.append(self.step())
                 self.progress.step += 1
-                bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {self.progress.losses[-1]:.3f}", refresh=False)
                 bar.update()
                 if self.progress.step % every == 0 or self.progress.step == self.steps:
-                    self.pause(losses, bar)
-                    losses = []
+                    self.pause(bar)
         if not self.progress.ended:
             self.progress.ended = True
             self.keeper.note()
@@ -246,10 +244,11 @@ class Training:
 
     # --- between the steps ------------------------------------------------------------------------------------------
 
-    def pause(self, losses: Sequence[float], bar: tqdm) -> None:
+    def pause(self, bar: tqdm) -> None:
         """Measure, keep the best model, and let a run that is killed from now on go on from here."""
         progress, plan = self.progress, self.plan
         told: dict[str, float] = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch}
+        losses = progress.losses[progress.history[-1]["step"] if progress.history else 0 :]
         told["trained"] = math.fsum(losses) / len(losses)
         better = not self.held
         if self.held:
@@ -268,7 +267,7 @@ class Training:
         if better and (self.held or progress.ended):
             self.write()
         if parallel.is_printer():
-            draw(progress.history, self.keeper.directory / "curves.png")
+            draw(progress.losses, progress.history, self.keeper.directory / "curves.png")
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}
         self.keeper.keep({"parameters": parameters, "optimizer": self.optimizer.state_dict()})
 

@@ -22,12 +22,13 @@ BEGIN_ANEW = "name another --output, or start with --force to begin anew"
 
 @dataclass
 class Progress:
-    """step: how many are done. history: what was measured, by step. best: the measure to be beaten, and at which step.
+    """step: how many are done. losses: of each. history: what was measured, by step. best: the measure to be beaten.
 
     waited: how often it wasn't beaten since. ended: nothing is left to do.
     """
 
     step: int = 0
+    losses: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float | None = None
     waited: int = 0

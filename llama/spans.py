@@ -4,13 +4,17 @@ Pure functions. Knows no model and no tokenizer.
 """
 
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import LlamaError
+
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR")  # as Unicode names their letters
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,42 @@ def tagged_spans(
         if start < end:
             spans.append(Span(text[start:end], start, end, kind, math.fsum(known) / len(known)))
     return spans
+
+
+def of_whole_words(
+    labels: Sequence[str], scores: Sequence[float], offsets: Sequence[tuple[int, int]], text: str
+) -> tuple[list[str], list[float]]:
+    """Labels and scores such that all tokens of a word agree: with its last one, as no other has read all of it.
+
+    Arguments as `tagged_spans` takes them. A word begins a span of that kind where its first token does.
+    """
+    words = word_numbers(text)
+    agreed, sure = [*labels], [*scores]
+    there = [i for i, (start, end) in enumerate(offsets) if start < end]
+    for _, group in groupby(there, key=lambda i: words[offsets[i][1] - 1]):
+        own = list(group)
+        last = labels[own[-1]]
+        within = f"I-{last[2:]}" if last[:2] in ("B-", "I-") else last
+        for i in own:
+            agreed[i], sure[i] = within, scores[own[-1]]
+        if labels[own[0]][:2] == "B-" and labels[own[0]][2:] == last[2:]:
+            agreed[own[0]] = labels[own[0]]
+    return agreed, sure
+
+
+def word_numbers(text: str) -> list[int]:
+    """For each character, the number of its word: of letters, digits and marks side by side. All else stands alone, as
+    does each letter of scripts that put no spaces between words."""
+    numbers: list[int] = []
+    number, joined = -1, False
+    for c in text:
+        kind = unicodedata.category(c)[0]
+        inside = kind in "LN" and not unicodedata.name(c, "").startswith(UNSPACED)
+        goes_on = kind == "M" or (inside and joined)  # marks belong to what they stand on
+        number += not goes_on or number < 0
+        joined = inside or (kind == "M" and joined)
+        numbers.append(number)
+    return numbers
 
 
 def stripped(text: str, start: int, end: int) -> tuple[int, int]:

@@ -98,9 +98,9 @@ class TaskModel:
         """The labels of each text: see `answering.classify`."""
         return classify(self._made_for("classify"), self.tokenizer, texts, *self._sizes)
 
-    def tag(self, texts: Sequence[str]) -> list[list[Span]]:
+    def tag(self, texts: Sequence[str], *, whole_words: bool = True) -> list[list[Span]]:
         """The spans found in each text: see `answering.tag`."""
-        return tag(self._made_for("tag"), self.tokenizer, texts, *self._sizes)
+        return tag(self._made_for("tag"), self.tokenizer, texts, *self._sizes, whole_words=whole_words)
 
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> list[Answer]:
         """The best answers that the context gives, the best first: see `answering.answer_all`, options too."""

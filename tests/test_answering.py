@@ -190,7 +190,7 @@ def test_spans_are_transformers(world: World) -> None:
     theirs = pipeline(
         "token-classification", model=model, tokenizer=world.theirs, device="cpu", aggregation_strategy="simple"
     )
-    found = tag(head, world.ours, TEXTS[:3], *SIZES)
+    found = tag(head, world.ours, TEXTS[:3], *SIZES, whole_words=False)
     for text, spans in zip(TEXTS[:3], found, strict=True):
         assert [span.text for span in spans] == [text[span.start : span.end] for span in spans]
         groups = [one for one in theirs(text) if text[one["start"] : one["end"]].strip()]
@@ -205,7 +205,7 @@ def test_spans_are_transformers(world: World) -> None:
 def test_long_texts_are_tagged_in_windows(world: World, max_batch_size: int) -> None:
     """By hand: a token's label is that of the first window that has it."""
     head, size = head_of("TokenClassification"), 21
-    found = tag(head, world.ours, [TEXTS[1], PARAGRAPH, TEXTS[2]], size, max_batch_size)
+    found = tag(head, world.ours, [TEXTS[1], PARAGRAPH, TEXTS[2]], size, max_batch_size, whole_words=False)
     assert max(length for _, length in head.passes) == size
     encoding = world.theirs(PARAGRAPH, add_special_tokens=False, return_offsets_mapping=True)
     prefix = world.theirs("").input_ids

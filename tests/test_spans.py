@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from test_hf_tokenizer import some
 
 from llama.errors import LlamaError
-from llama.spans import Candidate, Span, best_spans, merged, stripped, tagged_spans, windows
+from llama.spans import (
+    Candidate,
+    Span,
+    best_spans,
+    merged,
+    of_whole_words,
+    stripped,
+    tagged_spans,
+    windows,
+    word_numbers,
+)
 
 few = st.sampled_from([-1.5, 0.0, 0.25, 1.0])  # so that there are ties
 logits = st.one_of(few, st.floats(-50, 50, width=32))
@@ -160,3 +170,54 @@ def test_stripped(text: str, start: int, size: int) -> None:
     end = min(start + size, len(text))
     begin, stop = stripped(text, start, end)
     assert text[begin:stop] == text[start:end].strip() and start <= begin <= stop <= end
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("I live.", ["I", " ", "live", "."]),
+        ("Má\u0301laga's", ["Má\u0301laga", "'", "s"]),
+        ("北京 ok", ["北", "京", " ", "ok"]),
+        ("안녕! ", ["안녕", "!", " "]),
+        ("नमस्ते 2026", ["नमस्ते", " ", "2026"]),
+        ("\u0301a", ["\u0301", "a"]),
+        ("สวย", ["ส", "ว", "ย"]),
+        ("", []),
+    ],
+)
+def test_words_of_a_text(text: str, words: list[str]) -> None:
+    numbers = word_numbers(text)
+    assert [
+        "".join(c for c, n in zip(text, numbers, strict=True) if n == i) for i in range(len(words))
+    ] == words and len(set(numbers)) == len(words)
+
+
+def test_a_word_is_what_its_last_token_says() -> None:
+    text = "Was hington Kenya"
+    offsets = [(0, 0), (0, 1), (1, 3), (3, 8), (8, 11), (11, 17)]
+    labels = ["B-X", "B-PLACE", "O", "B-PLACE", "I-PLACE", "B-PLACE"]
+    agreed, sure = of_whole_words(labels, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], offsets, text)
+    assert agreed == ["B-X", "O", "O", "B-PLACE", "I-PLACE", "B-PLACE"]
+    assert sure == [0.1, 0.3, 0.3, 0.5, 0.5, 0.6]
+    spans = tagged_spans(agreed, sure, offsets, text)
+    assert [(span.text, span.label, span.score) for span in spans] == [
+        ("hington", "PLACE", 0.5),
+        ("Kenya", "PLACE", 0.6),
+    ]
+    assert of_whole_words(["PLACE", "O"], [0.5, 0.6], [(0, 1), (1, 2)], "ab") == (["O", "O"], [0.6, 0.6])
+    assert of_whole_words(["O", "PLACE"], [0.5, 0.6], [(0, 1), (1, 2)], "ab") == (["PLACE", "PLACE"], [0.6, 0.6])
+
+
+@some
+@given(text=st.text(max_size=30), data=st.data())
+def test_words_are_never_cut(text: str, data: st.DataObject) -> None:
+    """Of tokens of a character each, whatever they say: no span begins or ends within a word."""
+    labels = data.draw(
+        st.lists(st.sampled_from(["O", "B-X", "I-X", "B-Y", "I-Y"]), min_size=len(text), max_size=len(text))
+    )
+    offsets = [(i, i + 1) for i in range(len(text))]
+    agreed, sure = of_whole_words(labels, [0.5] * len(text), offsets, text)
+    numbers = word_numbers(text)
+    for span in tagged_spans(agreed, sure, offsets, text):
+        assert span.start == 0 or numbers[span.start] != numbers[span.start - 1]
+        assert span.end == len(text) or numbers[span.end] != numbers[span.end - 1]
