@@ -59,14 +59,14 @@ def named(kind: str, new: bool) -> dict[str, str]:
 
 
 def paragraph(rng: Random, pronouns: dict[str, str], about: Sequence[Relation], part: Part) -> tuple[str, list[Stated]]:
-    """One to four sentences about the two things that have these pronouns, of one fact or two each.
+    """One to three sentences about the two things that have these pronouns, of one fact or two each.
 
     What the sentence before was about is "he", "she" or "it" half of the time.
     """
     text, last = "", ""
     said: list[Stated] = []
     free = [(subject, relation) for subject in pronouns for relation in about]
-    for _ in range(rng.choice((2, 2, 3, 4))):
+    for _ in range(rng.choice((2, 2, 3))):
         subject = rng.choice(free)[0]
         own = [relation for other, relation in free if other == subject]
         count = min(rng.choice((1, 1, 1, 2)), len(own), MOST_FACTS - len(said))

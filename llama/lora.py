@@ -99,17 +99,15 @@ class LoraLinear(nn.Module):
         return x * kept[..., get_model_parallel_rank() % parts, :] / (1 - self.dropout)
 
     def matrix(self) -> Tensor:
-        """W + alpha / r * B A of this rank's rows, where those are divided: differentiable."""
+        """W + alpha / r * B A, of this rank: differentiable, though not of A where W's columns are divided."""
         adapter = self.lora_B @ copy_to_model_parallel_region(self.lora_A)
-        return self.weight + (self.alpha / self.r * adapter).type_as(self.weight)
+        return (self.weight + self.alpha / self.r * adapter).type_as(self.weight)
 
     def merged(self) -> ColumnParallelLinear | RowParallelLinear:
         """The layer that this one replaced, its weight W + alpha / r * B A."""
         (layer,) = self.shell
         layer.bias = self.bias
-        with torch.no_grad():
-            weight = torch.addmm(self.weight.float(), self.lora_B, self.lora_A, alpha=self.alpha / self.r)
-            layer.weight = nn.Parameter(weight.type_as(self.weight))
+        layer.weight = nn.Parameter(self.matrix().detach())
         return layer
 
 

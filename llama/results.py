@@ -3,6 +3,7 @@
 Knows steps and tokenizers; knows no model.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -36,7 +37,8 @@ class ChatPrediction(Details, total=False):
 class Completion:
     """An answer to one prompt. finish_reason, stop, top_logprobs: as in `Step`. logprobs: of its tokens, in float32.
 
-    prompt_logprobs: of the prompt's tokens, 0.0 for the first, which nothing predicts. score: of beams.
+    prompt_logprobs: of the prompt's tokens, 0.0 for the first, which nothing predicts. score: of beams. mean_logprob:
+    of all that was chosen, the stop too, where logprobs were asked for.
     """
 
     prompt: list[int]
@@ -48,9 +50,7 @@ class Completion:
     top_logprobs: list[Alternatives] | None = None
     prompt_logprobs: list[float] | None = None
     score: float | None = None
-
-    def mean_logprob(self) -> float:
-        return sum(self.logprobs or ()) / max(len(self.tokens), 1)
+    mean_logprob: float | None = None
 
 
 def drained(
@@ -72,6 +72,8 @@ def drained(
         kept = own[: own[-1].length] if own else []
         one.tokens = [step.token for step in kept]
         one.logprobs = [step.logprob for step in kept if step.logprob is not None]
+        if chances := [step.logprob for step in own if step.logprob is not None]:
+            one.mean_logprob = math.fsum(chances) / len(chances)
         one.top_logprobs = [step.top_logprobs for step in kept if step.top_logprobs is not None]
     return found
 
@@ -79,7 +81,7 @@ def drained(
 def best_of_each(found: Sequence[Completion], made: int, n: int) -> list[Completion]:
     """Of each `made` answers to a prompt the `n` of the highest mean logprob, the best first."""
     groups = [found[start : start + made] for start in range(0, len(found), made)]
-    return [one for group in groups for one in sorted(group, key=lambda one: -one.mean_logprob())[:n]]
+    return [one for group in groups for one in sorted(group, key=lambda one: -(one.mean_logprob or 0.0))[:n]]
 
 
 def details(one: Completion, tokenizer: Tokenizer | HFTokenizer, echo: bool = False) -> Details:

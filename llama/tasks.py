@@ -3,16 +3,17 @@
 Knows where things are; leaves the network to `heads`, what is read out of logits to `answering`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import parallel
+from .adapter import load_adapter
 from .answering import Answer, AnswerOptions, Label, answer_all, classify, tag
 from .checkpoint import Checkpoint, find_tokenizer, load_model, open_checkpoint
 from .checks import check_count, check_memory, check_ranks, check_vocabulary
@@ -22,6 +23,7 @@ from .head_format import TAG_DROPOUT, TENSORS, Task
 from .heads import CausalLM, Head, HeadConfig, ProblemType, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from .hf_tokenizer import HFTokenizer, open_tokenizer
 from .layout import Stored, shared_over, split_dim, tensor_shapes
+from .lora import LoraLinear
 from .model import Transformer
 from .opened import on_this_machine
 from .spans import Span
@@ -44,6 +46,7 @@ class TaskModel:
         task: Task | None = None,
         labels: Sequence[str] | None = None,
         problem_type: ProblemType | None = None,
+        adapter_dir: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> "TaskModel":
@@ -51,7 +54,8 @@ class TaskModel:
 
         max_seq_len, max_batch_size: the longest text, and how many at a time. task: None takes the one that the
         checkpoint was made for. A task that it wasn't made for, or labels that aren't its own, get a new head, to be
-        trained; "language" has none. Raises LlamaError, on every rank, for whatever can't work.
+        trained; "language" has none. adapter_dir: an adapter of peft's (see `adapter`), kept apart, with the head that
+        it was trained with; what is saved has it merged. Raises LlamaError, on every rank, for whatever can't work.
         """
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         directory = on_this_machine(ckpt_dir)
@@ -68,8 +72,11 @@ class TaskModel:
             check_memory(replace(args, max_batch_size=1, max_seq_len=1), place)  # there is no KV cache
         model = load_model(checkpoint, args, place)
         head = CausalLM(model) if checkpoint.head is None else HEADS[checkpoint.task](model, checkpoint.head)
-        for name, tensor in checkpoint.head_tensors.items():
-            head.get_parameter(name).data.copy_(tensor)
+        tensors = checkpoint.head_tensors
+        if adapter_dir is not None:
+            tensors = {**tensors, **load_adapter(model, adapter_dir)}
+        with parallel.together():
+            fill(head, tensors, TENSORS[checkpoint.task], adapter_dir or checkpoint.directory)
         return TaskModel(head.eval(), tokenizer, checkpoint, max_seq_len, max_batch_size)
 
     def __init__(
@@ -144,6 +151,21 @@ class TaskModel:
         }
 
 
+def fill(head: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str], where: str | Path) -> None:
+    """Give the head its tensors; one that is new has none. Raises LlamaError for others than its own."""
+    if wrong := [name for name in tensors if name not in names]:
+        raise LlamaError(
+            f"{where} has {wrong[0]}, which is of another task's head: expected {', '.join(names) or 'none'}"
+        )
+    for name, tensor in tensors.items():
+        own = head.get_parameter(name)
+        if own.shape != tensor.shape:
+            raise LlamaError(
+                f"{where}: {name} of shape {tuple(tensor.shape)}, expected {tuple(own.shape)}: labels differ"
+            )
+        own.data.copy_(tensor)
+
+
 def for_task(
     checkpoint: Checkpoint, task: Task | None, labels: Sequence[str] | None, problem_type: ProblemType | None
 ) -> Checkpoint:
@@ -168,13 +190,16 @@ def for_task(
 
 
 def gathered(model: Transformer, places: dict[str, list[Tensor]]) -> dict[str, Stored]:
-    """All tensors of the whole model, on rank 0, whose `places` ranks' parts are put into."""
+    """All tensors of the whole model, adapters added to them, on rank 0, whose `places` ranks' parts are put into."""
     ranks, found = parallel.group(), {}
     if dist.get_global_rank(ranks, 0) != 0:
         return {}  # a data-parallel copy
-    own = dict(model.named_parameters())
     for name in tensor_shapes(model.params):
-        part, dim = own[name].detach().cpu(), split_dim(name)
+        layer, dim = model.get_submodule(name.rpartition(".")[0]), split_dim(name)
+        if isinstance(layer, LoraLinear) and name.endswith(".weight"):
+            part = layer.matrix().detach().cpu()
+        else:
+            part = model.get_parameter(name).detach().cpu()
         if ranks.size() == 1 or dim is None:
             found[name] = Stored(name, (part,))
             continue

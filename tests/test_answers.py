@@ -149,6 +149,19 @@ def test_best_of_gives_the_likeliest(llama: Llama) -> None:
     assert all(one.logprobs is None for one in llama.complete([ids("b")], 8, n=1, best_of=2))
 
 
+def test_an_answer_that_ends_at_once_is_as_likely_as_its_stop(llama: Llama) -> None:
+    """Of forced stops and ordinary answers, each counts with all that was chosen."""
+    shared = {"max_gen_len": 8, "temperature": 1.5, "seed": 1, "stop_token_ids": list(range(0, 256, 2))}
+    found = llama.complete([ids("b")], n=8, logprobs=True, **shared)
+    assert [] in [one.tokens for one in found] and len({one.mean_logprob for one in found}) > 1
+    stopped = [one for one in found if one.finish_reason == "stop"]
+    chance = torch.log_softmax(llama.model(torch.tensor([ids("b")]))[0, -1].detach(), -1)
+    for one in (one for one in stopped if not one.tokens):
+        assert one.mean_logprob == pytest.approx(float(chance[one.stop]), abs=1e-4)
+    (best,) = llama.complete([ids("b")], n=1, best_of=8, logprobs=True, **shared)
+    assert best == max(found, key=lambda one: one.mean_logprob)
+
+
 # --- where it stops ---------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from llama import Llama, LlamaError, TaskModel, losses
+from llama.adapter import save_adapter
 from llama.convert import convert
+from llama.lora import Lora, add_lora, lora_parameters
 
 SIZES = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 2, "pad_token_id": 511, "head_dim": 8}
@@ -342,3 +344,32 @@ def test_nothing_to_learn_is_no_number(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "tokenizer.model")
     head = TaskModel.build(tmp_path, device="cpu", dtype="float32").head
     assert head(torch.ones(1, 4, dtype=torch.long), labels=torch.full((1, 4), -100)).isnan()
+
+
+# --- with an adapter --------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_kept_apart_and_saved_merged(tagger: Path, tmp_path: Path) -> None:
+    options = {"device": "cpu", "dtype": "float32"}
+    built, plain = TaskModel.build(tagger, **options), TaskModel.build(tagger, **options)
+    add_lora(built.model, Lora(4, 8, ("wq", "w2")), seed=1)
+    chance = torch.Generator().manual_seed(2)
+    for parameter in (*lora_parameters(built.model).values(), *built.head.score.parameters()):
+        parameter.data.normal_(generator=chance)
+    head = {name: tensor.data for name, tensor in built.head.named_parameters() if name.startswith("score")}
+    save_adapter(built.model, tmp_path / "adapter", extra=head, task_type="TOKEN_CLS")
+    apart = TaskModel.build(tagger, adapter_dir=tmp_path / "adapter", **options)
+    apart.save(tmp_path / "merged")
+    merged = TaskModel.build(tmp_path / "merged", **options)
+    tokens = torch.randint(0, 510, (2, 12), generator=chance)
+    with torch.no_grad():
+        expected, *found, without = (one.head.eval()(tokens).logits for one in (built, apart, merged, plain))
+    for logits in found:
+        assert_close(logits, expected, 1e-5)
+    assert float((without - expected).abs().max()) > 0.1
+    with pytest.raises(LlamaError, match=r"has score\.bias, which is of another task's head: expected none"):
+        make("llama", "language").save_pretrained(tmp_path / "base")
+        write_tokenizer(tmp_path / "base" / "tokenizer.model")
+        TaskModel.build(tmp_path / "base", adapter_dir=tmp_path / "adapter", **options)
+    with pytest.raises(LlamaError, match=r"score.weight of shape \(3, 64\), expected \(2, 64\): give the labels"):
+        TaskModel.build(tagger, task="tag", labels=["O", "X"], adapter_dir=tmp_path / "adapter", **options)

@@ -1,6 +1,7 @@
 """README.md tells the truth: its Python runs, its tables of options are the programs' own, its files exist."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,38 @@ from tiny import ROOT, run_program
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_python_of_the_readme_runs() -> None:
     """Each piece goes on from those before it."""
-    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    programs = [program for program in PROGRAMS if "TaskModel" not in program]
     done = run_program("-c", "\n".join(programs))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("The capital of France is Paris.") == 2
     assert "proposed tokens that were right: 0." in done.stdout
+
+
+def test_the_tasks_of_the_readme(tmp_path: Path) -> None:
+    """Its commands, on a few of the records and for an epoch; then its Python, and the program of its table."""
+    commands = re.findall(r"^python (-m (?:demo.tasks|llama finetune) .*)$", README, re.MULTILINE)
+    assert len(commands) == 6
+    for command in commands:
+        words = [str(tmp_path / word) if word.startswith("out/") else word for word in command.split()]
+        done = run_program(*(["1" if before == "--epochs" else word for before, word in pairwise(["", *words])]))
+        assert done.returncode == 0, done.stderr
+        if "--output" in words and "demo.tasks" in words:
+            for name in ("train", "eval"):
+                file = tmp_path / "out" / words[2] / f"{name}.jsonl"
+                lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+                file.write_text("".join(lines[:64]), encoding="utf-8")
+    (program,) = (program for program in PROGRAMS if "TaskModel" in program)
+    done = run_program("-c", program.replace('"out/', f'"{tmp_path}/out/'))
+    assert done.returncode == 0, done.stderr
+    shown = run_program("-m", "demo.evaluate_tasks", str(tmp_path / "out"))
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == ["task", "topics", "places", "questions"], (
+        shown.stderr
+    )
 
 
 def test_every_option_of_the_readme_is_an_option() -> None:
