@@ -160,8 +160,9 @@ def fill(head: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str], w
     for name, tensor in tensors.items():
         own = head.get_parameter(name)
         if own.shape != tensor.shape:
+            found, expected = tuple(tensor.shape), tuple(own.shape)
             raise LlamaError(
-                f"{where}: {name} of shape {tuple(tensor.shape)}, expected {tuple(own.shape)}: labels differ"
+                f"{where}: {name} of shape {found}, expected {expected}: give the labels it was trained on"
             )
         own.data.copy_(tensor)
 

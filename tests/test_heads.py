@@ -371,5 +371,5 @@ def test_an_adapter_is_kept_apart_and_saved_merged(tagger: Path, tmp_path: Path)
         make("llama", "language").save_pretrained(tmp_path / "base")
         write_tokenizer(tmp_path / "base" / "tokenizer.model")
         TaskModel.build(tmp_path / "base", adapter_dir=tmp_path / "adapter", **options)
-    with pytest.raises(LlamaError, match=r"score.weight of shape \(3, 64\), expected \(2, 64\): give the labels"):
+    with pytest.raises(LlamaError, match=r"score.bias of shape \(3,\), expected \(2,\): give the labels"):
         TaskModel.build(tagger, task="tag", labels=["O", "X"], adapter_dir=tmp_path / "adapter", **options)
