@@ -44,6 +44,7 @@ PEFT_TASKS: dict[Task, PeftTask] = {
 }
 ADAM_BYTES = 16  # of each number that is trained: itself, its gradient and two moments, in float32
 BETAS = 0.9, 0.98
+TODAY = datetime(2024, 7, 26)  # for chat templates that tell the model, as Llama 3.1's does: the same on every day
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,16 @@ def finetune(
     options: dict[str, Any] = {"task": plan.task, "labels": labels, "problem_type": problem}
     options |= {"device": device, "dtype": frozen}
     built = TaskModel.build(ckpt_dir, tokenizer_path, size, 1, model_parallel_size, **options)
-    Training(plan, built, place, trained, held, about(plan, ckpt_dir, [*trained, *held]), force).run()
+    Training(plan, built, place, trained, held, about(plan, ckpt_dir, place, [*trained, *held]), force).run()
 
 
-def about(plan: Plan, ckpt_dir: str | Path, records: Sequence[Record]) -> dict[str, Any]:
+def about(plan: Plan, ckpt_dir: str | Path, place: Place, records: Sequence[Record]) -> dict[str, Any]:
     """What makes the result what it is, for a run that goes on with another's."""
     given = repr([record.given for record in records])
     settings = {name: value for name, value in vars(plan).items() if name not in ("output", "data", "eval", "lora")}
     digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()
-    return {**settings, "lora": repr(plan.lora), "records": digest, "ckpt_dir": str(ckpt_dir)}
+    where = {"ckpt_dir": str(ckpt_dir), "dtype": str(place.dtype), "model_parallel_size": place.mp_size}
+    return {**settings, "lora": repr(plan.lora), "records": digest, **where}
 
 
 class Training:
@@ -157,7 +159,7 @@ class Training:
         self.plan, self.built, self.place, self.held = plan, built, place, held
         with parallel.together():
             labels = built.checkpoint.head.labels if built.checkpoint.head else ()
-            form = formatter(built.tokenizer, datetime.now())
+            form = formatter(built.tokenizer, TODAY)
             reader = Reader(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
             self.examples = examples(reader, plan.task, trained, plan.data)
             self.held_examples = examples(reader, plan.task, held, plan.eval or "")
@@ -172,8 +174,6 @@ class Training:
         if plan.recompute:
             gradients.checkpoint_layers(built.model)
         self.parameters = {n: p for n, p in built.head.named_parameters() if p.requires_grad}
-        if plan.task != "language" and "model.output.weight" in self.parameters:
-            del self.parameters["model.output.weight"]
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)  # on every rank, whatever it is given to learn
         self.optimizer = torch.optim.AdamW(decaying(self.parameters, plan.weight_decay), betas=BETAS, foreach=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_model_parallel_rank
 
 from . import parallel
@@ -100,4 +99,3 @@ class Keeper:
                 for old in self.directory.glob("state-*.pt"):
                     if self.progress.ended or old.name.split("-")[1] != str(self.progress.step):
                         old.unlink()
-        dist.barrier()
