@@ -38,7 +38,7 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=kind, default=default, help=says if default is None else f"{says} (default: {default:g})")
     add("--recompute", action="store_true", help="compute layers again for the gradient, which takes less memory")
     add("--lora_r", type=int, help="train adapters of this rank instead of the model's own weights")
-    add("--lora_alpha", type=float, help="an adapter counts alpha / r (default: 2)")
+    add("--lora_alpha", type=float, help="an adapter counts as much as lora_alpha / lora_r (default: twice lora_r)")
     add("--lora_targets", help="layers that get one, of wq,wk,wv,wo,w1,w2,w3,output (default: wq,wv)")
     add("--lora_dropout", type=float, help="share of an adapter's input that is left out in training (default: 0)")
     add("--adapter_only", action="store_true", help="write the adapter alone, and no model that has it merged")
