@@ -13,7 +13,6 @@ from demo.facts import sections, sentence
 from demo.templates import Part, allowed, fill, words
 
 UNANSWERED = 0.2
-MOST_FACTS = 4  # of a paragraph
 KINDS = ("person", "person", "thing", "town")
 
 
@@ -50,49 +49,36 @@ def answers_of(relation: Relation, part: Part) -> list[str]:
     return known["woman"] + known["man"] if relation.slot == "owner" else known[relation.slot]
 
 
-def named(kind: str, new: bool) -> dict[str, str]:
-    """What paragraphs of this kind are about, each with its pronoun."""
+def named(kind: str, new: bool) -> list[str]:
+    """What paragraphs of this kind are about."""
     known = words(new)
     if kind == "person":
-        return dict.fromkeys(known["woman"], "she") | dict.fromkeys(known["man"], "he")
-    return dict.fromkeys(known["town"] if kind == "town" else [f"the {thing}" for thing in known["thing"]], "it")
+        return known["woman"] + known["man"]
+    return known["town"] if kind == "town" else [f"the {thing}" for thing in known["thing"]]
 
 
-def paragraph(rng: Random, pronouns: dict[str, str], about: Sequence[Relation], part: Part) -> tuple[str, list[Stated]]:
-    """One to three sentences about the two things that have these pronouns, of one fact or two each.
-
-    What the sentence before was about is "he", "she" or "it" half of the time.
-    """
-    text, last = "", ""
+def paragraph(rng: Random, subjects: Sequence[str], about: Sequence[Relation], part: Part) -> tuple[str, list[Stated]]:
+    """Two to four sentences, of a fact each, about these subjects."""
+    text = ""
     said: list[Stated] = []
-    free = [(subject, relation) for subject in pronouns for relation in about]
-    for _ in range(rng.choice((2, 2, 3))):
-        subject = rng.choice(free)[0]
-        own = [relation for other, relation in free if other == subject]
-        count = min(rng.choice((1, 1, 1, 2)), len(own), MOST_FACTS - len(said))
-        name = pronouns[subject] if subject == last and rng.random() < 0.5 else subject
-        for i, relation in enumerate(rng.sample(own, count)):
-            free.remove((subject, relation))
-            template = rng.choice(allowed(relation.statements, part.new_templates)).removesuffix(".")
-            text += " and " if i else " " if text else ""
-            unused = [word for word in answers_of(relation, part) if word not in (fact.answer for fact in said)]
-            choices = {"x": [sentence(name)], relation.slot: unused}
-            for piece in fill(rng, template.removeprefix("{x} ") if i else template, choices):
-                if piece.slot == relation.slot:
-                    said.append(Stated(subject, relation, piece.text, len(text)))
-                text += piece.text
-        text += "." if count else ""
-        last = subject
+    facts = [(subject, relation) for subject in subjects for relation in about]
+    for subject, relation in rng.sample(facts, rng.choice((2, 3, 3, 4))):
+        template = rng.choice(allowed(relation.statements, part.new_templates))
+        unused = [word for word in answers_of(relation, part) if word not in (fact.answer for fact in said)]
+        text += " " if text else ""
+        for piece in fill(rng, template, {"x": [sentence(subject)], relation.slot: unused}):
+            if piece.slot == relation.slot:
+                said.append(Stated(subject, relation, piece.text, len(text)))
+            text += piece.text
     return text, said
 
 
 def question(rng: Random, part: Part) -> dict:
     """{"question", "context", "answers": [{"text", "start"}]}: `start` counts characters; no answers: it isn't said."""
     kind = rng.choice(KINDS)
-    pronouns = named(kind, part.new_words)
-    subjects = rng.sample(list(pronouns), 2)
+    subjects = rng.sample(named(kind, part.new_words), 2)
     about = [relation for relation in relations() if relation.kind == kind]
-    context, said = paragraph(rng, {subject: pronouns[subject] for subject in subjects}, about, part)
+    context, said = paragraph(rng, subjects, about, part)
     answers = []
     if rng.random() < UNANSWERED:
         known = [(fact.subject, fact.relation) for fact in said]
