@@ -137,8 +137,7 @@ def write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -
 
 def hf_module(module: str, prefix: str = "model") -> str:
     """Meta's name of a linear layer -> Hugging Face's, in a class that calls the network below its head `prefix`."""
-    name = hf_name(f"{module}.weight").removesuffix(".weight")
-    return prefix + name.removeprefix("model") if name.startswith("model.") else name
+    return hf_name(f"{module}.weight", prefix).removesuffix(".weight")
 
 
 def halves(name: str, args: ModelArgs) -> int | None:

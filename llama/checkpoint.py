@@ -234,10 +234,9 @@ def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
     directory, config = checkpoint.directory, checkpoint.config
     if not config.is_file():
         checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
-    else:
-        if (found := attempt(checkpoint, hf_config.read_config, config)) is not None:
-            checkpoint.family, checkpoint.args, checkpoint.quantization = found.family, found.args, found.quantization
-            checkpoint.task, checkpoint.head = found.task, found.head
+    elif (found := attempt(checkpoint, hf_config.read_config, config)) is not None:
+        checkpoint.family, checkpoint.args, checkpoint.quantization = found.family, found.args, found.quantization
+        checkpoint.task, checkpoint.head = found.task, found.head
     files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
     if not any(path.exists() for path in files):  # the index is broken or gone, but there are files
         files = sorted({*files, *directory.glob("*.safetensors")})

@@ -64,9 +64,13 @@ def convert(
     last; whatever fails before leaves nothing of it. Raises LlamaError for a checkpoint that can't be read or written
     so, and where `dst` holds files, unless `force` lets it replace them.
     """
-    if is_url(dst):
-        raise LlamaError(f"{dst} is a URL: expected a directory of this machine to write to")
-    write(open_checkpoint(src), Path(dst), to, mp_size, dtype, force, quantization)
+    write(open_checkpoint(src), local(dst), to, mp_size, dtype, force, quantization)
+
+
+def local(directory: str | os.PathLike) -> Path:
+    if is_url(directory):
+        raise LlamaError(f"{directory} is a URL: expected a directory of this machine to write to")
+    return Path(directory)
 
 
 def write(
@@ -121,7 +125,8 @@ def source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     paths = find_settings(checkpoint, "config.json")
     found = read_json(paths[0], "a model's configuration") if paths else {}
     quantization = found.pop("quantization_config", None)
-    return found if isinstance(found.get("model_type"), str) and (checkpoint.quantization or not quantization) else {}
+    own = checkpoint.format == "hf" or not quantization  # else it is of another model than what lies in Meta's layout
+    return found if own and isinstance(found.get("model_type"), str) else {}
 
 
 def check_quantization(checkpoint: Checkpoint, to: Format, quantization: Quantization | None) -> None:
@@ -131,6 +136,8 @@ def check_quantization(checkpoint: Checkpoint, to: Format, quantization: Quantiz
         raise LlamaError(f"quantization is {quantization!r}, expected None or one of {', '.join(BITS)}")
     if to == "meta":
         raise LlamaError("Meta's layout has no place for rounded matrices: use --to hf, or leave out --quantization")
+    if checkpoint.head is not None:
+        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't rounded: leave out --quantization")
     if checkpoint.quantization is not None:
         raise LlamaError(
             f"{checkpoint.directory} holds matrices rounded to {checkpoint.quantization} already: take the checkpoint "

@@ -4,12 +4,12 @@ Knows config.json and names; knows no network.
 """
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 
 from .errors import LlamaError, shortened
-from .heads import HeadConfig, ProblemType
+from .heads import HeadConfig
 
 Task = Literal["language", "classify", "tag", "answer"]
 ENDINGS: dict[Task, str] = {
@@ -47,12 +47,15 @@ def body_name(family: str, task: Task) -> str:
 
 
 def divided(tensors: dict[str, Tensor], task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A file's tensors -> (those of the Transformer, as a language model names them, those of the head)."""
+    """A file's tensors -> (those of the Transformer, as a language model names them, those of the head).
+
+    An output layer that was left beside a head is neither: no class of transformers with a head reads it.
+    """
     head = {name: tensors[name] for name in TENSORS[task] if name in tensors}
     body = {}
     for name, tensor in tensors.items():
         first, _, rest = name.partition(".")
-        if name not in head:
+        if name not in head and (task == "language" or first != "lm_head"):
             usual = f"model.{rest}" if task != "language" and first in BODIES else name
             body[name if usual in body else usual] = tensor
     return body, head
@@ -76,17 +79,12 @@ def read_head(values: dict[str, Any], task: Task, path: Path) -> HeadConfig:
     """What a configuration says of its head. Raises LlamaError, naming the key, for what can't be."""
     if task == "answer":
         return HeadConfig(("start", "end"))
-    kind, dropout = values.get("problem_type"), 0.0
-    if kind is not None and kind not in get_args(ProblemType):
-        expected = ", ".join(get_args(ProblemType))
-        raise LlamaError(f"{path}: problem_type is {shortened(kind)}, expected one of {expected}")
+    labels, dropout = read_labels(values, path), 0.0
     if task == "tag":
         given = [values[key] for key in ("classifier_dropout", "hidden_dropout") if values.get(key) is not None]
         dropout = given[0] if given else TAG_DROPOUT
-        if not isinstance(dropout, int | float) or isinstance(dropout, bool) or not 0 <= dropout < 1:
-            raise LlamaError(f"{path}: dropout is {shortened(dropout)}, expected a number in [0, 1)")
     try:
-        return HeadConfig(read_labels(values, path), kind, dropout)
+        return HeadConfig(labels, values.get("problem_type"), dropout)
     except LlamaError as e:
         raise LlamaError(f"{path}: {e}") from None
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import LlamaError
-from .lora import LoraLinear
-from .losses import class_loss, language_loss
+from .errors import LlamaError, shortened
+from .lora import LoraLinear, dropped
+from .losses import class_loss, language_loss, whole_numbers
 from .model import Transformer
+from .settings import is_number
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 NEVER = float("-inf")
@@ -31,13 +32,14 @@ class HeadConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise LlamaError(f"labels are {self.labels!r}, expected at least one name, each of them once")
+        texts = all(isinstance(label, str) for label in self.labels)
+        if not texts or not self.labels or len(set(self.labels)) < len(self.labels):
+            raise LlamaError(f"labels are {shortened(self.labels)}, expected at least one name, each of them once")
         if self.problem_type is not None and self.problem_type not in get_args(ProblemType):
             expected = ", ".join(get_args(ProblemType))
-            raise LlamaError(f"problem_type is {self.problem_type!r}, expected one of {expected}")
-        if not 0 <= self.dropout < 1:
-            raise LlamaError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
+            raise LlamaError(f"problem_type is {shortened(self.problem_type)}, expected one of {expected}")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise LlamaError(f"dropout is {shortened(self.dropout)}, expected a number in [0, 1)")
 
     def inferred(self, labels: Tensor | None = None) -> ProblemType:
         """labels: as a SequenceClassifier takes them, if there are any."""
@@ -80,14 +82,17 @@ class Padding:
 
         Raises LlamaError for what contradicts, a row without tokens, and a mask with a hole.
         """
+        if tokens.ndim != 2:
+            raise LlamaError(f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions)")
         bsz, seqlen = tokens.shape
         if lengths is not None and attention_mask is not None:
             raise LlamaError("both lengths and attention_mask were given: drop one of them")
         if attention_mask is not None:
             return Padding._of_mask(tokens, attention_mask)
         counts = torch.full((bsz,), seqlen) if lengths is None else torch.as_tensor(lengths)
-        if counts.shape != (bsz,) or not bool(((counts > 0) & (counts <= seqlen)).all()):
-            raise LlamaError(f"lengths are {counts.tolist()}, expected {bsz} numbers in [1, {seqlen}]")
+        fits = counts.shape == (bsz,) and not counts.is_floating_point()
+        if not fits or not bool(((counts > 0) & (counts <= seqlen)).all()):
+            raise LlamaError(f"lengths are {counts.tolist()}, expected {bsz} whole numbers in [1, {seqlen}]")
         return Padding(torch.zeros(bsz, dtype=torch.long, device=tokens.device), counts.to(tokens.device))
 
     @staticmethod
@@ -196,8 +201,8 @@ class SequenceClassifier(Head):
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.inferred(labels)
         if kind == "single_label_classification":
-            return class_loss(logits, labels.view(-1))
-        if labels.numel() != logits.numel():
+            return class_loss(logits, labels)
+        if labels.shape not in (logits.shape, logits.squeeze(-1).shape):
             raise LlamaError(f"labels are {tuple(labels.shape)}, expected {tuple(logits.shape)} for {kind}")
         measure = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
         return measure(logits, labels.view_as(logits).float())
@@ -208,7 +213,6 @@ class TokenClassifier(Head):
 
     def __init__(self, model: Transformer, config: HeadConfig):
         super().__init__(model, config)
-        self.dropout = nn.Dropout(config.dropout)
         self.score = self.linear(len(config.labels), bias=True)
 
     def forward(
@@ -221,8 +225,8 @@ class TokenClassifier(Head):
     ) -> Output:
         """logits (B, T, labels) of tokens (B, T). labels: (B, T), -100 where there is nothing to learn."""
         h = states(self.model, tokens, Padding.of(tokens, lengths, attention_mask))
-        logits = self.score(self.dropout(h)).float()  # (B, T, labels)
-        return Output(logits, None if labels is None else class_loss(logits.flatten(0, 1), labels.flatten()))
+        logits = self.score(dropped(h, self.config.dropout * self.training)).float()  # (B, T, labels)
+        return Output(logits, None if labels is None else class_loss(logits, labels))
 
 
 class QuestionAnswerer(Head):
@@ -247,17 +251,18 @@ class QuestionAnswerer(Head):
         is_token = padding.is_token(tokens.shape[1])
         both = self.qa_outputs(states(self.model, tokens, padding)).float()  # (B, T, 2)
         starts, ends = both.masked_fill(~is_token[..., None], NEVER).unbind(dim=-1)  # (B, T) each
-        if start_positions is None or end_positions is None:
+        if start_positions is None and end_positions is None:
             return Spans(starts, ends)
-        losses = [
-            class_loss(logits, self.inside(places, is_token))
-            for logits, places in ((starts, start_positions), (ends, end_positions))
-        ]
-        return Spans(starts, ends, (losses[0] + losses[1]) / 2)
+        if start_positions is None or end_positions is None:
+            raise LlamaError("one of start_positions and end_positions was given: a loss needs both")
+        started = class_loss(starts, self.inside(start_positions, is_token, "start_positions"))
+        ended = class_loss(ends, self.inside(end_positions, is_token, "end_positions"))
+        return Spans(starts, ends, (started + ended) / 2)
 
     @staticmethod
-    def inside(places: Tensor, is_token: Tensor) -> Tensor:
+    def inside(places: Tensor, is_token: Tensor, name: str) -> Tensor:
         """Places (B), with -100 for those at no token."""
+        places = whole_numbers(places, is_token.shape[:1], name)
         within = places.clamp(0, is_token.shape[1] - 1)
         there = is_token.gather(1, within[:, None]).squeeze(-1) & (within == places)
         return places.where(there, -100)

@@ -238,6 +238,8 @@ def config_of(
         if head is not None:
             config = {**without_head(config), **config_keys(head, task, family)}
         if same_model(args_of(config, Path("config.json")), args):
+            if head is not None:  # which counts as tied here, and has nothing that could be
+                config["tie_word_embeddings"] = base.get("tie_word_embeddings", False)
             return config
     raise LlamaError(
         f"no family of Hugging Face's ({', '.join(FAMILIES)}) has what this model has: qkv_bias={args.qkv_bias}, "

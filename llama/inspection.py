@@ -14,7 +14,8 @@ import torch
 
 from .checkpoint import Checkpoint, Format, find_tokenizer
 from .checks import check_count, check_ranks, check_vocabulary
-from .errors import LlamaError, printable
+from .errors import LlamaError, counted, printable
+from .head_format import Task
 from .hf_tokenizer import open_tokenizer
 from .layout import memory_needed, mp_sizes, part_sizes
 from .model import ModelArgs
@@ -27,7 +28,7 @@ KINDS = {"tiktoken": "a vocabulary of tiktoken's", "tokenizers": "a tokenizer.js
 CHATS = {"llama3": "Llama 3's format", "template": "the model's own template", None: "no template"}
 LLAMAS: dict[float, str] = {10000: "Llama 1 or 2", 500000: "Llama 3"}  # by rope_theta
 SCALED_LLAMAS: dict[float, str] = {8: "Llama 3.1 or 3.3", 32: "Llama 3.2"}  # by the factor of their rope scaling
-LISTED_MISFITS = 24
+LISTED_MISFITS, LISTED_LABELS = 24, 8
 LABEL_WIDTH = 12
 
 
@@ -70,7 +71,8 @@ class Report:
     """All that `inspect` says; what wrong files left unknown is None or empty.
 
     In JSON these are the keys, with "ok" before them: whether there are neither problems nor misfits.
-    directory: where the files lie. format: "meta" or "hf". family: of which published models, for people. sizes: see
+    directory: where the files lie. format: "meta" or "hf". family: of which published models, for people. task:
+    "language", or what its head was made for: to "classify", "tag" or "answer". labels: of the first two. sizes: see
     `sizes_of`. parameters: how many numbers. quantization: how the files' matrices are rounded; None: they aren't.
     dtypes: name -> how many tensors. files, tokenizer, memory: objects with
     the fields of File, Vocabulary and Memory. mp_sizes: on how many ranks it runs. problems: a line for each, those of
@@ -80,6 +82,8 @@ class Report:
     directory: str
     format: Format
     family: str | None
+    task: Task
+    labels: list[str]
     sizes: dict[str, Any] | None
     parameters: int | None
     quantization: Quantization | None
@@ -119,8 +123,9 @@ def report_on(
     for name, count in (("mp_size", mp_size), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         check_count(name, count)
     chosen = None if dtype is None else named_dtype(dtype)
-    args, problems = checkpoint.args, list(checkpoint.problems)
+    args, head, problems = checkpoint.args, checkpoint.head, list(checkpoint.problems)
     found = Counter(stored.dtype for stored in checkpoint.tensors.values())
+    found.update(tensor.dtype for tensor in checkpoint.head_tensors.values())
     plain = Counter(stored.dtype for name, stored in checkpoint.tensors.items() if name.endswith((".weight", ".bias")))
     chosen = chosen or next((dtype for dtype, _ in plain.most_common() if dtype in DTYPES.values()), None)
     memory = None
@@ -130,6 +135,8 @@ def report_on(
             if chosen is not None:
                 sized = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
                 memory = memory_of(sized, mp_size, chosen, checkpoint.quantization)
+                if head is not None:  # which needs no cache
+                    memory = replace(memory, kv_cache=0, kv_cache_in_all=0)
         except LlamaError as e:
             problems.append(str(e))
     vocabulary, wrong = look_at_tokenizer(checkpoint)
@@ -137,8 +144,10 @@ def report_on(
         directory=str(checkpoint.directory),
         format=checkpoint.format,
         family=None if args is None else family_of(args, checkpoint.family),
-        sizes=None if args is None else sizes_of(args),
-        parameters=None if args is None else sum(part_sizes(args, 1).values()),
+        task=checkpoint.task,
+        labels=list(head.labels) if head is not None and checkpoint.task != "answer" else [],
+        sizes=None if args is None else sizes_of(args, head is not None),
+        parameters=None if args is None else sum(part_sizes(args, 1).values()) + head_size(checkpoint),
         quantization=checkpoint.quantization,
         dtypes={dtype_name(dtype): count for dtype, count in found.most_common()},
         files=[File(path.name, bytes_of(path), checkpoint.faults.get(path)) for path in checkpoint.files],
@@ -167,10 +176,18 @@ def memory_of(args: ModelArgs, mp_size: int, dtype: torch.dtype, quantization: Q
     return Memory(mp_size, *lengths, dtype_name(dtype), weights, cache, mp_size * weights, mp_size * cache)
 
 
-def sizes_of(args: ModelArgs) -> dict[str, Any]:
-    """The sizes as they are, not as a file says them; a field that a model hasn't is None or False."""
+def head_size(checkpoint: Checkpoint) -> int:
+    """How many numbers the head has."""
+    return sum(tensor.numel() for tensor in checkpoint.head_tensors.values())
+
+
+def sizes_of(args: ModelArgs, has_head: bool = False) -> dict[str, Any]:
+    """The sizes as they are, not as a file says them; a field that a model hasn't is None or False.
+
+    has_head: instead of an output layer, which else may be tied.
+    """
     names = ["vocab_size", "norm_eps", "rope_theta", "rope_scaling", "sliding_window", "sliding_layers"]
-    names += ["qkv_bias", "wo_bias", "mlp_bias", "qk_norm", "tied_embeddings"]
+    names += ["qkv_bias", "wo_bias", "mlp_bias", "qk_norm"]
     stated = asdict(args)
     return {
         "dim": args.dim,
@@ -180,6 +197,7 @@ def sizes_of(args: ModelArgs) -> dict[str, Any]:
         "head_dim": args.head_size,
         "hidden_dim": args.hidden_dim,
         **{name: stated[name] for name in names},
+        "tied_embeddings": args.tied_embeddings and not has_head,
     }
 
 
@@ -228,6 +246,8 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     yield "directory", report.directory
     yield "format", FORMATS[report.format]
     yield "family", report.family or "unknown"
+    if report.task != "language":
+        yield "task", report.task + labels_in_short(report.labels)
     if report.sizes is not None:
         yield from rows_of_sizes(report.sizes)
         yield "parameters", f"{report.parameters:,}"
@@ -241,6 +261,13 @@ def rows(report: Report) -> Iterator[tuple[str, str]]:
     yield from labelled("memory", rows_of_memory(report.memory))
     yield "mp_size", ", ".join(map(str, report.mp_sizes)) or "unknown"
     yield from labelled("problems", rows_of_problems(report))
+
+
+def labels_in_short(labels: list[str]) -> str:
+    if not labels:
+        return ""
+    more = ", ..." * (len(labels) > LISTED_LABELS)
+    return f", {counted(len(labels), 'label')}: {', '.join(labels[:LISTED_LABELS])}{more}"
 
 
 def labelled(label: str, lines: list[str]) -> Iterator[tuple[str, str]]:

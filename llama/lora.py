@@ -88,15 +88,8 @@ class LoraLinear(nn.Module):
         return gather_from_model_parallel_region(y) if self.gathers else y
 
     def dropped(self, x: Tensor) -> Tensor:
-        """x with a share of it zero, the same on any number of ranks: torch's generator on the group's first rank says
-        which, for the whole input of the layer."""
-        if self.dropout == 0 or not self.training:
-            return x
         parts = 1 if self.by_rows else get_model_parallel_world_size()
-        seed = parallel.broadcast(torch.randint(1 << 62, (1,)))
-        generator = torch.Generator(x.device).manual_seed(int(seed))
-        kept = torch.rand(*x.shape[:-1], parts, x.shape[-1], device=x.device, generator=generator) >= self.dropout
-        return x * kept[..., get_model_parallel_rank() % parts, :] / (1 - self.dropout)
+        return dropped(x, self.dropout, parts) if self.training else x
 
     def matrix(self) -> Tensor:
         """W + alpha / r * B A, of this rank: differentiable, though not of A where W's columns are divided."""
@@ -109,6 +102,17 @@ class LoraLinear(nn.Module):
         layer.bias = self.bias
         layer.weight = nn.Parameter(self.matrix().detach())
         return layer
+
+
+def dropped(x: Tensor, share: float, parts: int = 1) -> Tensor:
+    """x (..., D) with a share of it zero, the same on any number of ranks: torch's generator on the group's first rank
+    says which, for all D * parts numbers where ranks have so many parts of them."""
+    if share == 0:
+        return x
+    seed = parallel.broadcast(torch.randint(1 << 62, (1,)))
+    generator = torch.Generator(x.device).manual_seed(int(seed))
+    kept = torch.rand(*x.shape[:-1], parts, x.shape[-1], device=x.device, generator=generator) >= share
+    return x * kept[..., get_model_parallel_rank() % parts, :] / (1 - share)
 
 
 def add_lora(model: Transformer, lora: Lora, seed: int) -> None:

@@ -3,7 +3,7 @@
 Knows tensors and the model-parallel group; knows no model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,10 @@ def language_loss(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     h: (B, T, dim). weight: (vocab_size / ranks, dim), this rank's rows of the output layer. Positions whose next
     label is IGNORED aren't computed. No rank holds the logits of more than some of the positions, nor of another rank's
     words; those of each chunk are computed again for the gradient. 0 / 0, nan, where nothing is to be learnt.
+    Raises LlamaError for labels of another shape, or that are no words.
     """
     vocab_size = weight.shape[0] * get_model_parallel_world_size()
-    targets = labels[:, 1:].flatten()  # (B * (T - 1))
+    targets = whole_numbers(labels, h.shape[:-1])[:, 1:].flatten()  # (B * (T - 1))
     places = (targets != IGNORED).nonzero().squeeze(-1)  # (N)
     targets = targets[places]
     check_classes(targets, vocab_size)
@@ -64,9 +65,22 @@ def surprise(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy: logits (N, classes), labels (N) of which those that are IGNORED don't count."""
+    """Mean cross-entropy: logits (..., classes), labels (...) of which those that are IGNORED don't count.
+
+    nan where none counts. Raises LlamaError for labels of another shape, or that are no classes.
+    """
+    labels = whole_numbers(labels, logits.shape[:-1]).flatten()
     check_classes(labels[labels != IGNORED], logits.shape[-1])
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED)
+    return F.cross_entropy(logits.float().flatten(0, -2), labels, ignore_index=IGNORED)
+
+
+def whole_numbers(labels: Tensor, shape: Sequence[int], name: str = "labels") -> Tensor:
+    """The labels, int64. Raises LlamaError unless they are whole numbers of this shape."""
+    if labels.shape != shape or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise LlamaError(
+            f"{name} are {labels.dtype} of shape {tuple(labels.shape)}, expected whole numbers of shape {tuple(shape)}"
+        )
+    return labels.long()
 
 
 def check_classes(labels: Tensor, count: int) -> None:

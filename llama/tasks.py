@@ -3,7 +3,8 @@
 Knows where things are; leaves the network to `heads`, what is read out of logits to `answering`.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -17,8 +18,9 @@ from .adapter import load_adapter
 from .answering import Answer, AnswerOptions, Label, answer_all, classify, tag
 from .checkpoint import Checkpoint, find_tokenizer, load_model, open_checkpoint
 from .checks import check_count, check_memory, check_ranks, check_vocabulary
-from .convert import on_disk, write
-from .errors import LlamaError
+from .convert import check_target, local, on_disk, write
+from .errors import LlamaError, one_line, shortened
+from .files import unfinished_directory
 from .head_format import TAG_DROPOUT, TENSORS, Task
 from .heads import CausalLM, Head, HeadConfig, ProblemType, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from .hf_tokenizer import HFTokenizer, open_tokenizer
@@ -54,8 +56,9 @@ class TaskModel:
 
         max_seq_len, max_batch_size: the longest text, and how many at a time. task: None takes the one that the
         checkpoint was made for. A task that it wasn't made for, or labels that aren't its own, get a new head, to be
-        trained; "language" has none. adapter_dir: an adapter of peft's (see `adapter`), kept apart, with the head that
-        it was trained with; what is saved has it merged. Raises LlamaError, on every rank, for whatever can't work.
+        trained; "language" has none. labels: to "classify" or "tag". problem_type: to "classify"; None keeps the
+        checkpoint's. adapter_dir: an adapter of peft's (see `adapter`), kept apart, with the head that it was trained
+        with; what is saved has it merged. Raises LlamaError, on every rank, for whatever can't work.
         """
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         directory = on_this_machine(ckpt_dir)
@@ -64,7 +67,7 @@ class TaskModel:
             check_count("max_batch_size", max_batch_size)
             checkpoint = for_task(open_checkpoint(directory), task, labels, problem_type)
             args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            check_ranks(checkpoint.directory, args, place.mp_size)
+            check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
             if dtype == "auto":
                 place = replace(place, dtype=checkpoint.dtype)
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
@@ -92,6 +95,7 @@ class TaskModel:
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
         self._sizes = max_seq_len, max_batch_size
+        self._ranks = parallel.patient_group()  # one of them writes for long while the others wait
 
     @property
     def task(self) -> Task:
@@ -121,34 +125,49 @@ class TaskModel:
     def _made_for(self, task: Task) -> Any:
         """The head, if it is one to do this. Raises LlamaError."""
         if self.task != task:
-            raise LlamaError(f"{self.checkpoint.directory} was made to {self.task} texts: it can't {task}")
+            raise LlamaError(f"{self.checkpoint.directory} has no head to {task} texts: build it with task={task!r}")
         return self.head
 
-    def save(self, directory: str | Path, dtype: torch.dtype | None = None, force: bool = False) -> None:
+    def save(self, directory: str | Path, dtype: str | torch.dtype | None = None, force: bool = False) -> None:
         """Write it as transformers' class of the same task reads it, whole or not at all. Called on all ranks.
 
-        dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, where
-        `directory` holds files, unless `force` lets the checkpoint there be replaced.
+        dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, for what
+        can't be written, and where `directory` holds files, unless `force` lets the checkpoint there be replaced.
         """
-        ranks, target = parallel.patient_group(), Path(directory)
-        with parallel.together(ranks):
-            places = self._places(target) if parallel.is_printer() else {}
+        with parallel.together(self._ranks), written(directory):
+            kept, target = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu")), local(directory)
+            if parallel.is_printer():
+                check_target(self.checkpoint, target, force)
+            places = self._places(target) if parallel.is_printer() and parallel.group().size() > 1 else {}
         tensors = gathered(self.model, places)
-        with parallel.together(ranks):
+        with parallel.together(self._ranks), written(directory):
             if parallel.is_printer():
                 head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
                 found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
-                write(found, target, "hf", dtype=dtype or self.checkpoint.dtype, force=force)
+                write(found, target, "hf", dtype=kept, force=force)
 
     def _places(self, target: Path) -> dict[str, list[Tensor]]:
-        """Where other ranks' parts of each tensor go, in the order of the ranks: in files without names."""
-        target.mkdir(parents=True, exist_ok=True)
-        own, ranks = dict(self.model.named_parameters()), parallel.group().size()
-        return {
-            name: [on_disk(target, own[name].shape, own[name].dtype) for _ in range(ranks)]
-            for name in tensor_shapes(self.model.params)
-            if ranks > 1 and split_dim(name) is not None
-        }
+        """Where all ranks' parts of each tensor go, in the order of the ranks: in files without names."""
+        own, new = dict(self.model.named_parameters()), not target.exists()
+        with unfinished_directory(target) as unfinished:
+            places = {
+                name: [on_disk(unfinished, own[name].shape, own[name].dtype) for _ in range(parallel.group().size())]
+                for name in tensor_shapes(self.model.params)
+                if split_dim(name) is not None
+            }
+            unfinished.rmdir()
+        if new:
+            target.rmdir()
+        return places
+
+
+@contextlib.contextmanager
+def written(directory: str | Path) -> Iterator[None]:
+    """The system's errors in this context, as LlamaError."""
+    try:
+        yield
+    except OSError as e:
+        raise LlamaError(f"{directory} can't be written ({one_line(e)})") from e
 
 
 def fill(head: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str], where: str | Path) -> None:
@@ -174,13 +193,17 @@ def for_task(
     task = task or checkpoint.task
     if task not in TENSORS:
         raise LlamaError(f"task is {task!r}, expected one of {', '.join(TENSORS)}")
+    if labels is not None and (task not in ("classify", "tag") or not isinstance(labels, list | tuple)):
+        raise LlamaError(f"labels is {shortened(labels)}, expected a list of names to classify or tag by, or None")
+    if problem_type is not None and task != "classify":
+        raise LlamaError(f"problem_type is {problem_type!r}, expected None: the task is {task}, and not classify")
     if task == "language":
         if checkpoint.head is not None:
             raise LlamaError(f"{checkpoint.directory} has no output layer: it was made to {checkpoint.task} texts")
         return checkpoint
     own = checkpoint.head if checkpoint.task == task else None
-    if own is not None and (labels is None or tuple(labels) == own.labels) and problem_type in (None, own.problem_type):
-        return checkpoint
+    if own is not None and (labels is None or tuple(labels) == own.labels):
+        return replace(checkpoint, head=replace(own, problem_type=problem_type or own.problem_type))
     if labels is None and task != "answer":
         raise LlamaError(f"{checkpoint.directory} has no head to {task} texts: give labels for a new one")
     config = HeadConfig(

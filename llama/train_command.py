@@ -53,9 +53,10 @@ def train(options: argparse.Namespace) -> None:
     from .finetune import Plan, finetune  # here: optimizers take a second to import
     from .lora import Lora
 
-    given = {name: value for name, value in vars(options).items() if name.startswith("lora_") and value is not None}
+    given = [name for name, value in vars(options).items() if name.startswith("lora_") and value is not None]
+    given += ["adapter_only"] * options.adapter_only
     if given and options.lora_r is None:
-        raise LlamaError(f"--{next(iter(given))} was given without --lora_r: say of what rank adapters shall be")
+        raise LlamaError(f"--{given[0]} was given without --lora_r: say of what rank adapters shall be")
     lora = None
     if options.lora_r is not None:
         alpha = 2.0 * options.lora_r if options.lora_alpha is None else options.lora_alpha

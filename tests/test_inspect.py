@@ -172,6 +172,39 @@ problems     none
     )
 
 
+@pytest.mark.parametrize(
+    ("task", "labels", "said"),
+    [
+        ("SequenceClassification", 2, "classify, 2 labels: LABEL_0, LABEL_1"),
+        ("TokenClassification", 1, "tag, 1 label: LABEL_0"),
+        ("TokenClassification", 9, f"tag, 9 labels: {', '.join(f'LABEL_{i}' for i in range(8))}, ..."),
+        ("QuestionAnswering", 2, "answer"),
+    ],
+)
+def test_a_task_head(task: str, labels: int, said: str, tmp_path: Path) -> None:
+    """Its labels, and its own numbers; no output layer that could be tied, and no cache."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8,
+        num_labels=labels, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = getattr(transformers, f"LlamaFor{task}")(config)
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer.model")
+    status, text = inspect(tmp_path)
+    assert status == 0 and f"\ntask         {said}\n" in text and "tied" not in text
+    assert "  0 B KV cache" in text and text.endswith("problems     none\n")
+    report = report_of(tmp_path)
+    assert report.parameters == sum(weight.numel() for weight in model.parameters())
+    assert report.dtypes == {"float32": len(list(model.parameters()))}
+    assert report.labels == ([] if said == "answer" else [f"LABEL_{i}" for i in range(labels)])
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace(f"LlamaFor{task}", "LlamaForX")
+    )
+    assert inspect(tmp_path)[0] == 1 and report_of(tmp_path).task == "language"
+
+
 def test_files_in_original_are_found_there(originals: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "README.md").touch()
     split_checkpoint(originals["meta"], tmp_path / "original", 2)

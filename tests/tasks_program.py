@@ -1,0 +1,82 @@
+"""What tests/test_tasks.py runs on ranks, each of which writes what it found to OUTPUT.RANK.
+
+torchrun --nproc_per_node N tests/tasks_program.py WHAT DIRECTORY OUTPUT
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from llama import LlamaError, TaskModel, convert, losses, parallel
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+
+
+def refusal(do: Callable[[], object]) -> str:
+    try:
+        do()
+    except LlamaError as e:
+        return str(e)
+    return "nothing was refused"
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def language_losses(directory: Path) -> dict[str, Any]:
+    """Of each case, {"h", "weight", "labels"}: the loss, and the gradients of h and of this rank's words."""
+    found = {}
+    for name, case in torch.load(directory / "cases.pt").items():
+        ranks = parallel.group().size()
+        h = case["h"].clone().requires_grad_()
+        weight = case["weight"].chunk(ranks)[parallel.group().rank()].clone().requires_grad_()
+        loss = losses.language_loss(h, weight, case["labels"])
+        loss.backward()
+        found[name] = {"loss": loss.item(), "h": h.grad.tolist(), "weight": weight.grad.tolist()}
+    return found
+
+
+def failures(directory: Path) -> dict[str, Any]:
+    """What all ranks hear where one of them fails, and what is left of it."""
+    own = directory / "model" if parallel.is_printer() else directory / "elsewhere"
+    found = {"unreadable": refusal(lambda: TaskModel.build(own, **OPTIONS))}
+    built = TaskModel.build(directory / "model", **OPTIONS)
+    found["taken"] = refusal(lambda: built.save(directory / "taken"))
+    with mock.patch.object(os, "posix_fallocate", full):
+        found["parts"] = refusal(lambda: built.save(directory / "new" / "parts"))
+    with mock.patch.object(shutil, "copyfile", full):
+        found["files"] = refusal(lambda: built.save(directory / "new" / "files"))
+    with mock.patch.object(convert, "save_file", full):
+        found["again"] = refusal(lambda: built.save(directory / "old", force=True))
+    return found
+
+
+def dropouts(directory: Path) -> dict[str, Any]:
+    """The gradient of a tagger's head, in training, on ranks whose generators differ."""
+    built = TaskModel.build(directory / "model", **OPTIONS)
+    torch.manual_seed(parallel.group().rank())
+    tokens = torch.arange(8).view(1, 8)
+    head: Any = built.head.train()
+    head(tokens, labels=tokens % 3).loss.backward()
+    seen = head.score.weight.grad.tolist()
+    return {"gradient": seen, "evaluated": float(head.eval()(tokens, labels=tokens % 3).loss)}
+
+
+def main(what: str, directory: str, output: str) -> None:
+    parallel.initialize(device="cpu")
+    does = {"losses": language_losses, "failures": failures, "dropouts": dropouts}
+    rank = parallel.env_rank()[0]
+    Path(f"{output}.{rank}").write_text(json.dumps(does[what](Path(directory))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
