@@ -125,6 +125,7 @@ class Llama:
         self.tokenizer = tokenizer
         self.formatter = formatter(tokenizer, today or datetime.now())
         self.streamer = Streamer(model, prefill_chunk)
+        self.draft = draft
         self._drafting = None if draft is None else Drafting(draft, prefill_chunk)
         self._seed = seed
         self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
