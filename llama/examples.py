@@ -60,7 +60,10 @@ def examples(reader: Reader, task: Task, records: Sequence[Record], path: str | 
         except LlamaError as e:
             problems.append(f"line {record.number}: {e}")
     raise_all(path, problems)
-    return [example for example in found if example.items]
+    learnt = [example for example in found if example.items]
+    if records and not learnt:
+        raise LlamaError(f"{path}: nothing is learnt of any line within max_seq_len {reader.max_seq_len}: raise that")
+    return learnt
 
 
 def of_language(reader: Reader, given: dict[str, Any]) -> list[Example]:

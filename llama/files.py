@@ -50,7 +50,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object], mode: int = 0o644) -> None:
     """Call `write(file)` on a temporary file beside `path` and rename it there: the file is whole or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", delete=False) as f:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + PARTIAL, delete=False) as f:
         try:
             write(f)
             f.close()

@@ -6,6 +6,7 @@ Knows models, batches and optimizers; leaves what survives a kill to `progress`,
 import contextlib
 import hashlib
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,18 @@ from .adapter import Task as PeftTask
 from .adapter import save_adapter
 from .chat_template import formatter
 from .checks import check_count, check_seed
+from .convert import check_target
 from .errors import LlamaError
 from .evaluation import check_packages, decides, draw, measured
 from .examples import Example, Reader, collated, examples
 from .head_format import TENSORS, Task, body_name
+from .heads import ProblemType
 from .layout import part_sizes
 from .lora import Lora, add_lora
 from .parallel import Place
 from .progress import Keeper
 from .records import Record, labels_in, problem_of, read_records
+from .remote import is_url
 from .screen import say
 from .settings import is_number
 from .tasks import TaskModel
@@ -44,7 +48,6 @@ PEFT_TASKS: dict[Task, PeftTask] = {
 }
 ADAM_BYTES = 16  # of each number that is trained: itself, its gradient and two moments, in float32
 BETAS = 0.9, 0.98
-TODAY = datetime(2024, 7, 26)  # for chat templates that tell the model, as Llama 3.1's does: the same on every day
 
 
 @dataclass(frozen=True)
@@ -125,22 +128,43 @@ def finetune(
         read = [read_records(path, plan.task) for path in files] if parallel.is_printer() else []
     trained, held = (*parallel.broadcast_object(read), [])[:2]
     with parallel.together():
-        problem = problem_of([*trained, *held], plan.data) if plan.task == "classify" else None
+        problem = problem_in(plan, trained, held) if plan.task == "classify" else None
         labels = labels_in([*trained, *held], plan.task, problem)
+    kept = about(plan, place, ckpt_dir, tokenizer_path, [*trained, *held])
+    keeper = Keeper(Path(plan.output), kept, force)
+    if keeper.progress.ended:
+        say(f"{plan.output}: all is done already")
+        return
     size, frozen = plan.max_seq_len, place.dtype if plan.lora else torch.float32
     options: dict[str, Any] = {"task": plan.task, "labels": labels, "problem_type": problem}
     options |= {"device": device, "dtype": frozen}
     built = TaskModel.build(ckpt_dir, tokenizer_path, size, 1, model_parallel_size, **options)
-    Training(plan, built, place, trained, held, about(plan, ckpt_dir, place, [*trained, *held]), force).run()
+    Training(plan, built, place, trained, held, keeper).run()
 
 
-def about(plan: Plan, ckpt_dir: str | Path, place: Place, records: Sequence[Record]) -> dict[str, Any]:
+def problem_in(plan: Plan, trained: Sequence[Record], held: Sequence[Record]) -> ProblemType:
+    """What kind of labels both files have. Raises LlamaError where they differ in that."""
+    problem = problem_of(trained, plan.data)
+    if held and (other := problem_of(held, plan.eval or "")) != problem:
+        raise LlamaError(f"{plan.data} is {problem} and {plan.eval} {other}: expected one kind of labels")
+    return problem
+
+
+def about(
+    plan: Plan,
+    place: Place,
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path | None,
+    records: Sequence[Record],
+) -> dict[str, Any]:
     """What makes the result what it is, for a run that goes on with another's."""
     given = repr([record.given for record in records])
     settings = {name: value for name, value in vars(plan).items() if name not in ("output", "data", "eval", "lora")}
     digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()
-    where = {"ckpt_dir": str(ckpt_dir), "dtype": str(place.dtype), "model_parallel_size": place.mp_size}
-    return {**settings, "lora": repr(plan.lora), "records": digest, **where}
+    named = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path}
+    paths = {n: str(path) if path is None or is_url(path) else os.path.realpath(path) for n, path in named.items()}
+    ranks = {"ranks": place.world_size, "model_parallel_size": place.mp_size, "dtype": str(place.dtype)}
+    return {**settings, "lora": repr(plan.lora), "records": digest, **paths, **ranks}
 
 
 class Training:
@@ -153,22 +177,21 @@ class Training:
         place: Place,
         trained: Sequence[Record],
         held: Sequence[Record],
-        about: dict[str, Any],
-        force: bool,
+        keeper: Keeper,
     ):
         self.plan, self.built, self.place, self.held = plan, built, place, held
+        self.keeper, self.progress = keeper, keeper.progress
         with parallel.together():
             labels = built.checkpoint.head.labels if built.checkpoint.head else ()
-            form = formatter(built.tokenizer, TODAY)
+            form = formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
             reader = Reader(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
             self.examples = examples(reader, plan.task, trained, plan.data)
             self.held_examples = examples(reader, plan.task, held, plan.eval or "")
+            check_target(built.checkpoint, keeper.directory, force=True)
             if plan.lora is None:
                 check_training_memory(built, place)
-        self.keeper = Keeper(Path(plan.output), about, force)
-        self.progress = self.keeper.progress
-        if plan.lora is not None:
-            add_lora(built.model, plan.lora, plan.seed)
+            else:
+                add_lora(built.model, plan.lora, plan.seed)
         for name in TENSORS[plan.task]:
             built.head.get_parameter(name).data = built.head.get_parameter(name).data.float()
         if plan.recompute:
@@ -182,7 +205,10 @@ class Training:
 
     def run(self) -> None:
         every = self.plan.every or self.steps_per_epoch
-        self.resume()
+        self.keeper.begin()
+        if self.progress.step > 0:
+            self.keeper.restore(self.resume)
+            say(f"{self.keeper.directory}: going on after step {self.progress.step}")
         silent = not parallel.is_printer() or None  # None: unless on a terminal
         with tqdm(desc="training", total=self.steps, initial=self.progress.step, unit=" steps", disable=silent) as bar:
             while self.progress.step < self.steps and not self.progress.ended:
@@ -192,9 +218,6 @@ class Training:
                 bar.update()
                 if self.progress.step % every == 0 or self.progress.step == self.steps:
                     self.pause(bar)
-        if not self.progress.ended:
-            self.progress.ended = True
-            self.keeper.note()
 
     def step(self) -> float:
         """One of the optimizer's: the loss of its examples, each of which counts by how much is learnt of it."""
@@ -213,15 +236,21 @@ class Training:
                 loss.backward()
                 total += loss.detach()
         gradients.complete(self.built.head, self.built.model.params)
-        gradients.clip(self.built.head, self.built.model.params, self.plan.clip)
+        norm = float(gradients.clip(self.built.head, self.built.model.params, self.plan.clip))
+        loss_of_all = float(gradients.over_copies(total))
+        self.check_finite({"loss": loss_of_all, "norm of the gradient": norm}, self.progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.plan, self.progress.step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        loss_of_all = float(gradients.over_copies(total))
-        if not math.isfinite(loss_of_all):
-            raise LlamaError(f"the loss of step {self.progress.step + 1} is {loss_of_all}: lower the learning rate")
         return loss_of_all
+
+    def check_finite(self, found: dict[str, float], step: int) -> None:
+        """Numbers that all ranks have alike. Raises LlamaError."""
+        for name, value in found.items():
+            if not math.isfinite(value):
+                with parallel.together():
+                    raise LlamaError(f"step {step}: the {name} is {value}: lower the learning rate")
 
     def batch(self, step: int) -> list[Example]:
         """What a step learns from: an epoch has every example once, in an order of its own."""
@@ -255,6 +284,7 @@ class Training:
             with self.autocast():
                 size = plan.micro_batch_size or plan.batch_size
                 told |= measured(self.built, self.held_examples, self.held, size, plan.max_seq_len)
+            self.check_finite({"held-out loss": told["loss"]}, progress.step)
             name = decides(plan.task, is_regression(self.built))
             value = -told["loss"] if name == "loss" else told[name]
             better = progress.best is None or value > progress.best
@@ -266,8 +296,9 @@ class Training:
             say(line_of(told))
         if better and (self.held or progress.ended):
             self.write()
-        if parallel.is_printer():
-            draw(progress.losses, progress.history, self.keeper.directory / "curves.png")
+        with parallel.together():
+            if parallel.is_printer():
+                draw(progress.losses, progress.history, self.keeper.directory / "curves.png")
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}
         self.keeper.keep({"parameters": parameters, "optimizer": self.optimizer.state_dict()})
 
@@ -289,13 +320,7 @@ class Training:
                 prefix="transformer" if body == "transformer" else "model",
             )
 
-    def resume(self) -> None:
-        state = self.keeper.state() if not self.progress.ended else None
-        if self.progress.ended:
-            say(f"{self.keeper.directory}: all is done already")
-        if state is None:
-            return
-        say(f"{self.keeper.directory}: going on after step {self.progress.step}")
+    def resume(self, state: dict[str, Any]) -> None:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])

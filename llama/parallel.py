@@ -198,6 +198,17 @@ def patient_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.get_world_size() > 1 else None
 
 
+@contextlib.contextmanager
+def patience() -> Iterator[dist.ProcessGroup | None]:
+    """A `patient_group` for a while: each of them holds sockets and threads."""
+    ranks = patient_group()
+    try:
+        yield ranks
+    finally:
+        if ranks is not None:
+            dist.destroy_process_group(ranks)
+
+
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
     """The `value` that the first rank of a group has, on every rank of it; None: of the whole world."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -95,7 +95,6 @@ class TaskModel:
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
         self._sizes = max_seq_len, max_batch_size
-        self._ranks = parallel.patient_group()  # one of them writes for long while the others wait
 
     @property
     def task(self) -> Task:
@@ -134,17 +133,19 @@ class TaskModel:
         dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, for what
         can't be written, and where `directory` holds files, unless `force` lets the checkpoint there be replaced.
         """
-        with parallel.together(self._ranks), written(directory):
-            kept, target = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu")), local(directory)
-            if parallel.is_printer():
-                check_target(self.checkpoint, target, force)
-            places = self._places(target) if parallel.is_printer() and parallel.group().size() > 1 else {}
-        tensors = gathered(self.model, places)
-        with parallel.together(self._ranks), written(directory):
-            if parallel.is_printer():
-                head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
-                found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
-                write(found, target, "hf", dtype=kept, force=force)
+        with parallel.patience() as ranks:
+            with parallel.together(ranks), written(directory):
+                kept = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
+                target = local(directory)
+                if parallel.is_printer():
+                    check_target(self.checkpoint, target, force)
+                places = self._places(target) if parallel.is_printer() and parallel.group().size() > 1 else {}
+            tensors = gathered(self.model, places)
+            with parallel.together(ranks), written(directory):
+                if parallel.is_printer():
+                    head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
+                    found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
+                    write(found, target, "hf", dtype=kept, force=force)
 
     def _places(self, target: Path) -> dict[str, list[Tensor]]:
         """Where all ranks' parts of each tensor go, in the order of the ranks: in files without names."""
