@@ -1,7 +1,7 @@
 """Questions about short made paragraphs, and where in them the answers stand: what a question answerer is trained on.
 
-A paragraph is about two people, things or towns; a question is about one of them, and for a fifth of the questions the
-paragraph doesn't say. Knows nothing of files.
+A paragraph is about a person, a thing or a town, and a question asks for one of the things that it says; for a fifth of
+the questions it doesn't say. Knows nothing of files.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,6 @@ class Relation:
 class Stated:
     """A fact of a paragraph: its answer begins at character `start`."""
 
-    subject: str
     relation: Relation
     answer: str
     start: int
@@ -57,18 +56,16 @@ def named(kind: str, new: bool) -> list[str]:
     return known["town"] if kind == "town" else [f"the {thing}" for thing in known["thing"]]
 
 
-def paragraph(rng: Random, subjects: Sequence[str], about: Sequence[Relation], part: Part) -> tuple[str, list[Stated]]:
-    """Two to four sentences, of a fact each, about these subjects."""
+def paragraph(rng: Random, subject: str, about: Sequence[Relation], part: Part) -> tuple[str, list[Stated]]:
+    """Two to four sentences, of a fact each; something that could be said isn't."""
     text = ""
     said: list[Stated] = []
-    facts = [(subject, relation) for subject in subjects for relation in about]
-    for subject, relation in rng.sample(facts, rng.choice((2, 3, 3, 4))):
+    for relation in rng.sample(about, min(rng.choice((2, 3, 3, 4)), len(about) - 1)):
         template = rng.choice(allowed(relation.statements, part.new_templates))
-        unused = [word for word in answers_of(relation, part) if word not in (fact.answer for fact in said)]
         text += " " if text else ""
-        for piece in fill(rng, template, {"x": [sentence(subject)], relation.slot: unused}):
+        for piece in fill(rng, template, {"x": [sentence(subject)], relation.slot: answers_of(relation, part)}):
             if piece.slot == relation.slot:
-                said.append(Stated(subject, relation, piece.text, len(text)))
+                said.append(Stated(relation, piece.text, len(text)))
             text += piece.text
     return text, said
 
@@ -76,18 +73,15 @@ def paragraph(rng: Random, subjects: Sequence[str], about: Sequence[Relation], p
 def question(rng: Random, part: Part) -> dict:
     """{"question", "context", "answers": [{"text", "start"}]}: `start` counts characters; no answers: it isn't said."""
     kind = rng.choice(KINDS)
-    subjects = rng.sample(named(kind, part.new_words), 2)
+    subject = rng.choice(named(kind, part.new_words))
     about = [relation for relation in relations() if relation.kind == kind]
-    context, said = paragraph(rng, subjects, about, part)
+    context, said = paragraph(rng, subject, about, part)
     answers = []
     if rng.random() < UNANSWERED:
-        known = [(fact.subject, fact.relation) for fact in said]
-        free = [(s, r) for s in subjects for r in about if (s, r) not in known]
-        close = [(s, r) for s, r in free if any(r == relation for _, relation in known)]  # said of the other
-        subject, relation = rng.choice(close if close and rng.random() < 0.7 else free)
+        relation = rng.choice([one for one in about if one not in [fact.relation for fact in said]])
     else:
         fact = rng.choice(said)
-        subject, relation = fact.subject, fact.relation
+        relation = fact.relation
         answers = [{"text": fact.answer, "start": fact.start}]
     asked = rng.choice(allowed(relation.questions, part.new_templates)).replace("{x}", subject)
     return {"question": sentence(asked), "context": context, "answers": answers}

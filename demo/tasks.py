@@ -36,7 +36,7 @@ class Task:
 TASKS = {
     "topics": Task(topic, "text", 3000),
     "places": Task(tagged, "text", 3000),
-    "questions": Task(question, "context", 16000),
+    "questions": Task(question, "context", 6000),
 }
 
 

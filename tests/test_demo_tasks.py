@@ -173,22 +173,18 @@ def test_answers_stand_where_they_say(made: dict) -> None:
 
 
 def facts_in(context: str) -> set[tuple[str, int, str]]:
-    """(subject, relation, answer) as a reader finds them: sentences, then halves at "and", then templates."""
-    relations = banks("questions")[0::2]
-    found, subject = set(), ""
+    """(subject, relation, answer) as a reader finds them: sentences, then templates."""
+    found = set()
     for text in re.findall(r"[^.]+", context):
-        for half in text.strip().split(" and "):
-            for number, templates in enumerate(relations):
-                for template in templates:
-                    tail = re.escape(template.removesuffix(".").removeprefix("{x} "))
-                    slot = re.search(r"\\\{\w+\\\}", tail)
-                    assert slot
-                    tail = tail.replace(slot[0], r"(?P<answer>[\w ]+)")
-                    match = re.fullmatch(rf"(?P<subject>(?:The )?\w+ )?{tail}", half)
-                    if match and match["answer"] in lists().get(slot[0].strip("\\{}"), match["answer"]):
-                        name = (match["subject"] or "").strip().casefold()
-                        subject = name if name and name not in ("he", "she", "it") else subject
-                        found.add((subject, number, match["answer"]))
+        for number, templates in enumerate(banks("questions")[0::2]):
+            for template in templates:
+                tail = re.escape(template.removesuffix(".").removeprefix("{x} "))
+                slot = re.search(r"\\\{\w+\\\}", tail)
+                assert slot
+                tail = tail.replace(slot[0], r"(?P<answer>[\w ]+)")
+                match = re.fullmatch(rf"(?P<subject>(?:The )?\w+) {tail}", text.strip())
+                if match and match["answer"] in lists().get(slot[0].strip("\\{}"), match["answer"]):
+                    found.add((match["subject"].casefold(), number, match["answer"]))
     return found
 
 
