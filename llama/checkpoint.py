@@ -252,6 +252,8 @@ def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
             continue
         body, head = head_format.divided(tensors, checkpoint.task)
         contents.append(body)
+        if repeated := sorted(head.keys() & checkpoint.head_tensors.keys()):
+            checkpoint.blame(path, f"{path} has {repeated[0]}, and so has a file before it")
         checkpoint.head_tensors |= head
         if absent := [name for name, place in places.items() if place == path.name and name not in tensors]:
             checkpoint.blame(

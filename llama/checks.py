@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import LlamaError
 from .hf_tokenizer import HFTokenizer
-from .layout import memory_needed, mp_sizes
+from .layout import memory_needed, mp_sizes, part_sizes
 from .model import ModelArgs
 from .panels import Quantization
 from .parallel import Place, available_memory
@@ -158,4 +158,16 @@ def check_memory(args: ModelArgs, place: Place, bits: float | None = None, besid
             f"{args.max_batch_size} x max_seq_len={args.max_seq_len}){draft} in {place.dtype}, {ranks} x on "
             f"{place.device} = {total / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: "
             "lower max_seq_len or max_batch_size, or use more ranks"
+        )
+
+
+def check_weights(args: ModelArgs, place: Place, each: int, advice: str) -> None:
+    """As `check_memory`, of a model without a KV cache that takes `each` bytes of every number."""
+    numbers = sum(part_sizes(args, place.mp_size).values())
+    ranks = 1 if place.device.type == "cuda" else place.world_size
+    have = available_memory(place.device)
+    if (needed := ranks * numbers * each) > have:
+        raise LlamaError(
+            f"{numbers / 1e9:.2f} billion numbers of {each} bytes each, {ranks} x on {place.device} = "
+            f"{needed / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: {advice}, or use more ranks"
         )

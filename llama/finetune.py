@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from . import gradients, parallel
 from .adapter import Task as PeftTask
 from .adapter import save_adapter
 from .chat_template import formatter
+from .checks import check_weights
 from .convert import check_target
 from .errors import LlamaError
 from .evaluation import check_packages, decides, draw, measured
 from .examples import Example, Reader, collated, examples
 from .head_format import TENSORS, Task, body_name
-from .layout import part_sizes
 from .lora import add_lora
 from .parallel import Place
 from .plan import Plan, about, problem_in
@@ -104,7 +105,7 @@ class Training:
             self.held_examples = examples(reader, plan.task, held, plan.eval or "")
             check_target(built.checkpoint, keeper.directory, force=True)
             if plan.lora is None:
-                check_training_memory(built, place)
+                check_weights(built.model.params, place, ADAM_BYTES, "train with lora")
             else:
                 add_lora(built.model, plan.lora, plan.seed)
         for name in TENSORS[plan.task]:
@@ -170,8 +171,7 @@ class Training:
     def batch(self, step: int) -> list[Example]:
         """What a step learns from: an epoch has every example once, in an order of its own."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = list(range(len(self.examples)))
-        random.Random(f"{self.plan.seed} {epoch}").shuffle(order)
+        order = order_of(len(self.examples), self.plan.seed, epoch)
         own = order[place * self.plan.batch_size : (place + 1) * self.plan.batch_size]
         return [self.examples[i] for i in own]
 
@@ -241,6 +241,14 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
+@lru_cache(maxsize=1)
+def order_of(count: int, seed: int, epoch: int) -> list[int]:
+    """The places of all examples, as an epoch goes through them."""
+    order = list(range(count))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
 def is_regression(built: TaskModel) -> bool:
     return built.checkpoint.head is not None and built.checkpoint.head.problem_type == "regression"
 
@@ -257,18 +265,6 @@ def learning_rate(plan: Plan, step: int, steps: int) -> float:
     """Linear warm-up, then linear decay to nothing."""
     rising = max(round(plan.warmup * steps), 1)
     return plan.learning_rate * min((step + 1) / rising, (steps - step) / max(steps - rising + 1, 1))
-
-
-def check_training_memory(built: TaskModel, place: Place) -> None:
-    """Whether gradients and moments fit beside the weights. Raises LlamaError."""
-    numbers = sum(part_sizes(built.model.params, place.mp_size).values())
-    ranks = 1 if place.device.type == "cuda" else place.world_size
-    have = parallel.available_memory(place.device)
-    if (needed := ranks * numbers * ADAM_BYTES) > have:
-        raise LlamaError(
-            f"training {numbers / 1e9:.2f} billion numbers takes {ADAM_BYTES} bytes of each, {ranks} x on "
-            f"{place.device} = {needed / 1e9:.2f} GB, which do not fit its {have / 1e9:.2f} GB: use lora, or more ranks"
-        )
 
 
 def line_of(told: dict[str, float]) -> str:

@@ -17,7 +17,7 @@ from . import parallel
 from .adapter import load_adapter
 from .answering import Answer, AnswerOptions, Label, answer_all, classify, tag
 from .checkpoint import Checkpoint, find_tokenizer, load_model, open_checkpoint
-from .checks import check_count, check_memory, check_ranks, check_vocabulary
+from .checks import check_count, check_ranks, check_vocabulary, check_weights
 from .convert import check_target, local, on_disk, write
 from .errors import LlamaError, one_line, shortened
 from .files import unfinished_directory
@@ -72,7 +72,7 @@ class TaskModel:
                 place = replace(place, dtype=checkpoint.dtype)
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
-            check_memory(replace(args, max_batch_size=1, max_seq_len=1), place)  # there is no KV cache
+            check_weights(args, place, place.dtype.itemsize, "choose a smaller dtype")
         model = load_model(checkpoint, args, place)
         head = CausalLM(model) if checkpoint.head is None else HEADS[checkpoint.task](model, checkpoint.head)
         tensors = checkpoint.head_tensors

@@ -19,6 +19,8 @@ from transformers import AutoConfig
 
 from llama import LlamaError, TaskModel
 from llama.convert import convert
+from llama.finetune import finetune
+from llama.plan import Plan
 from llama.train_command import add_finetune
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -306,3 +308,39 @@ def test_a_head_of_bfloat16_rounds_and_no_more(made: Path) -> None:
         assert found.dtype == torch.float32
         off = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         assert 0 < off < 10 * 2**-8, math.log2(off)
+
+
+# --- memory, and tensors that are there twice -------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_before_it_is_loaded(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = TaskModel.build(made / "tag", **OPTIONS).model
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr("llama.tasks.load_model", None)
+    monkeypatch.setattr("llama.checks.available_memory", lambda _: 4 * numbers - 1)
+    with pytest.raises(LlamaError, match=r"of 4 bytes each, 1 x on cpu = .* do not fit its .*: choose a smaller dtype"):
+        TaskModel.build(made / "tag", **OPTIONS)
+
+
+def test_training_needs_more(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "ab", "spans": []}\n{"text": "ab", "spans": []}\n')
+    numbers = sum(parameter.numel() for parameter in TaskModel.build(made / "tag", **OPTIONS).model.parameters())
+    monkeypatch.setattr("llama.checks.available_memory", lambda _: 15 * numbers)
+    plan = Plan("tag", str(tmp_path / "data.jsonl"), str(tmp_path / "out"))
+    with pytest.raises(LlamaError, match=r"of 16 bytes each, .*: train with lora, or use more ranks"):
+        finetune(plan, made / "tag", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_in_two_files_is_told(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "tag", tmp_path / "twice")
+    tensors = load_file(tmp_path / "twice" / "model.safetensors")
+    (tmp_path / "twice" / "model.safetensors").unlink()
+    places = {}
+    for name, own in (("a", {**tensors}), ("b", {"score.weight": tensors["score.weight"]})):
+        save_file(own, tmp_path / "twice" / f"{name}.safetensors", metadata={"format": "pt"})
+        places |= dict.fromkeys(own, f"{name}.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (tmp_path / "twice" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(LlamaError, match=r"b.safetensors has score.weight, and so has a file before it"):
+        TaskModel.build(tmp_path / "twice", **OPTIONS)
