@@ -240,7 +240,7 @@ def complete_file(
     about: Mapping[str, Any],
     force: bool,
     build: Callable[[], Llama],
-    speculation: Speculation,
+    speculation: Speculation | None = None,
 ) -> str | None:
     """Answer every line of `source` that has no record yet; then `output` has them all. Called on all ranks alike.
 
@@ -256,7 +256,7 @@ def complete_file(
         if is_printer():
             files = Files(source, output, {**about, **shared, "seed": seed}, force)
     if broadcast_object(files.left if files else 0, ranks):
-        answer_all(build(), files, shared, seed, speculation, ranks)
+        answer_all(build(), files, shared, seed, speculation or {}, ranks)
     with together(ranks):
         if files:
             files.part.finish()
