@@ -22,6 +22,7 @@ from torch import Tensor
 from . import parallel
 from .errors import LlamaError, counted, one_line, shortened
 from .files import unfinished_directory, write_json
+from .head_format import Body
 from .hf_config import Config
 from .hf_format import hf_name, read_file
 from .layout import Stored, is_rotary, permute_rotary, shared_over, split_dim, tensor_shapes
@@ -33,7 +34,6 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 ROOT = "base_model.model."  # what peft puts before the names of the model that it wraps
 Task = Literal["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"]
-Body = Literal["model", "transformer"]  # what a class of transformers calls the network below its head
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

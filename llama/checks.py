@@ -148,26 +148,28 @@ def check_memory(args: ModelArgs, place: Place, bits: float | None = None, besid
     bits: of a number of the matrices, where they are rounded. beside: bytes of a draft model.
     """
     weights, cache = memory_needed(args, place.mp_size, place.dtype, bits)
-    ranks = 1 if place.device.type == "cuda" else place.world_size
-    have = available_memory(place.device)
-    total = ranks * (weights + cache + beside)
-    if total > have:
-        draft = f" + {beside / 1e9:.2f} GB of the draft model" if beside else ""
-        raise LlamaError(
-            f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache (max_batch_size="
-            f"{args.max_batch_size} x max_seq_len={args.max_seq_len}){draft} in {place.dtype}, {ranks} x on "
-            f"{place.device} = {total / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: "
-            "lower max_seq_len or max_batch_size, or use more ranks"
-        )
+    draft = f" + {beside / 1e9:.2f} GB of the draft model" if beside else ""
+    check_fits(
+        weights + cache + beside,
+        place,
+        f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache (max_batch_size={args.max_batch_size} x "
+        f"max_seq_len={args.max_seq_len}){draft} in {place.dtype}",
+        "lower max_seq_len or max_batch_size",
+    )
 
 
 def check_weights(args: ModelArgs, place: Place, each: int, advice: str) -> None:
     """As `check_memory`, of a model without a KV cache that takes `each` bytes of every number."""
     numbers = sum(part_sizes(args, place.mp_size).values())
+    check_fits(numbers * each, place, f"{numbers / 1e9:.2f} billion numbers of {each} bytes each", advice)
+
+
+def check_fits(needed: int, place: Place, what: str, advice: str) -> None:
+    """needed: bytes of one rank."""
     ranks = 1 if place.device.type == "cuda" else place.world_size
     have = available_memory(place.device)
-    if (needed := ranks * numbers * each) > have:
+    if ranks * needed > have:
         raise LlamaError(
-            f"{numbers / 1e9:.2f} billion numbers of {each} bytes each, {ranks} x on {place.device} = "
-            f"{needed / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: {advice}, or use more ranks"
+            f"{what}, {ranks} x on {place.device} = {ranks * needed / 1e9:.2f} GB do not fit its {have / 1e9:.2f} GB: "
+            f"{advice}, or use more ranks"
         )

@@ -6,17 +6,20 @@ Knows tasks, their metrics and curves; knows no optimizer. matplotlib is importe
 import importlib.util
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .answering import answer_all, classify, tag
+from .answering import AnswerOptions
 from .errors import LlamaError
 from .examples import DOC_STRIDE, Example, collated
+from .files import write_whole
 from .head_format import Task
 from .metrics import answer_metrics, classification_metrics, span_metrics
 from .records import Record
+from .settings import is_number
 from .tasks import TaskModel
 
 NULL_THRESHOLD = 0.0  # no answer is given where it is likelier than the best one
@@ -35,13 +38,11 @@ def decides(task: Task, regression: bool) -> str:
 
 
 @torch.no_grad()
-def measured(
-    built: TaskModel, examples: Sequence[Example], records: Sequence[Record], batch_size: int, max_seq_len: int
-) -> dict[str, float]:
+def measured(built: TaskModel, examples: Sequence[Example], records: Sequence[Record]) -> dict[str, float]:
     """The loss, and what its task's texts are measured by, of records that weren't trained on."""
     built.head.eval()
     total, items = 0.0, 0
-    device = built.model.norm.weight.device
+    device, batch_size = built.model.norm.weight.device, built.model.params.max_batch_size
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     for i in range(0, len(ordered), batch_size):
         batch = ordered[i : i + batch_size]
@@ -49,31 +50,35 @@ def measured(
         count = sum(example.items for example in batch)
         total += float(found if isinstance(found, torch.Tensor) else found.loss) * count
         items += count
-    result = {"loss": total / items}
-    given = [record.given for record in records]
-    sizes = max_seq_len, batch_size
+    loss = total / items
     if built.task == "language":
-        return {**result, "perplexity": math.exp(min(result["loss"], 700))}
-    if built.task == "classify":
-        return result | labels_measured(built, given, *sizes)
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
+    given = [record.given for record in records]
+    if built.task == "classify" and is_number(given[0].get("label")):
+        return {"loss": loss}  # which says it all
+    return {"loss": loss, **compared(built.task, predicted(built, given), given)}
+
+
+def predicted(built: TaskModel, given: Sequence[dict[str, Any]]) -> list[Any]:
+    """What the model makes of what records hold: for each a label, or a list of them, or spans, or an answer's text."""
+    if built.task == "answer":
+        options: AnswerOptions = {"doc_stride": DOC_STRIDE, "null_threshold": NULL_THRESHOLD}
+        pairs = [(one["question"], one["context"]) for one in given]
+        return [found[0].text for found in built.answer_all(pairs, **options)]
+    texts = [one["text"] for one in given]
     if built.task == "tag":
-        spans = tag(built.head, built.tokenizer, [one["text"] for one in given], *sizes)  # type: ignore[arg-type]
-        wanted = [[(span["start"], span["end"], span["label"]) for span in one["spans"]] for one in given]
-        return result | span_metrics([[(s.start, s.end, s.label) for s in found] for found in spans], wanted)
-    pairs = [(one["question"], one["context"]) for one in given]
-    options: dict[str, Any] = {"doc_stride": DOC_STRIDE, "null_threshold": NULL_THRESHOLD}
-    answers = answer_all(built.head, built.tokenizer, pairs, *sizes, **options)  # type: ignore[arg-type]
-    right = [[answer["text"] for answer in one["answers"]] for one in given]
-    return result | answer_metrics([found[0].text for found in answers], right)
+        return [[(span.start, span.end, span.label) for span in found] for found in built.tag(texts)]
+    named = [[one.label for one in found] for found in built.classify(texts)]
+    return [found[0] if "label" in one else found for found, one in zip(named, given, strict=True)]
 
 
-def labels_measured(built: TaskModel, given: Sequence[dict[str, Any]], *sizes: int) -> dict[str, float]:
-    if not isinstance(given[0].get("label", ""), str):
-        return {}  # a number's loss says it all
-    found = classify(built.head, built.tokenizer, [one["text"] for one in given], *sizes)  # type: ignore[arg-type]
-    if "label" in given[0]:
-        return classification_metrics([labels[0].label for labels in found], [one["label"] for one in given])
-    return classification_metrics([[one.label for one in labels] for labels in found], [one["labels"] for one in given])
+def compared(task: Task, found: Sequence[Any], given: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How much of what was predicted is what records say."""
+    if task == "answer":
+        return answer_metrics(found, [[answer["text"] for answer in one["answers"]] for one in given])
+    if task == "tag":
+        return span_metrics(found, [[(s["start"], s["end"], s["label"]) for s in one["spans"]] for one in given])
+    return classification_metrics(found, [one["label"] if "label" in one else one["labels"] for one in given])
 
 
 def draw(trained: Sequence[float], history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -94,6 +99,4 @@ def draw(trained: Sequence[float], history: Sequence[dict[str, Any]], path: Path
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    write_whole(path, partial(figure.savefig, format="png"))

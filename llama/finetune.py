@@ -76,10 +76,11 @@ def finetune(
     if keeper.progress.ended:
         say(f"{plan.output}: all is done already")
         return
-    size, frozen = plan.max_seq_len, place.dtype if plan.lora else torch.float32
+    sizes = plan.max_seq_len, plan.micro_batch_size or plan.batch_size
+    frozen = place.dtype if plan.lora else torch.float32
     options: dict[str, Any] = {"task": plan.task, "labels": labels, "problem_type": problem}
     options |= {"device": device, "dtype": frozen}
-    built = TaskModel.build(ckpt_dir, tokenizer_path, size, 1, model_parallel_size, **options)
+    built = TaskModel.build(ckpt_dir, tokenizer_path, *sizes, model_parallel_size, **options)
     Training(plan, built, place, trained, held, keeper).run()
 
 
@@ -197,8 +198,7 @@ class Training:
         better = not self.held
         if self.held:
             with self.autocast():
-                size = plan.micro_batch_size or plan.batch_size
-                told |= measured(self.built, self.held_examples, self.held, size, plan.max_seq_len)
+                told |= measured(self.built, self.held_examples, self.held)
             self.check_finite({"held-out loss": told["loss"]}, progress.step)
             name = decides(plan.task, is_regression(self.built))
             value = -told["loss"] if name == "loss" else told[name]
@@ -224,15 +224,14 @@ class Training:
             self.built.save(directory, force=True)
         if plan.lora is not None:
             head = {name: self.built.head.get_parameter(name).data for name in TENSORS[plan.task]}
-            body = body_name(self.built.checkpoint.family or "llama", plan.task)
-            base = str(self.built.checkpoint.directory)
+            checkpoint = self.built.checkpoint
             save_adapter(
                 self.built.model,
                 directory / "adapter",
-                base,
+                str(checkpoint.directory),
                 extra=head,
                 task_type=PEFT_TASKS[plan.task],
-                prefix="transformer" if body == "transformer" else "model",
+                prefix=body_name(checkpoint.family or "llama", plan.task),
             )
 
     def resume(self, state: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ Knows config.json and names; knows no network.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ TENSORS: dict[Task, tuple[str, ...]] = {
     "answer": ("qa_outputs.weight", "qa_outputs.bias"),
 }
 FAMILY_NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-BODIES = ("model", "transformer")  # what the Transformer is called in a file
+Body = Literal["model", "transformer"]  # what the Transformer is called in a file
 TAG_DROPOUT = 0.1  # where a configuration of ...ForTokenClassification says nothing
 MOST_LABELS = 1_000_000
 
@@ -41,7 +41,7 @@ def task_of(values: dict[str, Any]) -> Task:
     return next((task for task, ending in ENDINGS.items() if name.endswith(ending)), "language")
 
 
-def body_name(family: str, task: Task) -> str:
+def body_name(family: str, task: Task) -> Body:
     """What transformers calls the Transformer in files of this task."""
     return "transformer" if task == "answer" and family != "mistral" else "model"
 
@@ -56,7 +56,7 @@ def divided(tensors: dict[str, Tensor], task: Task) -> tuple[dict[str, Tensor], 
     for name, tensor in tensors.items():
         first, _, rest = name.partition(".")
         if name not in head and (task == "language" or first != "lm_head"):
-            usual = f"model.{rest}" if task != "language" and first in BODIES else name
+            usual = f"model.{rest}" if task != "language" and first in get_args(Body) else name
             body[name if usual in body else usual] = tensor
     return body, head
 

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from .errors import LlamaError, shortened
 from .lora import LoraLinear, dropped
@@ -145,7 +146,7 @@ class Head(nn.Module):
     def linear(self, outputs: int, bias: bool) -> nn.Linear:
         """A new layer, whole on every rank; normal(0, 0.02) as the published models' own, alike everywhere."""
         like = self.model.norm.weight
-        layer = nn.Linear(self.model.params.dim, outputs, bias=bias, device=like.device, dtype=like.dtype)
+        layer = skip_init(nn.Linear, self.model.params.dim, outputs, bias=bias, device=like.device, dtype=like.dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             layer.weight.copy_(torch.empty(layer.weight.shape).normal_(std=0.02, generator=generator))

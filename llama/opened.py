@@ -56,6 +56,15 @@ def check_generates(checkpoint: Checkpoint) -> None:
         )
 
 
+def sized(
+    checkpoint: Checkpoint, place: Place, max_seq_len: int, max_batch_size: int, own_dtype: bool
+) -> tuple[ModelArgs, Place]:
+    """The sizes that a checkpoint's model is built with, and where. Raises LlamaError where so many ranks can't."""
+    args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
+    return args, replace(place, dtype=checkpoint.dtype) if own_dtype else place
+
+
 def opened(
     ckpt_dir: str | Path, place: Place, form: Form, max_seq_len: int, max_batch_size: int, own_dtype: bool
 ) -> Opened:
@@ -65,8 +74,6 @@ def opened(
     """
     checkpoint = open_checkpoint(ckpt_dir)
     check_generates(checkpoint)
-    args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
+    args, place = sized(checkpoint, place, max_seq_len, max_batch_size, own_dtype)
     agreed = agreed_quantization(checkpoint.directory, checkpoint.quantization, form.quantization)
-    place = replace(place, dtype=checkpoint.dtype) if own_dtype else place
     return Opened(checkpoint, args, place, replace(form, quantization=agreed))

@@ -127,6 +127,6 @@ class Keeper:
             if parallel.is_printer():
                 write_json(self.directory / NAME, {"about": self.about, "progress": vars(self.progress)})
                 own = () if self.progress.ended else self.directory.glob(f"state-{self.progress.step}-*.pt")
-                left = ("state-*.pt", *(f"{name}{PARTIAL}*" for name in ("state-*.pt", NAME, "config.json")))
+                left = ("state-*.pt", f"?*{PARTIAL}*")
                 for old in {one for name in left for one in self.directory.glob(name)} - {*own}:
                     old.unlink()

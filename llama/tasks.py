@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from . import parallel
 from .adapter import load_adapter
-from .answering import Answer, AnswerOptions, Label, answer_all, classify, tag
+from .answering import Answer, AnswerOptions, Label, answer, answer_all, classify, tag
 from .checkpoint import Checkpoint, find_tokenizer, load_model, open_checkpoint
-from .checks import check_count, check_ranks, check_vocabulary, check_weights
+from .checks import check_count, check_vocabulary, check_weights
 from .convert import check_target, local, on_disk, write
 from .errors import LlamaError, one_line, shortened
 from .files import unfinished_directory
@@ -27,7 +27,7 @@ from .hf_tokenizer import HFTokenizer, open_tokenizer
 from .layout import Stored, shared_over, split_dim, tensor_shapes
 from .lora import LoraLinear
 from .model import Transformer
-from .opened import on_this_machine
+from .opened import on_this_machine, sized
 from .spans import Span
 from .tokenizer import Tokenizer
 
@@ -66,10 +66,7 @@ class TaskModel:
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
             checkpoint = for_task(open_checkpoint(directory), task, labels, problem_type)
-            args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
-            if dtype == "auto":
-                place = replace(place, dtype=checkpoint.dtype)
+            args, place = sized(checkpoint, place, max_seq_len, max_batch_size, dtype == "auto")
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
             check_weights(args, place, place.dtype.itemsize, "choose a smaller dtype")
@@ -80,21 +77,13 @@ class TaskModel:
             tensors = {**tensors, **load_adapter(model, adapter_dir)}
         with parallel.together():
             fill(head, tensors, TENSORS[checkpoint.task], adapter_dir or checkpoint.directory)
-        return TaskModel(head.eval(), tokenizer, checkpoint, max_seq_len, max_batch_size)
+        return TaskModel(head.eval(), tokenizer, checkpoint)
 
-    def __init__(
-        self,
-        head: Head | CausalLM,
-        tokenizer: Tokenizer | HFTokenizer,
-        checkpoint: Checkpoint,
-        max_seq_len: int = 512,
-        max_batch_size: int = 4,
-    ):
+    def __init__(self, head: Head | CausalLM, tokenizer: Tokenizer | HFTokenizer, checkpoint: Checkpoint):
         """checkpoint: what it was built from, and what it is written as."""
         self.head = head
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
-        self._sizes = max_seq_len, max_batch_size
 
     @property
     def task(self) -> Task:
@@ -103,6 +92,11 @@ class TaskModel:
     @property
     def model(self) -> Transformer:
         return self.head.model
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        """The longest text, and how many at a time."""
+        return self.model.params.max_seq_len, self.model.params.max_batch_size
 
     def classify(self, texts: Sequence[str]) -> list[list[Label]]:
         """The labels of each text: see `answering.classify`."""
@@ -114,8 +108,7 @@ class TaskModel:
 
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> list[Answer]:
         """The best answers that the context gives, the best first: see `answering.answer_all`, options too."""
-        (found,) = self.answer_all([(question, context)], **options)
-        return found
+        return answer(self._made_for("answer"), self.tokenizer, question, context, *self._sizes, **options)
 
     def answer_all(self, pairs: Sequence[tuple[str, str]], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
         """The best answers to each (question, context): see `answering.answer_all`."""

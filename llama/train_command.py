@@ -1,28 +1,26 @@
 """`python -m llama finetune`: its options, and the plan that they make. Thin: parse, call."""
 
 import argparse
-from typing import Any
 
 from .cli import checkpoint_or_demo
 from .errors import LlamaError
+from .finetune import finetune
 from .head_format import TENSORS
+from .lora import Lora
+from .plan import Plan
 
-OPTIONS: dict[str, tuple[type, Any, str]] = {  # type, default, what it says
-    "epochs": (int, 3, "how often every example is learnt from"),
-    "batch_size": (int, 16, "examples a step"),
-    "micro_batch_size": (int, None, "of those, at a time (default: all)"),
-    "learning_rate": (float, 1e-4, "at its highest"),
-    "warmup": (float, 0.1, "share of the steps in which it rises; then it falls to 0"),
-    "weight_decay": (float, 0.01, "of matrices"),
-    "clip": (float, 1.0, "the largest norm of a gradient"),
-    "every": (
-        int,
-        None,
-        "steps between evaluations, where a killed run goes on too (default: an epoch)",
-    ),
-    "patience": (int, None, "end after so many evaluations without a better one (default: never)"),
-    "max_seq_len": (int, 512, "the longest text, in tokens"),
-    "seed": (int, 1, "the same seed gives the same model"),
+OPTIONS: dict[str, tuple[type, str]] = {  # fields of a plan: type, what it says
+    "epochs": (int, "how often every example is learnt from"),
+    "batch_size": (int, "examples a step"),
+    "micro_batch_size": (int, "of those, at a time (default: all)"),
+    "learning_rate": (float, "at its highest"),
+    "warmup": (float, "share of the steps in which it rises; then it falls to 0"),
+    "weight_decay": (float, "of matrices"),
+    "clip": (float, "the largest norm of a gradient"),
+    "every": (int, "steps between evaluations, where a killed run goes on too (default: an epoch)"),
+    "patience": (int, "end after so many evaluations without a better one (default: never)"),
+    "max_seq_len": (int, "the longest text, in tokens"),
+    "seed": (int, "the same seed gives the same model"),
 }
 
 
@@ -34,7 +32,8 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="DIR", help="where the model, its curves and its progress go")
     add("--ckpt_dir", help="directory or URL of the checkpoint to begin with (default: the demo model)")
     add("--tokenizer_path", help="tokenizer.model or tokenizer.json (default: the one in ckpt_dir)")
-    for name, (kind, default, says) in OPTIONS.items():
+    for name, (kind, says) in OPTIONS.items():
+        default = getattr(Plan, name)
         add(f"--{name}", type=kind, default=default, help=says if default is None else f"{says} (default: {default:g})")
     add("--recompute", action="store_true", help="compute layers again for the gradient, which takes less memory")
     add("--lora_r", type=int, help="train adapters of this rank instead of the model's own weights")
@@ -50,9 +49,6 @@ def add_finetune(command: argparse.ArgumentParser) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    from .finetune import Plan, finetune  # here: optimizers take a second to import
-    from .lora import Lora
-
     given = [name for name, value in vars(options).items() if name.startswith("lora_") and value is not None]
     given += ["adapter_only"] * options.adapter_only
     if given and options.lora_r is None:
