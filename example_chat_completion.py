@@ -7,8 +7,8 @@ torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR --tokenize
 from typing import Literal
 
 from llama import Dialog, Llama
-from llama.cli import checkpoint_or_demo, run
-from llama.parallel import is_printer
+from llama.cli.program import checkpoint_or_demo, run
+from llama.parallel import is_main_process
 
 
 def main(
@@ -77,7 +77,7 @@ def main(
     ]
     results = llama.chat_completion(dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
 
-    if is_printer():
+    if is_main_process():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 print(f"{message['role'].capitalize()}: {message['content']}\n")

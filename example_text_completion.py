@@ -7,8 +7,8 @@ torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir DIR --tokenize
 from typing import Literal
 
 from llama import Llama
-from llama.cli import checkpoint_or_demo, run
-from llama.parallel import is_printer
+from llama.cli.program import checkpoint_or_demo, run
+from llama.parallel import is_main_process
 
 
 def main(
@@ -62,7 +62,7 @@ def main(
     ]
     results = llama.text_completion(prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p)
 
-    if is_printer():
+    if is_main_process():
         for prompt, result in zip(prompts, results, strict=True):
             print(prompt)
             print(f"> {result['generation']}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 REQUIREMENTS = [
@@ -10,14 +10,14 @@ REQUIREMENTS = [
 ]
 
 setup(
-    name="llama",
+    name="llama-reference",
     version="0.1.0",
     description="A Llama inference reference: readable, right, and the same on a laptop and on 8 GPUs",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["llama"],
-    package_data={"llama": ["native/*"]},
+    packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama.accelerate.kernels": ["csrc/*"]},
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llama.hf_config import config_of
-from llama.hf_format import hf_name
-from llama.layout import tensor_shapes
-from llama.meta_format import params_of
+from llama.checkpoints.hf_config import config_of
+from llama.checkpoints.huggingface import hf_name
+from llama.checkpoints.meta import params_of
+from llama.checkpoints.schema import tensor_shapes
 from llama.model import ModelArgs
 
 ARGS = ModelArgs(

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from llama import kernels, parallel
-from llama.bench import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, Plan
-from llama.cli import errors_in_one_line
+from llama import parallel
+from llama._util.console import say
+from llama.accelerate.kernels import dispatch as kernels
+from llama.bench.measure import Batch
+from llama.bench.runner import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, BenchConfig
+from llama.cli.program import errors_in_one_line
 from llama.generation import Llama, Step
-from llama.measure import Batch
-from llama.screen import say
 
 WARM_UP, STEPS, SHOWN = 4, 16, 20
 
@@ -132,7 +133,7 @@ def show(found: Profile, layers: int) -> None:
 def main() -> None:
     options = parse()
     place = parallel.initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
-    plan = Plan.of(options, batches=[options.batch], prompts=[options.context], gen=1 + WARM_UP + 3 * STEPS)
+    plan = BenchConfig.of(options, batches=[options.batch], prompts=[options.context], gen=1 + WARM_UP + 3 * STEPS)
     llama, (batch,) = plan.build(place), plan.kinds
     say(f"{plan.model}, {batch.name} tokens, {llama.model.norm.weight.dtype} on {place.device.type}")
     show(look(llama, batch, place.device.type == "cuda"), llama.model.params.n_layers)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from demo.corpus import held_out_questions
 from llama import Llama
-from llama.cli import run
+from llama.cli.program import run
 
 BATCH = 16
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from demo.templates import PARTS
 from llama import TaskModel
-from llama.cli import run
-from llama.evaluation import compared, predicted
-from llama.head_format import Task
-from llama.records import read_records
+from llama.checkpoints.task_spec import Task
+from llama.cli.program import run
+from llama.training.dataset import read_records
+from llama.training.evaluation import compared, predicted
 
 TASKS: dict[str, tuple[Task, str]] = {  # and by what it is measured
     "topics": ("classify", "accuracy"),

@@ -17,9 +17,9 @@ from demo.questions import question
 from demo.templates import PARTS, SEEN, Part
 from demo.topics import topic
 from llama import LlamaError
-from llama.cli import run
+from llama._util.files import write_whole
+from llama.cli.program import run
 from llama.errors import kind_of
-from llama.files import write_whole
 
 EVALUATED = 400
 

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from demo.corpus import Document, training_documents
 from demo.evaluate import evaluate
 from llama import LlamaError, parallel
-from llama.cli import run
-from llama.files import write_whole
-from llama.meta_format import save_checkpoint
+from llama._util.files import write_whole
+from llama.checkpoints.meta import save_checkpoint
+from llama.cli.program import run
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Tokenizer
 

@@ -1,13 +1,13 @@
 """The public names."""
 
+from .engine.outputs import ChatPrediction, Completion, CompletionPrediction
+from .engine.scoring import Score
+from .engine.sequence import Step
 from .errors import LlamaError
 from .generation import Llama
 from .model import ModelArgs, Transformer
-from .results import ChatPrediction, Completion, CompletionPrediction
-from .rows import Step
-from .scoring import Score
 from .settings import Settings
-from .tasks import TaskModel
+from .tasks.model import TaskModel
 from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
 
 __all__ = [

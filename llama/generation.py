@@ -5,8 +5,8 @@ it. Knows no file format and no layer of the network.
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, abc
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -17,35 +17,25 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .beams import Beams, beam_search
-from .chat_template import formatter
-from .checkpoint import find_tokenizer
-from .checks import (
-    check_best_of,
-    check_count,
-    check_draft,
-    check_list,
-    check_memory,
-    check_prompts,
-    check_seed,
-    check_speculation,
-    check_texts,
-    check_token_ids,
-    check_vocabulary,
-)
-from .hf_tokenizer import HFTokenizer, open_tokenizer
-from .inference import Form
+from ._util.validate import check_count, check_list, check_seed, check_texts
+from .accelerate.layers import Form
+from .accelerate.quantization import Quantization, bits_of
+from .checkpoints.fit import check_draft, check_memory, check_vocabulary
+from .checkpoints.loader import find_tokenizer
+from .checkpoints.opened import on_this_machine, opened
+from .engine.beam_search import Beams, beam_search
+from .engine.engine import Engine, OutputOptions
+from .engine.outputs import ChatPrediction, Completion, CompletionPrediction, best_of_each, details, drained
+from .engine.request_checks import check_best_of, check_prompts, check_speculation, check_token_ids
+from .engine.scoring import Pooling, Score, embed, score
+from .engine.sequence import Sequence, Step
+from .engine.speculative import SPECULATE_K, Drafting, looking_up, speculated
+from .engine.stop_strings import StopFinder
 from .model import Transformer
-from .opened import on_this_machine, opened
-from .panels import Quantization, bits_of
-from .results import ChatPrediction, Completion, CompletionPrediction, best_of_each, details, drained
-from .rows import Row, Step
 from .sampling import processed, sample_top_p
-from .scoring import Pooling, Score, embed, score
 from .settings import Options, RowOptions, Settings, Streamed, Wanted, settings_of_rows
-from .speculate import SPECULATE_K, Drafting, looking_up, speculated
-from .stopping import StopFinder
-from .streaming import Asked, Streamer
+from .tokenization.chat_template import formatter
+from .tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
 from .tokenizer import Dialog, Message, Tokenizer
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
@@ -124,15 +114,17 @@ class Llama:
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = formatter(tokenizer, today or datetime.now())
-        self.streamer = Streamer(model, prefill_chunk)
+        self.engine = Engine(model, prefill_chunk)
         self.draft = draft
         self._drafting = None if draft is None else Drafting(draft, prefill_chunk)
         self._seed = seed
-        self._asked: Counter[bytes] = Counter()  # how often each prompt was given, so that asking again draws anew
+        self._times_given: Counter[bytes] = (
+            Counter()
+        )  # how often each prompt was given, so that asking again draws anew
 
     def stream(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: abc.Sequence[abc.Sequence[int]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -141,7 +133,7 @@ class Llama:
         *,
         n: int = 1,
         top_logprobs: int = 0,
-        rows: Sequence[RowOptions | None] | None = None,
+        rows: abc.Sequence[RowOptions | None] | None = None,
         lookup_ngram: int | None = None,
         speculate_k: int = SPECULATE_K,
         **options: Unpack[Options],
@@ -161,17 +153,20 @@ class Llama:
         Raises LlamaError, before any forward pass, for arguments that can't work.
         """
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
-        made, asked = self.rows(prompt_tokens, n, shared, rows, top_logprobs), Asked(logprobs, echo, top_logprobs)
-        return self.steps(made, asked, lookup_ngram, speculate_k)
+        made, output = (
+            self.rows(prompt_tokens, n, shared, rows, top_logprobs),
+            OutputOptions(logprobs, echo, top_logprobs),
+        )
+        return self.steps(made, output, lookup_ngram, speculate_k)
 
     @property
     def acceptance(self) -> float | None:
         """Of the tokens that the last call proposed, the share that the model chose; None where none was proposed."""
-        return self.streamer.kept / self.streamer.proposed if self.streamer.proposed else None
+        return self.engine.kept / self.engine.proposed if self.engine.proposed else None
 
     def generate(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: abc.Sequence[abc.Sequence[int]],
         max_gen_len: int | None,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -193,7 +188,7 @@ class Llama:
 
     def complete(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: abc.Sequence[abc.Sequence[int]],
         max_gen_len: int | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
@@ -240,7 +235,7 @@ class Llama:
 
     def text_completion(
         self,
-        prompts: Sequence[str],
+        prompts: abc.Sequence[str],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -267,7 +262,7 @@ class Llama:
 
     def chat_completion(
         self,
-        dialogs: Sequence[Dialog],
+        dialogs: abc.Sequence[Dialog],
         temperature: float = 0.6,
         top_p: float = 0.9,
         max_gen_len: int | None = None,
@@ -283,11 +278,11 @@ class Llama:
             {"generation": {"role": "assistant", "content": one.text}, **details(one, self.tokenizer)} for one in found
         ]
 
-    def score(self, texts: Sequence[str], *, stride: int | None = None) -> list[Score]:
+    def score(self, texts: abc.Sequence[str], *, stride: int | None = None) -> list[Score]:
         """How likely the model finds each text: see `scoring.score`."""
         return score(self, texts, stride=stride)
 
-    def embed(self, texts: Sequence[str], pooling: Pooling = "last") -> Tensor:
+    def embed(self, texts: abc.Sequence[str], pooling: Pooling = "last") -> Tensor:
         """A vector for each text, float32 (texts, dim): see `scoring.embed`."""
         return embed(self, texts, pooling)
 
@@ -295,12 +290,12 @@ class Llama:
 
     def rows(
         self,
-        prompt_tokens: Sequence[Sequence[int]],
+        prompt_tokens: abc.Sequence[abc.Sequence[int]],
         n: int,
         shared: dict[str, Any],
-        own: Sequence[RowOptions | None] | None,
+        own: abc.Sequence[RowOptions | None] | None,
         top_logprobs: int,
-    ) -> list[Row]:
+    ) -> list[Sequence]:
         """n rows to each prompt. Raises LlamaError for what can't be."""
         with parallel.together(parallel.group()):
             check_count("n", n)
@@ -312,24 +307,26 @@ class Llama:
         return [self._row(i * n + j, prompt, one, j) for i, (prompt, one) in enumerate(pairs) for j in range(n)]
 
     def steps(
-        self, rows: list[Row], asked: Asked, lookup_ngram: int | None, speculate_k: int, cached: int = 0
+        self, rows: list[Sequence], output: OutputOptions, lookup_ngram: int | None, speculate_k: int, cached: int = 0
     ) -> Iterator[list[Step]]:
-        """The rows' steps, with proposals where there are any. cached: see `Streamer.run`."""
+        """The rows' steps, with proposals where there are any. cached: see `Engine.run`."""
         with parallel.together(parallel.group()):
             check_speculation(lookup_ngram, speculate_k)
         propose = self._drafting if lookup_ngram is None else looking_up(lookup_ngram)
         if propose is None:
-            return self.streamer.run(rows, asked, cached)
-        return speculated(self.streamer, rows, asked, propose, speculate_k, cached)
+            return self.engine.run(rows, output, cached)
+        return speculated(self.engine, rows, output, propose, speculate_k, cached)
 
-    def _searched(self, prompt_tokens: Sequence[Sequence[int]], beams: Beams, settings: Settings) -> list[Completion]:
+    def _searched(
+        self, prompt_tokens: abc.Sequence[abc.Sequence[int]], beams: Beams, settings: Settings
+    ) -> list[Completion]:
         """The best beams of the first prompt, then of the second ..."""
         with parallel.together(parallel.group()):
             check_token_ids([settings], 0, self.model.params.vocab_size)
         stops = self._stops(settings)
         process = partial(processed, settings=settings, stops=stops) if settings.changes_logits else None
-        most, chunk = settings.max_gen_len or self.model.params.max_seq_len, self.streamer.prefill_chunk
-        self.streamer.take_cache()
+        most, chunk = settings.max_gen_len or self.model.params.max_seq_len, self.engine.prefill_chunk
+        self.engine.take_cache()
         found = beam_search(self.model, prompt_tokens, beams, most, stops, process, chunk)
         return [
             Completion(list(prompt), b.tokens, self.tokenizer.decode(b.tokens), b.finish_reason, b.stop, score=b.score)
@@ -341,17 +338,17 @@ class Llama:
         """The tokens that end a row."""
         return frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
 
-    def _row(self, index: int, prompt: list[int], settings: Settings, copy: int) -> Row:
+    def _row(self, index: int, prompt: list[int], settings: Settings, copy: int) -> Sequence:
         """copy: which of the rows from the same prompt it is."""
         if settings.seed is None:
             key = hashlib.blake2b(repr((self._seed, prompt)).encode(), digest_size=16).digest()
-            self._asked[key] += 1
-            key += b"%d" % self._asked[key]
+            self._times_given[key] += 1
+            key += b"%d" % self._times_given[key]
         else:
             key = repr((settings.seed, prompt, copy)).encode()
         chance = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little", signed=True)
         room = self.model.params.max_seq_len - len(prompt)
-        return Row(
+        return Sequence(
             index=index,
             prompt=prompt,
             settings=settings,

@@ -17,6 +17,8 @@ import fairscale.nn.model_parallel.initialize as fs_init
 import torch
 import torch.distributed as dist
 
+from ._util.ranks import env_rank
+from ._util.ranks import is_main_process as is_main_process
 from .errors import LlamaError
 
 T = TypeVar("T")
@@ -40,20 +42,6 @@ class Place:
     world_size: int
     mp_rank: int
     mp_size: int
-
-
-def env_rank() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine), as torchrun says them; (0, 1, 0) without torchrun."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in os.environ for name in names):
-        return 0, 1, 0
-    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
-    return rank, world_size, local_rank
-
-
-def is_printer() -> bool:
-    """Whether this process is the one that talks to the user: rank 0. Answers before anything is initialized too."""
-    return (dist.get_rank() if dist.is_initialized() else env_rank()[0]) == 0
 
 
 def choose_device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:

@@ -6,11 +6,11 @@ Knows numbers and strings; knows no tensors and no model.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
+from ._util.validate import is_integer, is_number
 from .errors import LlamaError, shortened
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
@@ -111,14 +111,14 @@ class Settings:
         if self.logits_processor is not None and not callable(self.logits_processor):
             self._refuse("logits_processor", "a function of tokens and logits, or None")
         bias = self.logit_bias
-        if not isinstance(bias, Mapping) or not all(is_whole(k, 0) and is_number(v) for k, v in bias.items()):
+        if not isinstance(bias, Mapping) or not all(is_integer(k, 0) and is_number(v) for k, v in bias.items()):
             self._refuse("logit_bias", "numbers by token id")
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
             self._refuse("stop", "a text or a list of texts, none of them empty")
         object.__setattr__(self, "stop", tuple(stop))
         ids = self.stop_token_ids
-        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(is_whole(i, 0) for i in ids):
+        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(is_integer(i, 0) for i in ids):
             self._refuse("stop_token_ids", "a list of token ids")
         if self.max_gen_len is not None and self.min_gen_len > self.max_gen_len:
             found = f"min_gen_len is {self.min_gen_len} and max_gen_len {self.max_gen_len}"
@@ -126,12 +126,12 @@ class Settings:
 
     def _check_numbers(self) -> None:
         for name, least in (("max_gen_len", 1), ("top_k", 1)):
-            if (value := getattr(self, name)) is not None and not is_whole(value, least):
+            if (value := getattr(self, name)) is not None and not is_integer(value, least):
                 self._refuse(name, f"a whole number of at least {least}")
         for name in ("min_gen_len", "no_repeat_ngram_size"):
-            if not is_whole(getattr(self, name), 0):
+            if not is_integer(getattr(self, name), 0):
                 self._refuse(name, "a whole number of at least 0")
-        if self.seed is not None and not is_whole(self.seed):
+        if self.seed is not None and not is_integer(self.seed):
             self._refuse("seed", "a whole number")
         if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
             self._refuse("temperature", "a number of at least 0")
@@ -169,18 +169,6 @@ class Settings:
 
 
 NAMES = frozenset(f.name for f in fields(Settings))
-
-
-def is_number(value: object) -> bool:
-    """A finite one: no nan, and no integer that is larger than floats."""
-    try:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def is_whole(value: object, least: float = -math.inf) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def settings_of_rows(

@@ -1,4 +1,4 @@
-"""What tests/test_answering.py runs on 2 ranks: writes what heads on a checkpoint's network make of texts.
+"""What tests/tasks/test_predict.py runs on 2 ranks: writes what heads on a checkpoint's network make of texts.
 
     torchrun --nproc_per_node N tests/answering_program.py CKPT_DIR OUTPUT
 
@@ -16,11 +16,11 @@ from tiny import PROMPTS
 from torch import Tensor, nn
 
 from llama import LlamaError, Transformer
-from llama.answering import answer, classify, tag
-from llama.checkpoint import load_model, open_checkpoint
-from llama.heads import HeadConfig
-from llama.hf_tokenizer import open_tokenizer
+from llama.checkpoints.loader import load_model, open_checkpoint
+from llama.checkpoints.task_spec import HeadConfig
 from llama.parallel import initialize
+from llama.tasks.predict import answer, classify, tag
+from llama.tokenization.hf_tokenizer import open_tokenizer
 
 
 class Own(nn.Module):

@@ -1,4 +1,4 @@
-"""What tests/test_compressed.py runs on ranks: a checkpoint that loading rounds, and one that is stored rounded.
+"""What tests/checkpoints/test_compressed_tensors.py runs on ranks: a checkpoint quantized by loading, and one stored so.
 
 torchrun --nproc_per_node N tests/compressed_program.py PLAIN STORED QUANTIZATION
 """
@@ -6,7 +6,7 @@ torchrun --nproc_per_node N tests/compressed_program.py PLAIN STORED QUANTIZATIO
 import sys
 
 import torch
-from test_compressed import OPTIONS, all_panels, same_panels
+from test_compressed_tensors import OPTIONS, all_panels, same_panels
 
 from llama import Llama
 

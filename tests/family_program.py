@@ -1,4 +1,4 @@
-"""What tests/test_families.py runs on 1, 2, 4 and 8 ranks: reads checkpoints and writes each one's logits.
+"""What tests/checkpoints/test_families.py runs on 1, 2, 4 and 8 ranks: reads checkpoints and writes each one's logits.
 
     torchrun --nproc_per_node N tests/family_program.py JOBS.json
 
@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.checkpoint import load_model, open_checkpoint
-from llama.inference import Form
+from llama.accelerate.layers import Form
+from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.model import Transformer
 from llama.parallel import initialize
 

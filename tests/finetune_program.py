@@ -1,4 +1,4 @@
-"""What tests/test_finetune.py runs on ranks, and in processes that are killed: all of them forks of this one, which has
+"""What tests/training/test_trainer.py runs on ranks, and in processes that are killed: forks of this one, which has
 imported what takes seconds.
 
     python tests/finetune_program.py JOBS.json
@@ -30,13 +30,13 @@ import torch
 import torch._dynamo  # as optimizers do, in each process anew
 
 from llama import LlamaError, parallel
-from llama import finetune as training
-from llama.finetune import Plan, Training, finetune
-from llama.lora import Lora
+from llama.adapters.lora import Lora
+from llama.training import trainer as training
+from llama.training.trainer import Training, TrainingConfig, finetune
 
 
-def plan_of(given: dict[str, Any]) -> Plan:
-    return Plan(**{**given, "lora": Lora(**given["lora"]) if given.get("lora") else None})
+def plan_of(given: dict[str, Any]) -> TrainingConfig:
+    return TrainingConfig(**{**given, "lora": Lora(**given["lora"]) if given.get("lora") else None})
 
 
 def result_of(job: dict[str, Any]) -> dict[str, Any]:

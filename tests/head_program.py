@@ -1,4 +1,4 @@
-"""What tests/test_heads.py runs on ranks: losses, logits and gradients of task heads.
+"""What tests/tasks/test_heads.py runs on ranks: losses, logits and gradients of task heads.
 
     torchrun --nproc_per_node N tests/head_program.py JOBS.json
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama import TaskModel, gradients, parallel
+from llama import TaskModel, parallel
+from llama.training import gradients
 
 
 def outputs(found: Any) -> dict[str, Tensor]:
@@ -35,7 +36,7 @@ def main(jobs: str) -> None:
         for parameter in head.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         built.save(job["output"])
-        if parallel.is_printer():
+        if parallel.is_main_process():
             torch.save({k: v.detach() for k, v in result.items()}, Path(job["output"]) / "result.pt")
 
 

@@ -1,4 +1,4 @@
-"""What tests/test_lora.py runs on 1, 2 and 4 ranks: an adapter's outputs and gradients, and what is saved of it.
+"""What tests/adapters/test_lora.py runs on 1, 2 and 4 ranks: an adapter's outputs, gradients and files.
 
     torchrun --nproc_per_node N tests/lora_program.py CKPT_DIR ADAPTER_DIR OUTPUT_DIR
 
@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llama import LlamaError, parallel
-from llama.adapter import load_adapter, save_adapter
-from llama.checkpoint import load_model, open_checkpoint
-from llama.layout import shared_over, split_dim
-from llama.lora import TARGETS, Lora, add_lora, lora_parameters, merge_lora
+from llama.adapters.lora import TARGETS, Lora, add_lora, lora_parameters, merge_lora
+from llama.adapters.peft import load_adapter, save_adapter
+from llama.checkpoints.loader import load_model, open_checkpoint
+from llama.checkpoints.schema import shared_over, split_dim
 from llama.model import ModelArgs, Transformer
 
 

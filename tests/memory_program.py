@@ -16,9 +16,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llama import parallel
-from llama.checkpoint import load_model, open_checkpoint
-from llama.inference import Form
-from llama.measure import Peak, status_bytes
+from llama.accelerate.layers import Form
+from llama.bench.measure import Peak, status_bytes
+from llama.checkpoints.loader import load_model, open_checkpoint
 
 
 def main(output: str, form: str, dtype: str, *directories: str) -> None:

@@ -1,4 +1,4 @@
-"""What tests/test_properties.py asks, and what it runs on 2 and 4 ranks: many cases, each answered by a fresh Llama.
+"""What tests/engine/test_properties.py asks, and runs on 2 and 4 ranks: many cases, each answered by a fresh Llama.
 
     torchrun --nproc_per_node N tests/property_program.py DIRECTORY CASES OUTPUT
 
@@ -18,8 +18,8 @@ from tiny import write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError, ModelArgs
+from llama.engine.session import Session
 from llama.rotary import RopeScaling
-from llama.session import Session
 
 SIZES: dict[str, Any] = {"max_seq_len": 40, "max_batch_size": 6, "device": "cpu", "dtype": "float32"}
 PLAIN = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32)  # 4 ranks share heads
@@ -54,7 +54,7 @@ def fresh(llamas: Mapping[str, Llama], case: Mapping[str, Any]) -> Llama:
     one = llamas[case["model"]]
     chunk, draft = case["prefill_chunk"], one.draft if case.get("draft") else None
     llama = Llama(one.model, one.tokenizer, prefill_chunk=chunk, draft=draft)
-    llama.streamer.ahead = case.get("ahead", False)
+    llama.engine.ahead = case.get("ahead", False)
     return llama
 
 

@@ -1,4 +1,4 @@
-"""What tests/test_scoring.py and tests/test_eager.py run on 1 and 2 ranks: writes what a model makes of texts.
+"""What tests of scoring and attention weights run on 1 and 2 ranks: writes what a model makes of texts.
 
     torchrun --nproc_per_node N tests/scoring_program.py CKPT_DIR OUTPUT
 
@@ -13,10 +13,10 @@ import torch.distributed as dist
 from tiny import PROMPTS
 
 from llama import Llama, LlamaError
-from llama.checkpoint import load_model, open_checkpoint
-from llama.eager import attention_weights
+from llama.checkpoints.loader import load_model, open_checkpoint
+from llama.engine.attention_weights import attention_weights
+from llama.engine.scoring import embed, score
 from llama.parallel import initialize
-from llama.scoring import embed, score
 
 SIZES = {"max_seq_len": 24, "max_batch_size": 3}
 

@@ -15,7 +15,9 @@ from unittest import mock
 
 import torch
 
-from llama import LlamaError, TaskModel, convert, losses, parallel
+from llama import LlamaError, TaskModel, parallel
+from llama.checkpoints import convert
+from llama.tasks import losses
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 
@@ -47,7 +49,7 @@ def language_losses(directory: Path) -> dict[str, Any]:
 
 def failures(directory: Path) -> dict[str, Any]:
     """What all ranks hear where one of them fails, and what is left of it."""
-    own = directory / "model" if parallel.is_printer() else directory / "elsewhere"
+    own = directory / "model" if parallel.is_main_process() else directory / "elsewhere"
     found = {"unreadable": refusal(lambda: TaskModel.build(own, **OPTIONS))}
     built = TaskModel.build(directory / "model", **OPTIONS)
     found["taken"] = refusal(lambda: built.save(directory / "taken"))

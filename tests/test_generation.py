@@ -17,10 +17,10 @@ from tiny import ARGS, PROMPTS, greedy_by_hand, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.generation import sample_top_p as reexported
-from llama.hf_tokenizer import open_tokenizer
 from llama.model import Transformer
 from llama.rotary import RopeScaling
 from llama.sampling import sample_top_p
+from llama.tokenization.hf_tokenizer import open_tokenizer
 
 FORMS: dict[str, dict] = {
     "packed": {},

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from llama import model as network
-from llama.checkpoint import build_on_meta, load_model, open_checkpoint
+from llama.checkpoints.loader import build_on_meta, load_model, open_checkpoint
+from llama.checkpoints.meta import save_checkpoint
 from llama.errors import LlamaError
-from llama.meta_format import save_checkpoint
 from llama.model import FeedForward, ModelArgs, RMSNorm, Transformer
 from llama.parallel import Place
 

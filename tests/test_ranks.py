@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import environment, launched, run_program, split_checkpoint, write_checkpoint
 
-from llama import kernels
+from llama.accelerate.kernels import dispatch as kernels
 
 PROGRAM = "tests/rank_program.py"
 
@@ -132,7 +132,7 @@ def test_what_is_wrong_on_one_rank_ends_all(directory: Path, tmp_path: Path) -> 
     program.write_text(
         "import os, sys\n"
         "from llama import Llama\n"
-        "from llama.cli import errors_in_one_line\n"
+        "from llama.cli.program import errors_in_one_line\n"
         "with errors_in_one_line():\n"
         "    Llama.build(sys.argv[1] + '/none' * int(os.environ['RANK']), device='cpu')\n"
     )
@@ -150,7 +150,7 @@ def test_a_killed_rank_ends_the_others(directory: Path, tmp_path: Path) -> None:
     program.write_text(
         "import os, sys\n"
         "from llama import Llama\n"
-        "from llama.cli import errors_in_one_line\n"
+        "from llama.cli.program import errors_in_one_line\n"
         "with errors_in_one_line():\n"
         "    llama = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
         "    open(f'{sys.argv[2]}/pid.{os.environ[\"RANK\"]}', 'w').write(str(os.getpid()))\n"

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llama import Llama, LlamaError, Transformer
-from llama.checkpoint import open_checkpoint
-from llama.meta_format import read_params, save_checkpoint
+from llama.checkpoints.loader import open_checkpoint
+from llama.checkpoints.meta import read_params, save_checkpoint
 from llama.model import precompute_freqs_cis
 from llama.parallel import Place
 from llama.rotary import RopeScaling, frequencies

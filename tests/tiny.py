@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from llama import Llama, ModelArgs, Transformer, parallel
-from llama.layout import split_dim
-from llama.meta_format import save_checkpoint
+from llama.checkpoints.meta import save_checkpoint
+from llama.checkpoints.schema import split_dim
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ["hello there", "a", "the quick brown fox jumps over the lazy dog", "é漢字🙂"]
@@ -74,7 +74,8 @@ def launched(*command: str, ranks: int = 0) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Of a program that finds this project, and takes one of the few cores."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    tests = [str(path) for path in (ROOT / "tests").iterdir() if path.is_dir()]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *tests])}
 
 
 def run_program(*command: str, ranks: int = 0, timeout: float = 120, **options: object) -> subprocess.CompletedProcess:

@@ -1,0 +1,19 @@
+"""Which of the processes that torchrun started this one is. Answers before any process group is there."""
+
+import os
+
+import torch.distributed as dist
+
+
+def env_rank() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine), as torchrun says them; (0, 1, 0) without torchrun."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if not all(name in os.environ for name in names):
+        return 0, 1, 0
+    rank, world_size, local_rank = (int(os.environ[name]) for name in names)
+    return rank, world_size, local_rank
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that talks to the user: rank 0. Answers before anything is initialized too."""
+    return (dist.get_rank() if dist.is_initialized() else env_rank()[0]) == 0

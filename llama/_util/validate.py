@@ -1,0 +1,47 @@
+"""Checks of what a caller gave, whatever it is for: each raises LlamaError with what was given and what was expected.
+
+Knows plain values; knows no sizes of a model, no tokens and no files.
+"""
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+from ..errors import LlamaError
+
+
+def is_number(value: object) -> bool:
+    """A finite one: no nan, and no integer that is larger than floats."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def is_integer(value: object, least: float = -math.inf) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def check_count(name: str, value: Any) -> None:
+    if not is_integer(value, 1):
+        raise LlamaError(f"{name} is {value!r}, expected a whole number of at least 1")
+
+
+def check_seed(seed: object) -> None:
+    if not is_integer(seed):
+        raise LlamaError(f"seed is {seed!r}, expected a whole number")
+
+
+def check_list(name: str, value: object) -> None:
+    if not isinstance(value, list | tuple):
+        raise LlamaError(f"{name} is a {type(value).__name__}, expected a list of one for each row of the batch")
+
+
+def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
+    """name: what the caller calls one of them."""
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        found = repr(texts)
+        raise LlamaError(f"{name}s is {found[:60]}{'...' * (len(found) > 60)}, expected a list of strings")
+    if "" in texts:
+        raise LlamaError(f"{name} {list(texts).index('')} is empty: give it at least one character")

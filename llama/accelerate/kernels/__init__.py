@@ -1,0 +1,1 @@
+"""Functions on tensors in C and in Triton, and the choice between them."""

@@ -1,0 +1,1 @@
+"""Low-rank adapters on a built model, and their files as peft writes them."""

@@ -1,0 +1,99 @@
+"""peft's `adapter_config.json`: what of it is plain LoRA, and of which layers with what sizes; all else is refused.
+
+Knows no tensors. Files come from strangers: no pattern in them is run.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .._util.files import read_json
+from .._util.validate import is_integer, is_number
+from ..checkpoints.hf_config import Config
+from ..errors import LlamaError, shortened
+
+# Keys that say nothing of what the tensors mean, or nothing that the tensors don't. All that are not known here must be
+# null, false or empty: they are of features that change what is computed.
+READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"}
+READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "task_type"}
+IGNORED = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config"}
+IGNORED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"}
+IGNORED |= {"eva_config", "loftq_config", "corda_config", "ensure_weight_tying"}
+OUTPUT = "lm_head"
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base's weights alone
+
+
+def read_adapter_config(path: Path) -> Config:
+    """The configuration. Raises LlamaError for what isn't plain LoRA, and for values of wrong types."""
+    config = Config(path, read_json(path, "an adapter's configuration"), {})
+    if config.value("peft_type") != "LORA":
+        raise config.error("peft_type", config.value("peft_type"), "'LORA'")
+    if config.value("bias", "none") != "none":
+        raise config.error("bias", config.value("bias"), "'none': the base's biases stay as they are")
+    if config.value("init_lora_weights") not in HARMLESS_STARTS:
+        start = config.value("init_lora_weights")
+        raise config.error("init_lora_weights", start, "a start that leaves the base's weights alone")
+    for key in sorted(config.values.keys() - READ - IGNORED):
+        if config.value(key):
+            raise config.error(shortened(key), config.value(key), "null or false: only plain LoRA is read")
+    for key, kind in (("modules_to_save", list), ("rank_pattern", dict), ("alpha_pattern", dict)):
+        if not isinstance(config.value(key) or kind(), kind):
+            raise config.error(key, config.value(key), f"a {kind.__name__} or null")
+    if not isinstance(config.value("target_modules"), list | str) or not config.value("target_modules"):
+        raise config.error("target_modules", config.value("target_modules"), "a list of names of layers, or a pattern")
+    return config
+
+
+def adapter_dropout(config: Config) -> float:
+    value = config.value("lora_dropout", 0.0)
+    if not is_number(value) or not 0 <= value < 1:
+        raise config.error("lora_dropout", value, "a number in [0, 1)")
+    return value
+
+
+def adapter_size(config: Config, owner: str) -> tuple[int, float]:
+    """(r, alpha) of a layer. `use_rslora`, by which B A is divided by the root of r (arXiv:2312.03732), is said by a
+    larger alpha."""
+    r = patterned(config, "rank_pattern", owner, config.count("r"))
+    alpha = patterned(config, "alpha_pattern", owner, config.value("lora_alpha"))
+    if not is_integer(r, 1) or not is_number(r):
+        raise config.error("r", r, "a whole number of at least 1")
+    if not is_number(alpha) or alpha <= 0 or not is_number(alpha * r**0.5):
+        raise config.error("lora_alpha", alpha, "a number above 0")
+    return r, alpha * r**0.5 if config.flag("use_rslora") else alpha
+
+
+def patterned(config: Config, key: str, owner: str, default: Any) -> Any:
+    """The value of the first pattern that is the layer's name, or its end; without one, the default."""
+    for pattern, value in (config.value(key) or {}).items():
+        if not re.fullmatch(r"\^?[\w.]+", pattern):
+            raise LlamaError(f"{config.path}: {key} has {shortened(pattern)}, expected names of layers and no patterns")
+        if owner == pattern.removeprefix("^") or ends_with(owner, pattern):
+            return value
+    return default
+
+
+def targeted(config: Config, modules: Iterable[str]) -> list[str]:
+    """Which linear layers must have an adapter; where patterns choose them, the tensors say which do.
+
+    modules: all, by Hugging Face's names.
+    """
+    targets = config.value("target_modules")
+    if any(config.value(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform")):
+        return []
+    inside = [owner for owner in modules if owner != OUTPUT]
+    if isinstance(targets, str):
+        return inside if targets == "all-linear" else []
+    for target in targets:
+        if not any(ends_with(owner, target) for owner in [*inside, OUTPUT]):
+            known = ", ".join(sorted({owner.rpartition(".")[2] for owner in modules}))
+            raise LlamaError(f"{config.path}: target_modules has {shortened(target)}, expected names such as {known}")
+    has_output = config.value("task_type") in (None, "CAUSAL_LM")  # the others have a head instead
+    owners = modules if has_output else inside
+    return [owner for owner in owners if any(ends_with(owner, target) for target in targets)]
+
+
+def ends_with(owner: str, name: str) -> bool:
+    """Whether the module is the one of this name, or one of those whose name ends so."""
+    return f".{owner}".endswith(f".{name}")

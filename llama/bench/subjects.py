@@ -1,0 +1,280 @@
+"""What is measured, and what it is compared with: models of the same sizes that turn prompts into tokens.
+
+Knows how each is built and run, but for llama.cpp, which has a file of its own; knows no clock. `transformers` is
+imported only where its model is made.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+from torch import Tensor, nn
+
+from ..accelerate.layers import Form, PackedLinear
+from ..accelerate.quantization import Quantization
+from ..checkpoints.fit import check_memory
+from ..checkpoints.hf_config import config_of
+from ..checkpoints.loader import Take, build_on_meta, load_model, open_checkpoint, place_tensor
+from ..checkpoints.schema import tensor_shapes
+from ..errors import LlamaError
+from ..generation import PREFILL_CHUNK, Llama
+from ..model import ModelArgs, Transformer
+from ..parallel import Place
+from ..tokenizer import Tokenizer
+from .llama_cpp import LlamaCpp
+from .measure import Subject
+
+PEERS = ("transformers", "default", "plain", "meta", "products", "llama.cpp")
+PACKAGES = {  # what a peer imports, and what pip calls it
+    "transformers": {"transformers": "transformers"},
+    "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
+}
+CACHES = ("cache_k", "cache_v")
+STD = 0.02  # of random weights
+
+
+class Measured(Subject, Protocol):
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a decoding step reads on this rank."""
+
+
+class NoText(Tokenizer):
+    """In the tokenizer's place where text doesn't matter. No token ends a generation, which so has a known length."""
+
+    def __init__(self) -> None:
+        self.stop_tokens: set[int] = set()
+
+    def decode_bytes(self, token: int) -> bytes:
+        return b""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """This package, as its callers use it."""
+
+    name: str
+    llama: Llama
+
+    @property
+    def weight_bytes(self) -> int:
+        return multiplied_bytes(self.llama.model, self.llama.model.tok_embeddings)
+
+    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
+        for steps in self.llama.stream(prompts, gen, temperature=0):
+            yield [step.token for step in steps]
+
+
+@dataclass(frozen=True)
+class Walking:
+    """Meta's algorithm for prompts of different lengths (llama3's `generation.py`), on the plain model.
+
+    Prompts are prefilled up to the end of the shortest; from there all rows go on token by token, through what is left
+    of longer prompts too. Logits are computed of every position. It yields once the longest prompt has a token.
+    """
+
+    model: Transformer
+    name: str = "meta"
+
+    @property
+    def weight_bytes(self) -> int:
+        return multiplied_bytes(self.model, self.model.tok_embeddings)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        padded = [prompt + [0] * (longest + gen - len(prompt)) for prompt in prompts]
+        tokens = torch.tensor(padded, device=self.model.norm.weight.device)  # (B, longest + gen)
+        before = 0
+        for position in range(shortest, longest + gen):
+            logits = self.model(tokens[:, before:position], before)  # (B, T, vocab_size)
+            chosen = logits[:, -1].argmax(-1)  # (B)
+            given = torch.tensor([position < len(prompt) for prompt in prompts], device=tokens.device)
+            tokens[:, position] = torch.where(given, tokens[:, position], chosen)
+            before = position
+            if position >= longest:
+                yield tokens[:, position].tolist()
+
+
+@dataclass(frozen=True)
+class Transformers:
+    """transformers' own model, with its dynamic cache; prompts of different lengths are padded on the left."""
+
+    model: Any
+    name: str = "transformers"
+
+    @property
+    def weight_bytes(self) -> int:
+        return multiplied_bytes(self.model, self.model.get_input_embeddings())
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
+        longest, device = max(map(len, prompts)), self.model.device
+        pads = [longest - len(prompt) for prompt in prompts]
+        tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(pads, prompts, strict=True)], device=device)
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=device)  # (B, T)
+        past = None
+        for _ in range(gen):
+            padding: dict[str, Tensor] = {}
+            if any(pads):  # else nothing is said, which is quicker
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+                padding = {"attention_mask": mask, "position_ids": positions}
+            out = self.model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1, **padding)
+            tokens, past = out.logits[:, -1:].argmax(-1), out.past_key_values  # (B, 1)
+            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            yield tokens[:, 0].tolist()
+
+
+@dataclass(frozen=True)
+class Products:
+    """Nothing but the products with a model's matrices, in passes as its prompts are in: what no model could outrun.
+
+    Their results, and what the model would exchange between ranks, are dropped.
+    """
+
+    model: Transformer
+    name: str = "products"
+
+    @property
+    def weight_bytes(self) -> int:
+        return multiplied_bytes(self.model, self.model.tok_embeddings)
+
+    @torch.inference_mode()
+    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
+        args, like, mp_size = self.model.params, self.model.norm.weight, get_model_parallel_world_size()
+        widths = {"wo": args.n_heads * args.head_size // mp_size, "w2": args.hidden_dim // mp_size}
+        named = [(name.rpartition(".")[2], layer) for name, layer in self.model.layers.named_modules()]
+        linear = [(layer, widths.get(name, args.dim)) for name, layer in named if isinstance(layer, PackedLinear)]
+
+        def multiply(count: int) -> None:
+            for layer, width in linear:
+                layer.product(like.new_ones(count, width), None)
+
+        tokens = sum(map(len, prompts))
+        for start in range(0, tokens, PREFILL_CHUNK):
+            multiply(min(PREFILL_CHUNK, tokens - start))
+        for step in range(gen):
+            if step > 0:
+                multiply(len(prompts))
+            logits = self.model.output.product(like.new_ones(len(prompts), args.dim), None)
+            yield logits.argmax(-1).tolist()
+
+
+def multiplied_bytes(model: nn.Module, embedding: nn.Module) -> int:
+    """Bytes of all that decoding multiplies by: this rank's parameters and buffers without caches and `embedding`.
+
+    Of the embedding a step reads a row for each token; unless it is the output layer's matrix too.
+    """
+    tensors: dict[int, Tensor] = {}
+    for module in model.modules():
+        if module is not embedding:
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            tensors |= {id(tensor): tensor for name, tensor in own if name not in CACHES}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) -> Iterator[tuple[str, Tensor]]:
+    """Weights of these shapes by name, made one at a time and not kept; the same in every run."""
+    generator = torch.Generator(place.device).manual_seed(0)
+    for name, shape in shapes.items():
+        new = partial(torch.empty, shape, dtype=place.dtype, device=place.device)
+        yield name, new().fill_(1) if len(shape) == 1 else new().normal_(0, STD, generator=generator)
+
+
+def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Transformer:
+    """A Transformer with random weights, made a tensor at a time; the same in every run. take: as `load_model`'s."""
+    model = build_on_meta(args)
+    own = model.state_dict()  # of this rank
+    for name, weight in random_tensors({name: own[name].shape for name in tensor_shapes(args)}, place):
+        place_tensor(model, name, weight)
+        del weight
+        if take is not None:
+            take(model, name, None)
+    return model
+
+
+def in_default_form(model: Transformer) -> Transformer:
+    """As `Llama.build` leaves it, neither compiled nor rounded."""
+    form = Form()
+    for name in tensor_shapes(model.params):
+        form.take(model, name)
+    form.finish(model)
+    return model
+
+
+def build_peers(
+    names: Sequence[str],
+    ours: Transformer,
+    place: Place,
+    ckpt_dir: str | None,
+    quantization: Quantization | None = None,
+) -> list[Measured]:
+    """The peers of these names, of the sizes of `ours`; all but transformers have the checkpoint's weights where there
+    is one. quantization: of llama.cpp's matrices.
+
+    Raises LlamaError where they don't fit in memory, beside the model that is there.
+    """
+    args = ours.params
+    if names:
+        models = 1 + len({"plain" if name == "meta" else name for name in names} - {"products"})
+        check_memory(args, replace(place, world_size=models * place.world_size))
+    checkpoint = None if ckpt_dir is None else open_checkpoint(ckpt_dir)
+    built: dict[str, Measured] = {"products": Products(ours)}
+    if "transformers" in names:
+        built["transformers"] = Transformers(random_transformers(args, place))
+
+    def own_model() -> Transformer:
+        return random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
+
+    if "default" in names:
+        built["default"] = Streaming("default", Llama(in_default_form(own_model()), NoText()))
+    if "plain" in names or "meta" in names:
+        plain = own_model()
+        walking = copy.deepcopy(plain, {id(weight): weight for weight in plain.parameters()})  # with its own cache
+        built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(walking)}
+    if "llama.cpp" in names:
+        if checkpoint is None:
+            tensors = random_tensors(tensor_shapes(args), place)
+        else:
+            tensors = ((name, checkpoint.part(name).to(place.dtype)) for name in tensor_shapes(args))
+        built["llama.cpp"] = LlamaCpp(args, place.dtype, quantization, tensors)
+    return [built[name] for name in names]
+
+
+def check_peers(names: Sequence[str], place: Place) -> None:
+    """Raise LlamaError for peers that aren't known, or can't run here."""
+    for name in names:
+        if name not in PEERS:
+            raise LlamaError(f"--compare has {name!r}, expected one or more of {', '.join(PEERS)}")
+        packages = PACKAGES.get(name, {})
+        if packages and place.world_size > 1:
+            raise LlamaError(
+                f"--compare {name} runs in one process, and {place.world_size} are here: leave out torchrun, or "
+                "compare with plain"
+            )
+        if missing := [package for module, package in packages.items() if importlib.util.find_spec(module) is None]:
+            raise LlamaError(f"--compare {name} needs a package that isn't here: pip install {' '.join(missing)}")
+    if "llama.cpp" in names and place.device.type != "cpu":
+        raise LlamaError(f"--compare llama.cpp runs on the CPU, and this on {place.device}: add --device cpu")
+
+
+def random_transformers(args: ModelArgs, place: Place) -> Any:
+    """transformers' model for causal language modelling, of these sizes, with random weights."""
+    import transformers  # which takes seconds
+
+    config = transformers.AutoConfig.for_model(**config_of(args, {}, place.dtype))
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = model.to(place.dtype).to_empty(device=place.device).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, STD) if parameter.ndim > 1 else parameter.data.fill_(1)
+    if args.tied_embeddings:  # which to_empty has made two
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    with torch.device(place.device):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its angles were on meta too
+    return model

@@ -1,0 +1,356 @@
+"""What a checkpoint's directory holds and all that is wrong with it: a `CheckpointReport`, as text or JSON.
+
+Knows what a survey found; reads no tensor and needs no process group.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._util.validate import check_count
+from ..accelerate.quantization import BITS, GROUP, Quantization, bits_of
+from ..errors import LlamaError, counted, printable
+from ..model import ModelArgs
+from ..parallel import DTYPES, named_dtype
+from ..tokenization.hf_tokenizer import open_tokenizer
+from ..tokenizer import Tokenizer
+from .fit import check_ranks, check_vocabulary
+from .loader import Checkpoint, Format, find_tokenizer
+from .schema import memory_needed, mp_sizes, part_sizes
+from .task_spec import Task
+
+FORMATS: dict[Format, str] = {"meta": "Meta", "hf": "Hugging Face"}
+KINDS = {"tiktoken": "a vocabulary of tiktoken's", "tokenizers": "a tokenizer.json"}
+CHATS = {"llama3": "Llama 3's format", "template": "the model's own template", None: "no template"}
+LLAMAS: dict[float, str] = {10000: "Llama 1 or 2", 500000: "Llama 3"}  # by rope_theta
+SCALED_LLAMAS: dict[float, str] = {8: "Llama 3.1 or 3.3", 32: "Llama 3.2"}  # by the factor of their rope scaling
+LISTED_MISFITS, LISTED_LABELS = 24, 8
+LABEL_WIDTH = 12
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of tensors. bytes: None where none can be counted. problem: None where all is well."""
+
+    name: str
+    bytes: int | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer. kind: a key of KINDS. stop_tokens: {"id": ..., "name": ... or None} each. chat: a key of CHATS."""
+
+    file: str
+    kind: str
+    n_words: int
+    stop_tokens: list[dict[str, Any]]
+    chat: str | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one model-parallel rank takes for weights and KV cache, and all `mp_size` of them together."""
+
+    mp_size: int
+    max_seq_len: int
+    max_batch_size: int
+    dtype: str
+    weights: int
+    kv_cache: int
+    weights_in_all: int
+    kv_cache_in_all: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """All that `inspect` says; what wrong files left unknown is None or empty.
+
+    In JSON these are the keys, with "ok" before them: whether there are neither problems nor misfits.
+    directory: where the files lie. format: "meta" or "hf". family: of which published models, for people. task:
+    "language", or what its head was made for: to "classify", "tag" or "answer". labels: of the first two. sizes: see
+    `sizes_of`. parameters: how many numbers. quantization: how the files' matrices are rounded; None: they aren't.
+    dtypes: name -> how many tensors. files, tokenizer, memory: objects with
+    the fields of File, Vocabulary and Memory. mp_sizes: on how many ranks it runs. problems: a line for each, those of
+    files too. misfits: what is wrong with the tensors in whole files.
+    """
+
+    directory: str
+    format: Format
+    family: str | None
+    task: Task
+    labels: list[str]
+    sizes: dict[str, Any] | None
+    parameters: int | None
+    quantization: Quantization | None
+    dtypes: dict[str, int]
+    files: list[File]
+    tokenizer: Vocabulary | None
+    memory: Memory | None
+    mp_sizes: list[int]
+    problems: list[str]
+    misfits: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and not self.misfits
+
+    def as_json(self) -> str:
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
+
+    def as_text(self) -> str:
+        """Two columns. Characters that could steer a terminal are replaced, whoever chose the names of the files."""
+        return "\n".join(f"{label:{LABEL_WIDTH}} {printable(text)}" for label, text in rows(self))
+
+
+def report_on(
+    checkpoint: Checkpoint,
+    *,
+    mp_size: int = 1,
+    max_seq_len: int = 512,
+    max_batch_size: int = 4,
+    dtype: str | None = None,
+) -> CheckpointReport:
+    """What a survey found, with the tokenizer, and the memory that a model so built would take.
+
+    dtype: None is that of most tensors in the files, rounded ones aside. Raises LlamaError for numbers and dtypes that
+    mean nothing.
+    """
+    for name, count in (("mp_size", mp_size), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
+        check_count(name, count)
+    chosen = None if dtype is None else named_dtype(dtype)
+    args, head, problems = checkpoint.args, checkpoint.head, list(checkpoint.problems)
+    found = Counter(stored.dtype for stored in checkpoint.tensors.values())
+    found.update(tensor.dtype for tensor in checkpoint.head_tensors.values())
+    plain = Counter(stored.dtype for name, stored in checkpoint.tensors.items() if name.endswith((".weight", ".bias")))
+    chosen = chosen or next((dtype for dtype, _ in plain.most_common() if dtype in DTYPES.values()), None)
+    memory = None
+    if args is not None:
+        try:
+            check_ranks(checkpoint.directory, args, mp_size, checkpoint.group)
+            if chosen is not None:
+                sized = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+                memory = memory_of(sized, mp_size, chosen, checkpoint.quantization)
+                if head is not None:  # which needs no cache
+                    memory = replace(memory, kv_cache=0, kv_cache_in_all=0)
+        except LlamaError as e:
+            problems.append(str(e))
+    vocabulary, wrong = look_at_tokenizer(checkpoint)
+    return CheckpointReport(
+        directory=str(checkpoint.directory),
+        format=checkpoint.format,
+        family=None if args is None else family_of(args, checkpoint.family),
+        task=checkpoint.task,
+        labels=list(head.labels) if head is not None and checkpoint.task != "answer" else [],
+        sizes=None if args is None else sizes_of(args, head is not None),
+        parameters=None if args is None else sum(part_sizes(args, 1).values()) + head_size(checkpoint),
+        quantization=checkpoint.quantization,
+        dtypes={dtype_name(dtype): count for dtype, count in found.most_common()},
+        files=[File(path.name, bytes_of(path), checkpoint.faults.get(path)) for path in checkpoint.files],
+        tokenizer=vocabulary,
+        memory=memory,
+        mp_sizes=[] if args is None else mp_sizes(args, checkpoint.group),
+        problems=problems + wrong,
+        misfits=list(checkpoint.misfits),
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def bytes_of(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def memory_of(args: ModelArgs, mp_size: int, dtype: torch.dtype, quantization: Quantization | None) -> Memory:
+    weights, cache = memory_needed(args, mp_size, dtype, bits_of(quantization))
+    lengths = (args.max_seq_len, args.max_batch_size)
+    return Memory(mp_size, *lengths, dtype_name(dtype), weights, cache, mp_size * weights, mp_size * cache)
+
+
+def head_size(checkpoint: Checkpoint) -> int:
+    """How many numbers the head has."""
+    return sum(tensor.numel() for tensor in checkpoint.head_tensors.values())
+
+
+def sizes_of(args: ModelArgs, has_head: bool = False) -> dict[str, Any]:
+    """The sizes as they are, not as a file says them; a field that a model hasn't is None or False.
+
+    has_head: instead of an output layer, which else may be tied.
+    """
+    names = ["vocab_size", "norm_eps", "rope_theta", "rope_scaling", "sliding_window", "sliding_layers"]
+    names += ["qkv_bias", "wo_bias", "mlp_bias", "qk_norm"]
+    stated = asdict(args)
+    return {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.kv_heads,
+        "head_dim": args.head_size,
+        "hidden_dim": args.hidden_dim,
+        **{name: stated[name] for name in names},
+        "tied_embeddings": args.tied_embeddings and not has_head,
+    }
+
+
+def family_of(args: ModelArgs, model_type: str | None) -> str:
+    """The published models that have such fields. A guess for people: nothing depends on it."""
+    if model_type == "qwen3" or args.qk_norm:
+        return "Qwen3"
+    if model_type == "qwen2" or (args.qkv_bias and not args.wo_bias):
+        return "Qwen2 or 2.5"
+    if model_type == "mistral" or args.sliding_window is not None:
+        return "Mistral"
+    scaling = args.rope_scaling
+    if scaling is not None:
+        known = SCALED_LLAMAS if scaling.type == "llama3" else {}
+        return known.get(scaling.factor, "Llama")
+    return LLAMAS.get(args.rope_theta, "Llama")
+
+
+def look_at_tokenizer(checkpoint: Checkpoint) -> tuple[Vocabulary | None, list[str]]:
+    """The tokenizer beside the tensors, and what is wrong with it."""
+    try:
+        path = find_tokenizer(checkpoint)
+        tokenizer = open_tokenizer(path)
+    except LlamaError as e:
+        return None, [str(e)]
+    names = {token: name for name, token in tokenizer.special_tokens.items()}
+    stops = [{"id": token, "name": names.get(token)} for token in sorted(tokenizer.stop_tokens)]
+    if isinstance(tokenizer, Tokenizer):
+        vocabulary = Vocabulary(path.name, "tiktoken", tokenizer.n_words, stops, "llama3")
+    else:
+        chat = None if tokenizer.chat_template is None else "template"
+        vocabulary = Vocabulary(path.name, "tokenizers", tokenizer.n_words, stops, chat)
+    try:
+        if checkpoint.args is not None:
+            check_vocabulary(checkpoint.args, tokenizer)
+    except LlamaError as e:
+        return vocabulary, [f"{path}: {e}"]
+    return vocabulary, []
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
+    """(label, text) of each line; the lines after the first of a section have no label."""
+    yield "directory", report.directory
+    yield "format", FORMATS[report.format]
+    yield "family", report.family or "unknown"
+    if report.task != "language":
+        yield "task", report.task + labels_in_short(report.labels)
+    if report.sizes is not None:
+        yield from rows_of_sizes(report.sizes)
+        yield "parameters", f"{report.parameters:,}"
+    if report.quantization is not None:
+        bits = BITS[report.quantization]
+        yield "rounded", f"{report.quantization}: integers of {bits} bits, of which {GROUP[bits]} share a scale"
+    tensors = [f"{count} of {dtype}" for dtype, count in report.dtypes.items()]
+    yield "tensors", ", ".join(tensors) or "unknown"
+    yield from labelled("files", rows_of_files(report))
+    yield from rows_of_tokenizer(report.tokenizer)
+    yield from labelled("memory", rows_of_memory(report.memory))
+    yield "mp_size", ", ".join(map(str, report.mp_sizes)) or "unknown"
+    yield from labelled("problems", rows_of_problems(report))
+
+
+def labels_in_short(labels: list[str]) -> str:
+    if not labels:
+        return ""
+    more = ", ..." * (len(labels) > LISTED_LABELS)
+    return f", {counted(len(labels), 'label')}: {', '.join(labels[:LISTED_LABELS])}{more}"
+
+
+def labelled(label: str, lines: list[str]) -> Iterator[tuple[str, str]]:
+    return zip([label, *[""] * (len(lines) - 1)], lines, strict=True)
+
+
+def rows_of_sizes(sizes: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What every model has, and a line of what this one has besides, if anything."""
+    every = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+    yield "sizes", ", ".join(f"{name} {sizes[name]}" for name in every)
+    scaling = sizes["rope_scaling"]
+    if scaling is None:
+        stretched = "no scaling"
+    else:
+        stretched = f"{scaling['type']} scaling by {scaling['factor']:g}"
+        if scaling["type"] != "linear":
+            stretched += f" from {scaling['original_max_position_embeddings']} positions"
+    yield "rotary", f"theta {sizes['rope_theta']:.10g}, {stretched}"
+    biased = [name for name in ("qkv", "wo", "mlp") if sizes[f"{name}_bias"]]
+    besides = [f"{' and '.join(biased)} biases"] if biased else []
+    besides += ["q/k norm"] if sizes["qk_norm"] else []
+    besides += ["tied embeddings"] if sizes["tied_embeddings"] else []
+    if sizes["sliding_window"] is not None:
+        layers = sizes["sliding_layers"]
+        of = "" if layers is None else f" in {len(layers)} of {sizes['n_layers']} layers"
+        besides.append(f"window of {sizes['sliding_window']} positions{of}")
+    if besides:
+        yield "besides", ", ".join(besides)
+
+
+def rows_of_files(report: CheckpointReport) -> list[str]:
+    width = max((len(file.name) for file in report.files), default=0)
+    lines = []
+    for file in report.files:
+        size = "none" if file.bytes is None else human(file.bytes)
+        path = str(Path(report.directory) / file.name)  # with which its problem begins, as the line does with the name
+        problem = "ok" if file.problem is None else file.problem.removeprefix(path).lstrip(": ")
+        lines.append(f"{file.name:{width}}  {size:>7}  {problem}")
+    return lines or ["none"]
+
+
+def rows_of_tokenizer(tokenizer: Vocabulary | None) -> Iterator[tuple[str, str]]:
+    if tokenizer is None:
+        yield "tokenizer", "unknown"
+        return
+    yield "tokenizer", f"{tokenizer.file}, {KINDS[tokenizer.kind]}, {tokenizer.n_words} words"
+    stops = [f"{stop['id']} {stop['name'] or '(a word)'}" for stop in tokenizer.stop_tokens]
+    yield "stop tokens", ", ".join(stops) or "none: answers end at their greatest length"
+    yield "chat", CHATS[tokenizer.chat]
+
+
+def rows_of_memory(memory: Memory | None) -> list[str]:
+    if memory is None:
+        return ["unknown"]
+    each = [("one rank", memory.weights, memory.kv_cache)]
+    if memory.mp_size > 1:
+        each.append((f"all {memory.mp_size} ranks", memory.weights_in_all, memory.kv_cache_in_all))
+    width = max(len(who) for who, *_ in each)
+    return [
+        f"{memory.dtype}, mp_size {memory.mp_size}, max_seq_len {memory.max_seq_len}, "
+        f"max_batch_size {memory.max_batch_size}:"
+    ] + [
+        f"{who:{width}}  {human(weights):>7} weights + {human(cache):>7} KV cache = {human(weights + cache):>7}"
+        for who, weights, cache in each
+    ]
+
+
+def rows_of_problems(report: CheckpointReport) -> list[str]:
+    """A line for each problem that isn't told beside its file."""
+    told = {file.problem for file in report.files if file.problem is not None}
+    lines = [f"{len(told)} of files, above"] if told else []
+    lines += [problem for problem in report.problems if problem not in told]
+    lines += report.misfits[:LISTED_MISFITS]
+    if (more := len(report.misfits) - LISTED_MISFITS) > 0:
+        lines.append(f"and {more} more tensors that don't fit")
+    return lines or ["none"]
+
+
+def human(size: int) -> str:
+    """Bytes in three digits."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= 0.9995 * scale:
+            value = size / scale
+            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
+    return f"{size} B"

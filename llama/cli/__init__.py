@@ -1,0 +1,1 @@
+"""The command line: chat, complete, inspect, convert, finetune, bench."""

@@ -1,0 +1,68 @@
+"""Refuses requests that can't be answered, before any forward pass: prompts, counts and token ids that don't fit.
+
+Each check raises LlamaError with what was given and what was expected. Knows sizes and settings; knows no tensors.
+"""
+
+from collections.abc import Sequence
+from numbers import Integral
+
+from .._util.validate import check_count, check_list, is_integer
+from ..errors import LlamaError
+from ..model import ModelArgs
+from ..settings import Settings
+
+
+def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
+    """For one prompt of a person's: whether an answer can follow it."""
+    if len(prompt_tokens) >= max_seq_len:
+        raise LlamaError(
+            f"the text has {len(prompt_tokens)} tokens, which leaves no room for an answer within {max_seq_len}: "
+            "shorten it, or start with a larger --max_seq_len"
+        )
+
+
+def check_speculation(lookup_ngram: object, speculate_k: object) -> None:
+    check_count("speculate_k", speculate_k)
+    if lookup_ngram is not None:
+        check_count("lookup_ngram", lookup_ngram)
+
+
+def check_best_of(best_of: int, n: int) -> None:
+    check_count("best_of", best_of)
+    if best_of < n:
+        raise LlamaError(f"best_of is {best_of} and n is {n}: no more answers can be given than are made")
+
+
+def check_token_ids(settings: Sequence[Settings], top_logprobs: int, vocab_size: int) -> None:
+    """Whether what names tokens, or a number of them, fits the vocabulary."""
+    if not is_integer(top_logprobs, 0) or top_logprobs > vocab_size:
+        raise LlamaError(f"top_logprobs is {top_logprobs!r}, expected a whole number in [0, {vocab_size}]")
+    for one in settings:
+        for name, tokens in (("logit_bias", one.logit_bias), ("stop_token_ids", one.stop_token_ids)):
+            if bad := [token for token in tokens if token >= vocab_size]:
+                raise LlamaError(f"{name} has token {bad[0]}, expected whole numbers in [0, {vocab_size})")
+
+
+def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs, n: int = 1) -> None:
+    """Whether a batch of token ids, with n rows to each, fits the vocabulary and the KV cache."""
+    check_list("prompts", prompt_tokens)
+    if len(prompt_tokens) == 0:
+        raise LlamaError("no prompt was given: expected a list of at least one")
+    if len(prompt_tokens) * n > params.max_batch_size:
+        found = f"prompts x n={n} were asked for" if n > 1 else "prompts were given"
+        raise LlamaError(
+            f"{len(prompt_tokens)} {found}, but max_batch_size is {params.max_batch_size}: "
+            "build with a larger max_batch_size or pass fewer at a time"
+        )
+    for i, prompt in enumerate(prompt_tokens):
+        if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+            raise LlamaError(f"prompt {i} is a {type(prompt).__name__}, expected a list of token ids")
+        if len(prompt) == 0:
+            raise LlamaError(f"prompt {i} is empty: expected at least one token")
+        if bad := [t for t in prompt if not isinstance(t, Integral) or not 0 <= int(t) < params.vocab_size]:
+            raise LlamaError(f"prompt {i} has token {bad[0]!r}, expected whole numbers in [0, {params.vocab_size})")
+        if len(prompt) > params.max_seq_len:
+            raise LlamaError(
+                f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}: "
+                "shorten it or build with a larger max_seq_len"
+            )

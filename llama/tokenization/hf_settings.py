@@ -1,0 +1,60 @@
+"""What the files beside a tokenizer.json say: names of its tokens, the chat template, where a generation ends.
+
+Knows JSON of strangers; knows no tokenizer.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from .._util.files import read_json, unreadable
+from ..errors import LlamaError, kind_of
+
+_NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+
+
+def read_if_there(path: Path, what: str) -> dict[str, Any]:
+    return read_json(path, what) if path.exists() else {}
+
+
+def named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and so on, each a str or a dict with "content"; also those that a model invents, if str."""
+    named = {}
+    for key, value in config.items():
+        match value:
+            case str(name) | {"content": str(name)} if key in _NAMED or (key.endswith("_token") and name is value):
+                named[key] = name
+            case _ if key in _NAMED and value is not None:
+                raise LlamaError(f"{path}: {key} is {kind_of(value)}; expected a str, or a dict with the str 'content'")
+    return named
+
+
+def chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str | None:
+    """The template in the file of its own; else the one in tokenizer_config.json, of several that named "default"."""
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except ValueError as error:
+            raise LlamaError(f"{path}: found what isn't UTF-8 ({error}); expected a Jinja template") from None
+    match config.get("chat_template"):
+        case None | str() as template:
+            return template
+        case [*entries] if all(isinstance(entry, dict) and isinstance(entry.get("name"), str) for entry in entries):
+            template = {entry["name"]: entry.get("template") for entry in entries}.get("default")
+            if template is None or isinstance(template, str):
+                return template
+    raise LlamaError(
+        f"{config_path}: chat_template is {kind_of(config['chat_template'])}; expected a str, or a list of dicts with "
+        "the strs 'name' and 'template'"
+    )
+
+
+def stop_ids(path: Path, n_words: int) -> list[int]:
+    """The "eos_token_id" of a configuration, one or several; none if there is no file or it names none."""
+    value = read_if_there(path, "settings").get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < n_words:
+            raise LlamaError(f"{path}: eos_token_id is {kind_of(value)}; expected ids in 0..{n_words - 1}")
+    return ids

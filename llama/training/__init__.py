@@ -1,0 +1,1 @@
+"""Fine-tuning: data, steps, gradients, evaluation, and what survives a kill."""

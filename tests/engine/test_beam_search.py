@@ -1,0 +1,501 @@
+"""Beam search against transformers': the same answers with the same scores, on small random models with equal weights.
+
+Stops are drawn anew for each case, so that beams end at different times; what processes logprobs is written here.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Twin, caches, make_twin, numbers_in, to_meta
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import run_program, write_checkpoint
+from torch import Tensor
+
+from llama import Llama, LlamaError
+from llama.engine.beam_search import NO_SCORE, Beam, Beams, Process, beam_search
+from llama.engine.scheduler import prefill
+from llama.model import ModelArgs, Transformer
+from llama.parallel import Place
+
+SIZES = ModelArgs(32, 2, 4, 2, 61, 16, None, 1e-5, 10000, max_batch_size=20, max_seq_len=40)
+CHUNK = 2048
+KINDS = [True, False, "never"]
+
+
+@cache
+def twin(seed: int) -> Twin:
+    """The sizes above with weights of this seed. Needs the fixture `place`."""
+    made = make_twin(SIZES)
+    chance = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in made.theirs.parameters():
+            weight += torch.randn(weight.shape, generator=chance) * 0.3
+    made.ours.load_state_dict(to_meta(made.theirs.state_dict(), SIZES), strict=True)
+    made.theirs.generation_config.eos_token_id = None
+    return made
+
+
+@dataclass(frozen=True)
+class Case:
+    prompts: list[list[int]]
+    beams: Beams
+    max_gen_len: int
+    stops: frozenset[int]
+
+    @staticmethod
+    def drawn(seed: int, early_stopping: Any, most_prompts: int = 4) -> "Case":
+        """Anything that fits, and a stop among few words often enough."""
+        chance = random.Random(seed)
+        stops = frozenset(chance.sample(range(61), chance.choice([0, 1, 2, 4, 8])))
+        words = [word for word in range(61) if word not in stops]
+        prompts = [chance.choices(words, k=chance.randint(1, 15)) for _ in range(chance.randint(1, most_prompts))]
+        num_beams = chance.randint(2, 5)
+        beams = Beams(num_beams, chance.choice([-1, 0, 1, 2]), early_stopping, chance.randint(1, num_beams))
+        return Case(prompts, beams, chance.randint(1, 25), stops)
+
+    def ours(self, model: Transformer, process: Process | None = None, chunk: int = CHUNK) -> list[list[Beam]]:
+        return beam_search(model, self.prompts, self.beams, self.max_gen_len, self.stops, process, chunk)
+
+    def theirs(self, model: Any, **options: Any) -> list[list[Beam]]:
+        """What transformers makes of the same, padded on the left with a stop, which no prompt and no beam has."""
+        longest = max(map(len, self.prompts))
+        pad = min(self.stops, default=0)
+        found = model.generate(
+            input_ids=torch.tensor([[pad] * (longest - len(p)) + p for p in self.prompts]),
+            attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in self.prompts]),
+            num_beams=self.beams.num_beams,
+            length_penalty=float(self.beams.length_penalty),
+            early_stopping=self.beams.early_stopping,
+            num_return_sequences=self.beams.num_return_sequences,
+            max_new_tokens=self.max_gen_len,
+            eos_token_id=sorted(self.stops) or None,
+            pad_token_id=pad,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **options,
+        )
+        rows = zip(found.sequences[:, longest:].tolist(), found.sequences_scores.tolist(), strict=True)
+        listed = [self.as_beam(tokens, score) for tokens, score in rows]
+        each = self.beams.num_return_sequences
+        return [listed[a : a + each] for a in range(0, len(listed), each)]
+
+    def as_beam(self, tokens: list[int], score: float) -> Beam:
+        for place, token in enumerate(tokens):
+            if token in self.stops:
+                return Beam(tokens[:place], score, "stop", token)
+        assert len(tokens) == self.max_gen_len
+        return Beam(tokens, score, "length")
+
+
+def assert_same(found: list[list[Beam]], expected: list[list[Beam]]) -> None:
+    assert [len(row) for row in found] == [len(row) for row in expected]
+    for mine, other in zip(chain(*found), chain(*expected), strict=True):
+        assert mine == replace(other, score=mine.score)
+        assert mine.score == pytest.approx(other.score, rel=1e-4, abs=1e-4)
+
+
+# --- processing of logprobs, written from what transformers documents ------------------------------------------------
+
+
+def no_repeat(size: int) -> Process:
+    """No `size` tokens in a row come twice, the prompt's included."""
+
+    def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        tokens = [*prompt, *answer]
+        seen = [tokens[a : a + size] for a in range(len(tokens) - size + 1)]
+        start = tokens[len(tokens) - size + 1 :]
+        return banned(logprobs, [gram[-1] for gram in seen if gram[:-1] == start])
+
+    return process
+
+
+def banned(logprobs: Tensor, tokens: Sequence[int]) -> Tensor:
+    return logprobs.index_fill(0, torch.tensor(tokens, dtype=torch.long), -math.inf)
+
+
+def less_of_what_was(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """A repetition penalty of 1.5: negative numbers, as all logprobs are, are multiplied."""
+    there = torch.tensor(sorted({*prompt, *answer}))
+    return logprobs.index_copy(0, there, logprobs[there] * 1.5)
+
+
+# --- against transformers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early_stopping", KINDS)
+@pytest.mark.parametrize("seed", range(16))
+def test_equals_transformers(place: Place, seed: int, early_stopping: Any) -> None:
+    both = twin(seed)
+    for more in range(4):
+        case = Case.drawn(100 * seed + more, early_stopping)
+        assert_same(case.ours(both.ours), case.theirs(both.theirs))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equals_transformers_for_any_settings(place: Place, data: st.DataObject) -> None:
+    num_beams = data.draw(st.integers(2, 5))
+    stops = data.draw(st.frozensets(st.integers(0, 60), max_size=10))
+    words = st.sampled_from([word for word in range(61) if word not in stops])
+    beams = Beams(
+        num_beams,
+        data.draw(st.sampled_from([-2.5, -1, -0.3, 0, 0.7, 1, 2])),
+        data.draw(st.sampled_from(KINDS)),
+        data.draw(st.integers(1, num_beams)),
+    )
+    prompts = data.draw(st.lists(st.lists(words, min_size=1, max_size=20), min_size=1, max_size=4))
+    case = Case(prompts, beams, data.draw(st.integers(1, 20)), stops)
+    both = twin(data.draw(st.integers(0, 5)))
+    assert_same(case.ours(both.ours), case.theirs(both.theirs))
+
+
+@pytest.mark.parametrize(("seed", "penalty"), [(12, -0.2), (193, -0.5), (417, -0.2)])
+def test_never_looks_no_further_where_short_answers_are_favoured(place: Place, seed: int, penalty: float) -> None:
+    """Rare cases, looked for, in which it matters that an answer that ended now is the best that could come."""
+    both = twin(seed % 16)
+    case = Case.drawn(seed, "never", most_prompts=1)
+    beams = replace(case.beams, length_penalty=penalty, num_return_sequences=case.beams.num_beams)
+    case = replace(case, max_gen_len=25, beams=beams)
+    assert_same(case.ours(both.ours), case.theirs(both.theirs))
+
+
+def test_the_cases_are_of_all_kinds(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beams change places and end at different times, or the tests above would say little."""
+    moved = 0
+    reorder = Transformer.reorder_cache_rows
+
+    def watch(model: Transformer, sources: Tensor, length: int) -> None:
+        nonlocal moved
+        moved += int((sources != torch.arange(len(sources))).sum()) * (length > 15)  # not those that a prompt goes to
+        reorder(model, sources, length)
+
+    monkeypatch.setattr(Transformer, "reorder_cache_rows", watch)
+    beams: list[Beam] = []
+    unlike = 0
+    for seed in range(16):
+        found = Case.drawn(100 * seed, False).ours(twin(seed).ours)
+        unlike += any(len({len(beam.tokens) for beam in row}) > 1 for row in found)
+        beams += chain(*found)
+    reasons = [beam.finish_reason for beam in beams]
+    assert min(reasons.count("stop"), reasons.count("length")) >= len(beams) / 5
+    assert len({beam.stop for beam in beams}) > 5 and unlike >= 4 and moved > 100
+
+
+PROCESSES: dict[str, tuple[dict[str, Any], Callable[[Case], Process]]] = {
+    "no word twice": ({"no_repeat_ngram_size": 1}, lambda case: no_repeat(1)),
+    "no pair twice": ({"no_repeat_ngram_size": 2}, lambda case: no_repeat(2)),
+    "no three twice": ({"no_repeat_ngram_size": 3}, lambda case: no_repeat(3)),
+    "repetition penalty": ({"repetition_penalty": 1.5}, lambda case: less_of_what_was),
+    "not too short": (
+        {"min_new_tokens": 4},
+        lambda case: lambda logprobs, _, answer: banned(logprobs, sorted(case.stops) if len(answer) < 4 else []),
+    ),
+    "few words": (  # fewer than there are beams
+        {"prefix_allowed_tokens_fn": lambda batch, tokens: [1, 2, 3]},
+        lambda case: lambda logprobs, _, answer: banned(logprobs, [0, *range(4, 61)]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("seed", range(12))
+def test_processing_equals_transformers(place: Place, kind: str, seed: int) -> None:
+    """One prompt at a time: transformers' processors take padding for words."""
+    options, process = PROCESSES[kind]
+    both = twin(seed % 4)
+    case = Case.drawn(seed, KINDS[seed % 3], most_prompts=1)
+    if kind == "few words":
+        case = replace(case, stops=case.stops | {3}, beams=replace(case.beams, num_beams=4, num_return_sequences=1))
+    if kind.startswith("no"):
+        case = replace(case, prompts=[case.prompts[0] * 2])  # something to repeat
+    case = replace(case, max_gen_len=min(case.max_gen_len + 5, SIZES.max_seq_len - len(case.prompts[0])))
+    assert_same(case.ours(both.ours, process(case)), case.theirs(both.theirs, **options))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_each_prompt_has_its_own_room(place: Place, seed: int) -> None:
+    """Within max_seq_len, whatever the others of the batch have; none at all leaves an answer of nothing."""
+    both = twin(seed)
+    case = Case.drawn(seed, KINDS[seed % 3])
+    words = [word for word in range(61) if word not in case.stops]
+    lengths = [SIZES.max_seq_len - room for room in (1, 0, 7, 3)]
+    case = replace(case, prompts=[random.Random(seed).choices(words, k=k) for k in lengths], max_gen_len=5)
+    found = case.ours(both.ours)
+    assert found[1] == [Beam([], NO_SCORE, "length")] * case.beams.num_return_sequences
+    for i, room in ((0, 1), (2, 5), (3, 3)):
+        alone = replace(case, prompts=[case.prompts[i]], max_gen_len=room)
+        assert_same([found[i]], alone.theirs(both.theirs))
+
+
+# --- against itself --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def greedy(model: Transformer, prompt: list[int], max_gen_len: int, stops: frozenset[int]) -> tuple[list[int], float]:
+    """The likeliest token each time, by full forwards without a cache; and the mean logprob, the stop's included."""
+    tokens, chances = list(prompt), []
+    while len(chances) < max_gen_len:
+        logprobs = torch.log_softmax(model(torch.tensor([tokens]))[0, -1], -1)
+        tokens.append(int(logprobs.argmax()))
+        chances.append(float(logprobs.max()))
+        if tokens[-1] in stops:
+            return tokens[len(prompt) : -1], sum(chances) / len(chances)
+    return tokens[len(prompt) :], sum(chances) / len(chances)
+
+
+@pytest.mark.parametrize("early_stopping", KINDS)
+def test_one_beam_is_greedy(place: Place, early_stopping: Any) -> None:
+    model = twin(0).ours
+    for seed in range(8):
+        case = replace(Case.drawn(seed, False), beams=Beams(1, early_stopping=early_stopping))
+        for prompt, (beam,) in zip(case.prompts, case.ours(model), strict=True):
+            tokens, score = greedy(model, prompt, case.max_gen_len, case.stops)
+            assert (beam.tokens, beam.score) == (tokens, pytest.approx(score, abs=1e-4))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 10**6), early_stopping=st.sampled_from(KINDS), chunk=st.integers(1, 30))
+def test_batch_equals_single_prompts(place: Place, seed: int, early_stopping: Any, chunk: int) -> None:
+    """Whatever the others do, and in however many passes the prompts are read."""
+    model = twin(seed % 4).ours
+    case = Case.drawn(seed, early_stopping)
+    case = replace(case, prompts=[prompt * (1 + seed % 3) for prompt in case.prompts])  # so that room differs
+    case = replace(case, prompts=[prompt[:40] for prompt in case.prompts])
+    alone = [replace(case, prompts=[prompt]).ours(model)[0] for prompt in case.prompts]
+    assert_same(case.ours(model, no_repeat(3), chunk), case.ours(model, no_repeat(3)))
+    assert_same(case.ours(model, chunk=chunk), alone)
+
+
+def test_answers_are_different_and_the_best_comes_first(place: Place) -> None:
+    for seed in range(12):
+        case = Case.drawn(seed, KINDS[seed % 3])
+        for row in case.ours(twin(seed).ours):
+            assert len({(*beam.tokens, beam.stop) for beam in row}) == len(row)
+            assert all(better.score >= worse.score for better, worse in pairwise(row))
+
+
+def test_more_is_banned_than_a_search_can_do_without(place: Place) -> None:
+    """All after two words: what ended by then is all there is."""
+    model = twin(0).ours
+
+    def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        return banned(logprobs, range(61) if len(answer) == 2 else [*range(5), *range(7, 61)])
+
+    missing = Beam([], NO_SCORE, "length")
+    (found,) = beam_search(model, [[1, 2]], Beams(3, num_return_sequences=3), 9, frozenset([6]), process, CHUNK)
+    assert [(beam.tokens, beam.stop) for beam in found[:2]] in ([([], 6), ([5], 6)], [([5], 6), ([], 6)])
+    assert found[2:] == [missing]
+    (found,) = beam_search(model, [[1, 2]], Beams(3), 9, frozenset(), process, CHUNK)
+    assert found == [missing]
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def test_reordered_rows_equal_freshly_prefilled_ones(place: Place, generator: torch.Generator) -> None:
+    model = twin(0).ours
+    prompts = [torch.randint(61, (9,), generator=generator).tolist() for _ in range(5)]
+    prefill(model, prompts, CHUNK, False)
+    before, places = [cache.clone() for cache in caches(model)], [cache.data_ptr() for cache in caches(model)]
+    sources = [3, 1, 1, 0, 2, 2]
+    model.reorder_cache_rows(torch.tensor(sources), 6)
+    assert [cache.data_ptr() for cache in caches(model)] == places, "in place"
+    found = [cache.clone() for cache in caches(model)]
+    prefill(model, [prompts[source] for source in sources], CHUNK, False)
+    for mine, old, fresh in zip(found, before, caches(model), strict=True):
+        torch.testing.assert_close(mine[:6, :6], fresh[:6, :6])
+        assert torch.equal(mine[:, 6:], old[:, 6:]) and torch.equal(mine[6:], old[6:])
+
+
+def test_rows_that_stay_are_not_touched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = twin(0).ours
+    prefill(model, [[1, 2, 3]] * 3, CHUNK, False)
+    before = [cache._version for cache in caches(model)]
+    model.reorder_cache_rows(torch.arange(3), 3)
+    assert [cache._version for cache in caches(model)] == before
+    written: list[int] = []
+    put = Tensor.__setitem__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Tensor, "__setitem__", lambda x, key, value: (written.extend(key[0].tolist()), put(x, key, value))
+        )
+        model.reorder_cache_rows(torch.tensor([0, 0, 2]), 3)
+    assert set(written) == {1}
+
+
+def test_a_row_moves_only_into_one_that_nothing_continues(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = twin(0).ours
+    seen: list[list[int]] = []
+    reorder = model.reorder_cache_rows
+    monkeypatch.setattr(
+        model, "reorder_cache_rows", lambda sources, length: (seen.append(sources.tolist()), reorder(sources, length))
+    )
+    beam_search(model, [[5, 6, 7]], Beams(5), 20, frozenset(), None, CHUNK)
+    assert len(seen) == 19 and seen[0] == [0] * 5
+    assert all(sources[row] == row for sources in seen for row in sources)
+    assert any(len(set(sources)) < 5 for sources in seen[1:])
+
+
+def test_at_every_step_the_cache_is_that_of_each_beams_own_tokens(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = twin(1)
+    case = Case([[5, 6, 7, 8], [9], [10, 11]], Beams(4, num_return_sequences=4), 12, frozenset(range(20, 24)))
+    fresh = Transformer(replace(SIZES))
+    fresh.load_state_dict(both.ours.state_dict())
+    run, steps = both.ours.hidden_states, 0
+    rows: list[list[int]] = [sorted(case.prompts, key=len, reverse=True)[i] for i in range(3)]
+    reorder = both.ours.reorder_cache_rows
+
+    def reordered(sources: Tensor, length: int) -> None:
+        nonlocal rows
+        rows = [rows[source] for source in sources.tolist()]
+        reorder(sources, length)
+
+    def watch(tokens: Tensor, start_pos: Any, *rest: Any) -> Tensor:
+        nonlocal steps, rows
+        h = run(tokens, start_pos, *rest)
+        if isinstance(start_pos, Tensor):
+            steps += 1
+            rows = [[*row, token] for row, token in zip(rows, tokens[:, 0].tolist(), strict=True)]
+            for i, row in enumerate(rows):
+                expected = fresh.hidden_states(torch.tensor([row]), 0)[0, -1]
+                torch.testing.assert_close(h[i, -1], expected, rtol=1e-3, atol=1e-4)
+                for mine, theirs in zip(caches(both.ours), caches(fresh), strict=True):
+                    torch.testing.assert_close(mine[i, : len(row)], theirs[0, : len(row)], rtol=1e-3, atol=1e-4)
+        return h
+
+    monkeypatch.setattr(both.ours, "hidden_states", watch)
+    monkeypatch.setattr(both.ours, "reorder_cache_rows", reordered)
+    case.ours(both.ours)
+    assert steps >= 5
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"num_beams": 0}, "num_beams is 0, expected a whole number of at least 1"),
+        ({"num_beams": 2.0}, "num_beams is 2.0, expected a whole number of at least 1"),
+        ({"num_beams": True}, "num_beams is True, expected a whole number of at least 1"),
+        ({"num_return_sequences": 0}, "num_return_sequences is 0, expected a whole number of at least 1"),
+        ({"num_return_sequences": 4}, "num_return_sequences is 4, expected a whole number from 1 to num_beams, .* 3"),
+        ({"length_penalty": math.nan}, "length_penalty is nan, expected a number from -32 to 32"),
+        ({"length_penalty": 33}, "length_penalty is 33, expected a number from -32 to 32"),
+        ({"length_penalty": "1"}, "length_penalty is '1', expected a number from -32 to 32"),
+        ({"early_stopping": 1}, "early_stopping is 1, expected True, False or 'never'"),
+        ({"early_stopping": "always"}, "early_stopping is 'always', expected True, False or 'never'"),
+    ],
+)
+def test_bad_settings_are_refused(options: dict[str, Any], names: str) -> None:
+    with pytest.raises(LlamaError, match=names):
+        Beams(**{"num_beams": 3, **options})
+
+
+def test_what_does_not_fit_is_refused_before_any_forward_pass(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = twin(0).ours
+    monkeypatch.setattr(model, "hidden_states", lambda *_: pytest.fail("a forward pass was made"))
+
+    def refused(prompts: Any, num_beams: int = 2, max_gen_len: Any = 5) -> str:
+        with pytest.raises(LlamaError) as caught:
+            beam_search(model, prompts, Beams(num_beams), max_gen_len, frozenset(), None, CHUNK)
+        return str(caught.value)
+
+    message = refused([[1]] * 3, 7)
+    assert {"3", "7", "21", "20"} <= numbers_in(message) and "max_batch_size" in message and "num_beams" in message
+    assert {"21", "2", "42", "20"} <= numbers_in(refused([[1]] * 21))
+    assert "no prompt" in refused([])
+    assert "prompt 1 is empty" in refused([[1], []])
+    assert "61" in refused([[61]])
+    assert {"41", "40"} <= numbers_in(refused([[1] * 41]))
+    assert "max_gen_len is 0" in refused([[1]], max_gen_len=0)
+
+
+def test_logits_that_are_not_finite_are_an_error(place: Place) -> None:
+    model = Transformer(replace(SIZES))
+    model.load_state_dict(twin(0).ours.state_dict())
+    torch.nn.init.constant_(model.output.weight, math.inf)
+    with pytest.raises(LlamaError, match="row 0: the logits at position 2 are not finite"):
+        beam_search(model, [[1, 2]], Beams(2), 5, frozenset(), None, CHUNK)
+
+
+# --- models as they are built ----------------------------------------------------------------------------------------
+
+RAGGED = [[72, 101, 108, 108, 111], [97], list(range(100, 130))]
+OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 12, "device": "cpu", "dtype": "float32"}
+PROGRAM = """
+import json, os, sys
+from llama import Llama, LlamaError
+from llama.engine.beam_search import Beams, beam_search
+from llama.parallel import leads_group
+model = Llama.build(sys.argv[1], max_seq_len=96, max_batch_size=12, device='cpu', dtype='float32').model
+stops = frozenset(range(0, 512, 16))
+found = beam_search(model, json.loads(sys.argv[3]), Beams(4, num_return_sequences=4), 20, stops, None, 2048)
+said = [[[beam.tokens, beam.stop] for beam in row] for row in found]
+def process(logprobs, prompt, answer):
+    assert leads_group()
+    if len(answer) == 2:
+        raise LlamaError('the process says no')
+    return logprobs
+try:
+    beam_search(model, [[1]], Beams(2), 9, frozenset(), process, 2048)
+except LlamaError as e:
+    said.append(str(e))
+open(sys.argv[2] + '.' + os.environ['RANK'], 'w').write(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("beams") / "ckpt")
+
+
+def searched(model: Transformer) -> list[list[Beam]]:
+    return beam_search(model, RAGGED, Beams(4, num_return_sequences=4), 20, frozenset(range(0, 512, 16)), None, CHUNK)
+
+
+@pytest.fixture(scope="module")
+def plainly(directory: Path, place: Place) -> list[list[Beam]]:
+    """By the network as it is written: no packed layers, no kernels, no recorded steps."""
+    fast = Llama.build(directory, **OPTIONS).model
+    model = Transformer(fast.params)
+    model.load_state_dict(fast.state_dict())
+    return searched(model)
+
+
+def test_fast_forms_find_the_same(directory: Path, plainly: list[list[Beam]]) -> None:
+    assert_same(searched(Llama.build(directory, **OPTIONS).model), plainly)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_finds_the_same(directory: Path, plainly: list[list[Beam]]) -> None:
+    found = searched(Llama.build(directory, **{**OPTIONS, "device": "cuda"}).model)
+    for row, other in zip(found, plainly, strict=True):
+        assert [(beam.tokens, beam.stop) for beam in row] == [(beam.tokens, beam.stop) for beam in other]
+        assert [beam.score for beam in row] == pytest.approx([beam.score for beam in other], abs=1e-3)
+
+
+def test_two_ranks_find_the_same(directory: Path, plainly: list[list[Beam]], tmp_path: Path) -> None:
+    """Both of them; and what goes wrong on the one that chooses is an error on both."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    done = run_program(str(program), str(directory), str(tmp_path / "out"), json.dumps(RAGGED), ranks=2)
+    assert done.returncode == 0, done.stderr
+    expected = [[[beam.tokens, beam.stop] for beam in row] for row in plainly]
+    for rank in range(2):
+        *found, refused = json.loads((tmp_path / f"out.{rank}").read_text())
+        assert found == expected
+        assert "the process says no" in refused
