@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import parallel
 from ._util.validate import check_count, check_list, check_seed, check_texts
-from .accelerate.layers import Form
+from .accelerate.accelerator import Acceleration
 from .accelerate.quantization import Quantization, bits_of
 from .checkpoints.fit import check_draft, check_memory, check_vocabulary
 from .checkpoints.loader import find_tokenizer
@@ -80,7 +80,7 @@ class Llama:
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
         draft_ckpt_dir: a smaller model of the same vocabulary, to propose tokens; see `stream`.
         """
-        form = Form(quantization, compile)
+        acceleration = Acceleration(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         smaller = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
         directories = [on_this_machine(one) for one in (ckpt_dir, *smaller)]
@@ -91,13 +91,13 @@ class Llama:
             check_count("prefill_chunk", prefill_chunk)
             check_seed(seed)
             sizes = max_seq_len, max_batch_size
-            found, *drafts = [opened(one, place, form, *sizes, dtype == "auto") for one in directories]
+            found, *drafts = [opened(one, place, acceleration, *sizes, dtype == "auto") for one in directories]
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(found.checkpoint))
             check_vocabulary(found.args, tokenizer)
             for one in drafts:
                 check_draft(one.checkpoint.directory, one.args.vocab_size, found.args.vocab_size)
             beside = sum(sum(one.memory) for one in drafts)
-            check_memory(found.args, found.place, bits_of(found.form.quantization), beside)
+            check_memory(found.args, found.place, bits_of(found.acceleration.quantization), beside)
         model, draft = found.load(), next((one.load() for one in drafts), None)
         return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk, draft=draft)
 

@@ -1,6 +1,6 @@
 """How fast each pair of a head turns with position, and how that is stretched for texts longer than those trained on.
 
-Knows numbers only. `model.precompute_freqs_cis` makes its table of angles from what `frequencies` returns.
+Knows numbers only.
 """
 
 import math
@@ -80,6 +80,29 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> t
     slow = _yarn_slowness(dim, theta, scaling)
     attention = 0.1 * math.log(scaling.factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
     return torch.lerp(plain, stretched, slow), attention
+
+
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
+    """Rotary angles (arXiv:2104.09864) as complex numbers: complex64 of shape (end, dim / 2).
+
+    Row t holds exp(i * t * theta^(-2j / dim)) for j in 0..dim/2, or what `scaling` makes of it. Built on torch's
+    current default device.
+    """
+    freqs, length = frequencies(dim, theta, scaling)  # (dim / 2)
+    angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs)  # (end, dim / 2)
+    return torch.polar(torch.full_like(angles, length), angles)
+
+
+def growing_freqs_cis(
+    dim: int, positions: Tensor, lengths: Tensor | None, theta: float, scaling: RopeScaling
+) -> Tensor:
+    """Angles of `dynamic` at positions (T) or (B, T), as complex numbers: complex64 (T, dim / 2) or (B, T, dim / 2).
+
+    lengths: tokens of each row without padding, (B); or up to each token, (B, T). None: all tokens of the row.
+    """
+    ends = positions[..., -1:] + 1 if lengths is None else positions[..., :1] + lengths.view(len(lengths), -1)
+    angles = positions[..., None] * powers(dim, grown_theta(dim, theta, scaling, ends))  # ([B], T, dim / 2)
+    return torch.polar(torch.ones_like(angles), angles)
 
 
 def grown_theta(dim: int, theta: float, scaling: RopeScaling, lengths: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llama.accelerate.layers import Form
+from llama.accelerate.accelerator import Accelerator
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.model import Transformer
 from llama.parallel import initialize

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llama import parallel
-from llama.accelerate.layers import Form
+from llama.accelerate.accelerator import Accelerator
 from llama.bench.measure import Peak, status_bytes
 from llama.checkpoints.loader import load_model, open_checkpoint
 

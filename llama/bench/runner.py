@@ -18,9 +18,10 @@ import torch
 
 from .. import parallel
 from .._util.validate import check_count
-from ..accelerate.kernels.dispatch import cpuinfo
-from ..accelerate.layers import Form
-from ..accelerate.quantization import BITS, IntegerPanels, Quantization, bits_of
+from ..accelerate.accelerator import Acceleration, Accelerator
+from ..accelerate.fast_model import FastModel
+from ..accelerate.kernels.cpu import cpuinfo
+from ..accelerate.quantization import BITS, Quantization, QuantizedMatrix, bits_of
 from ..checkpoints.fit import check_memory, check_ranks
 from ..checkpoints.loader import survey
 from ..checkpoints.schema import part_sizes
@@ -130,15 +131,16 @@ def shape(name: str) -> ModelArgs:
 
 def random_llama(args: ModelArgs, place: Place, compile: bool, quantization: Quantization | None) -> Llama:
     """A Llama of these sizes with random weights and without text."""
-    form = Form(quantization, compile)
-    model = random_model(args, place, form.take)
-    form.finish(model)
+    accelerator = Accelerator(Acceleration(quantization, compile))
+    model = random_model(args, place, accelerator.pack_weight)
+    accelerator.finish(model)
     return Llama(model, NoText())
 
 
 def quantization_of(model: Transformer) -> Quantization | None:
     """How its matrices are rounded, whether in the checkpoint or as they were loaded."""
-    bits = {layer.bits for layer in model.modules() if isinstance(layer, IntegerPanels)}
+    matrices = model.fast.packed_matrices if isinstance(model.fast, FastModel) else []
+    bits = {matrix.bits for matrix in matrices if isinstance(matrix, QuantizedMatrix)}
     return next((name for name in BITS if BITS[name] in bits), None)
 
 
@@ -163,7 +165,7 @@ def carry_out(plan: BenchConfig) -> BenchReport:
         warm_up(ours, plan.kinds, ours.llama.model.params.vocab_size)
     device_peak = torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else None
     args = ours.llama.model.params
-    place = replace(place, dtype=ours.llama.model.norm.weight.dtype)
+    place = replace(place, dtype=ours.llama.model.dtype)
     quantization = quantization_of(ours.llama.model)
     peers = build_peers(plan.peers, ours.llama.model, place, plan.ckpt_dir, quantization)
     for peer in peers:

@@ -9,13 +9,14 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from torch import Tensor, nn
 
-from ..accelerate.layers import Form, PackedLinear
+from ..accelerate.accelerator import accelerate
+from ..accelerate.fast_model import FastModel
 from ..accelerate.quantization import Quantization
 from ..checkpoints.fit import check_memory
 from ..checkpoints.hf_config import config_of
@@ -146,14 +147,13 @@ class Products:
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
-        args, like, mp_size = self.model.params, self.model.norm.weight, get_model_parallel_world_size()
+        args, mp_size, fast = self.model.params, get_model_parallel_world_size(), cast(FastModel, self.model.fast)
+        new_ones = partial(torch.ones, dtype=fast.dtype, device=fast.device)
         widths = {"wo": args.n_heads * args.head_size // mp_size, "w2": args.hidden_dim // mp_size}
-        named = [(name.rpartition(".")[2], layer) for name, layer in self.model.layers.named_modules()]
-        linear = [(layer, widths.get(name, args.dim)) for name, layer in named if isinstance(layer, PackedLinear)]
 
         def multiply(count: int) -> None:
-            for layer, width in linear:
-                layer.product(like.new_ones(count, width), None)
+            for name, linear in fast.network.linears:
+                linear.product(new_ones((count, widths.get(name, args.dim))))
 
         tokens = sum(map(len, prompts))
         for start in range(0, tokens, PREFILL_CHUNK):
@@ -161,7 +161,7 @@ class Products:
         for step in range(gen):
             if step > 0:
                 multiply(len(prompts))
-            logits = self.model.output.product(like.new_ones(len(prompts), args.dim), None)
+            logits = fast.network.output.product(new_ones((len(prompts), args.dim)))
             yield logits.argmax(-1).tolist()
 
 
@@ -170,6 +170,8 @@ def multiplied_bytes(model: nn.Module, embedding: nn.Module) -> int:
 
     Of the embedding a step reads a row for each token; unless it is the output layer's matrix too.
     """
+    if isinstance(model, Transformer) and isinstance(model.fast, FastModel):
+        return model.fast.weight_bytes
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
         if module is not embedding:
@@ -200,10 +202,7 @@ def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Tra
 
 def in_default_form(model: Transformer) -> Transformer:
     """As `Llama.build` leaves it, neither compiled nor rounded."""
-    form = Form()
-    for name in tensor_shapes(model.params):
-        form.take(model, name)
-    form.finish(model)
+    accelerate(model, list(tensor_shapes(model.params)))
     return model
 
 

@@ -1,8 +1,8 @@
-"""Rounded matrices in files, as `convert --quantization` writes them: "pack-quantized" of the format compressed-tensors
-(github.com/vllm-project/compressed-tensors), which transformers and vLLM read too.
+"""Quantized matrices in files, as `convert --quantization` writes them: "pack-quantized" of the format
+compressed-tensors (github.com/vllm-project/compressed-tensors), which transformers and vLLM read too.
 
 In the place of a linear layer's `weight` (N, K) are three tensors: `weight_packed` and `weight_scale`, which are the
-words and scales of `panels.Rounded`, and `weight_shape`, the numbers N and K. The embedding is no linear layer and
+words and scales of `QuantizedRows`, and `weight_shape`, the numbers N and K. The embedding is no linear layer and
 stays as it is; where the output layer is the same matrix, loading rounds it. Knows tensors and configurations; opens no
 file.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..accelerate.quantization import BITS, GROUP, IntegerPanels, Quantization, slabs
+from ..accelerate.quantization import BITS, GROUP, Quantization, QuantizedMatrix, slabs
 from ..errors import LlamaError
 from ..model import ModelArgs
 from ..parallel import DTYPES
@@ -65,8 +65,8 @@ def rounded_tensors(
     (rows, columns), bits = weight.shape, BITS[quantization]
     words = new((rows, columns * bits // 32), torch.int32)
     scales = new((rows, columns // GROUP[bits]), torch.bfloat16)
-    for start, piece in slabs(weight):
-        found = IntegerPanels(piece.to(dtype), bits).by_rows()
+    for start, piece in slabs(weight, from_file=True):
+        found = QuantizedMatrix(piece.to(dtype), bits).by_rows()
         words[start : start + len(piece)], scales[start : start + len(piece)] = found.words, found.scales
     return {name + WORDS: words, name + SCALES: scales, name + SHAPE: torch.tensor([rows, columns])}
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from .._util.ranks import is_main_process
-from ..accelerate.quantization import BITS, GROUP, IntegerPanels, Quantization, Rounded
+from ..accelerate.quantization import BITS, GROUP, Quantization, QuantizedMatrix, QuantizedRows
 from ..errors import LlamaError
 from ..model import ModelArgs, Transformer
 from ..parallel import Place, together
@@ -35,7 +35,7 @@ Format = Literal["meta", "hf"]
 CONFIG = {"meta": "params.json", "hf": "config.json"}
 SECONDS_BEFORE_BAR = 2
 LOOKED_UP = 256  # rows of a rounded matrix whose numbers are made at a time
-Take = Callable[[Transformer, str, IntegerPanels | None], None]
+Take = Callable[[Transformer, str, QuantizedMatrix | None], None]
 
 
 @dataclass
@@ -97,11 +97,11 @@ class Checkpoint:
 
     def panels(
         self, name: str, mp_rank: int, mp_size: int, dtype: torch.dtype, device: torch.device | None = None
-    ) -> IntegerPanels:
+    ) -> QuantizedMatrix:
         """What one rank keeps of a rounded matrix, to be computed with in this dtype; device: None is the CPU."""
         bits = BITS[cast(Quantization, self.quantization)]
         parts = (self.tensors[key].part(self.sizes, mp_rank, mp_size, key) for key in (name + WORDS, name + SCALES))
-        return IntegerPanels(Rounded(*(part.to(device).contiguous() for part in parts)), bits, dtype)
+        return QuantizedMatrix(QuantizedRows(*(part.to(device).contiguous() for part in parts)), bits, dtype)
 
     def part(self, name: str, mp_rank: int = 0, mp_size: int = 1, new: New = in_memory) -> Tensor:
         """What one rank keeps of the tensor; of a rounded matrix, the numbers that it stands for, in a `new` tensor."""

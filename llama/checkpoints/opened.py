@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import parallel
-from ..accelerate.layers import Form
+from ..accelerate.accelerator import Acceleration, Accelerator
 from ..accelerate.quantization import bits_of
 from ..errors import LlamaError
 from ..model import ModelArgs, Transformer
@@ -25,16 +25,17 @@ class Opened:
     checkpoint: Checkpoint
     args: ModelArgs
     place: Place
-    form: Form
+    acceleration: Acceleration
 
     @property
     def memory(self) -> tuple[int, int]:
         """Bytes that a rank needs for (weights, KV cache)."""
-        return memory_needed(self.args, self.place.mp_size, self.place.dtype, bits_of(self.form.quantization))
+        return memory_needed(self.args, self.place.mp_size, self.place.dtype, bits_of(self.acceleration.quantization))
 
     def load(self) -> Transformer:
-        model = load_model(self.checkpoint, self.args, self.place, self.form.take)
-        self.form.finish(model)
+        accelerator = Accelerator(self.acceleration)
+        model = load_model(self.checkpoint, self.args, self.place, accelerator.pack_weight)
+        accelerator.finish(model)
         return model
 
 
@@ -66,7 +67,12 @@ def sized(
 
 
 def opened(
-    ckpt_dir: str | Path, place: Place, form: Form, max_seq_len: int, max_batch_size: int, own_dtype: bool
+    ckpt_dir: str | Path,
+    place: Place,
+    acceleration: Acceleration,
+    max_seq_len: int,
+    max_batch_size: int,
+    own_dtype: bool,
 ) -> Opened:
     """A model to generate with. own_dtype: compute in the dtype of the files.
 
@@ -75,5 +81,5 @@ def opened(
     checkpoint = open_checkpoint(ckpt_dir)
     check_generates(checkpoint)
     args, place = sized(checkpoint, place, max_seq_len, max_batch_size, own_dtype)
-    agreed = agreed_quantization(checkpoint.directory, checkpoint.quantization, form.quantization)
-    return Opened(checkpoint, args, place, replace(form, quantization=agreed))
+    agreed = agreed_quantization(checkpoint.directory, checkpoint.quantization, acceleration.quantization)
+    return Opened(checkpoint, args, place, replace(acceleration, quantization=agreed))

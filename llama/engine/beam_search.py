@@ -258,7 +258,7 @@ def _settled(branches: list[_Branch], first: int) -> list[_Branch]:
 
 def _decode(model: Transformer, searches: list[_Search]) -> Tensor:
     """Give the live branches their cache rows, and run their last tokens: hidden states (B, dim)."""
-    device = model.norm.weight.device
+    device = model.device
     live = [branch for search in searches for branch in search.live]
     cached = [len(search.prompt) + len(branch.tokens) - 1 for search in searches for branch in search.live]
     model.reorder_cache_rows(torch.tensor([branch.row for branch in live]), max(cached))

@@ -86,6 +86,7 @@ class Engine:
 
     def take_cache(self) -> object:
         """End whatever stream relies on the KV cache; what comes back is whose it is now."""
+        self.model.refresh()
         self.current = object()
         return self.current
 
@@ -93,6 +94,7 @@ class Engine:
         """To be called after each yield and before the cache is touched: a caller may have started another stream."""
         if self.current is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
+        self.model.refresh()
 
     def _prefill(
         self, rows: list[Sequence], output: OutputOptions, cached: int
@@ -191,7 +193,7 @@ class Engine:
 
     @property
     def _device(self) -> torch.device:
-        return self.model.norm.weight.device
+        return self.model.device
 
 
 def together_if_foreign(rows: list[Sequence]) -> contextlib.AbstractContextManager[None]:

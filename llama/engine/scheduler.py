@@ -74,7 +74,7 @@ def walk(
     model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, cached: int = 0
 ) -> Iterator[tuple[Pass, Tensor]]:
     """Run prompts, the longest first, through the network: each pass, and its hidden states (rows, T, dim), normed."""
-    device = model.norm.weight.device
+    device = model.device
     longest = len(prompts[0])
     # Right padding: a pad's key is overwritten by the row's own next token before any query can see it.
     tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)  # (B, T)

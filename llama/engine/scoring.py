@@ -87,7 +87,7 @@ def score(llama: "Llama", texts: Sequence[str], *, stride: int | None = None) ->
             found[window.text][window.first : window.end] = known
     for i, known in enumerate(found):
         if not all(map(math.isfinite, known)):
-            raise not_finite(i, "logprobs", model.norm.weight.dtype)
+            raise not_finite(i, "logprobs", model.dtype)
     return [Score(text, known) for text, known in zip(tokens, found, strict=True)]
 
 
@@ -110,7 +110,7 @@ def embed(llama: "Llama", texts: Sequence[str], pooling: Pooling = "last") -> Te
     for batch in batches(range(len(tokens)), lambda i: len(tokens[i]), model.params.max_batch_size, "embedding"):
         found[batch] = pool(model, [tokens[i] for i in batch], chunk).float().cpu()
     for i in (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist():
-        raise not_finite(i, "hidden states", model.norm.weight.dtype)
+        raise not_finite(i, "hidden states", model.dtype)
     return found
 
 
@@ -202,7 +202,7 @@ def last_states(model: Transformer, rows: Sequence[Sequence[int]], chunk: int) -
 
 def mean_states(model: Transformer, rows: Sequence[Sequence[int]], chunk: int) -> Tensor:
     """The mean of the hidden states of each row's tokens, the longest first: float32 (B, dim)."""
-    device = model.norm.weight.device
+    device = model.device
     sums = torch.zeros(len(rows), model.params.dim, device=device)
     for step, h in walk(model, rows, chunk):
         for row in range(step.rows):

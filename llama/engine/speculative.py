@@ -69,7 +69,7 @@ def look_at(model: Transformer, rows: list[Sequence], proposals: list[list[int]]
     longest = max(map(len, proposals))
     padded = [[*own, *[0] * (longest - len(own))] for own in proposals]
     tokens = [[row.answer[-1], *own] for row, own in zip(rows, padded, strict=True)]  # (B, T)
-    starts, device = torch.tensor([row.cached for row in rows]), model.norm.weight.device
+    starts, device = torch.tensor([row.cached for row in rows]), model.device
     one_by_one = torch.arange(1, 2 + longest, device=device).expand(len(rows), -1)  # (B, T)
     return model.hidden_states(torch.tensor(tokens, device=device), starts, one_by_one)
 
@@ -147,7 +147,7 @@ class Drafting:
             if max(starts) + longest > self._model.params.max_seq_len:
                 return None
             tokens = [new.get(slot, []) + [0] * (longest - len(new.get(slot, []))) for slot in range(count)]
-            device = self._model.norm.weight.device
+            device = self._model.device
             h = self._model.hidden_states(torch.tensor(tokens, device=device), torch.tensor(starts))
             for slot, own in new.items():
                 self._fed[slot] += own

@@ -13,7 +13,7 @@ from llama import Llama
 from llama.accelerate.cuda_graphs import GraphedStep
 from llama.accelerate.kernels import dispatch as kernels
 from llama.accelerate.layers import FastAttention
-from llama.accelerate.quantization import IntegerPanels
+from llama.accelerate.quantization import QuantizedMatrix
 from llama.bench.measure import Bandwidth
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -78,7 +78,7 @@ def test_texts_are_those_of_the_cpu(checkpoints: dict[str, Path], triton: bool, 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_other_forms(checkpoints: dict[str, Path], triton: bool, quantization: str | None, compile: bool) -> None:
-    """Rounded matrices are those of the CPU, whose kernels round x too: it's compared with what has none."""
+    """QuantizedRows matrices are those of the CPU, whose kernels round x too: it's compared with what has none."""
     directory = checkpoints["larger heads"]
     llama = Llama.build(directory, **OPTIONS, device="cuda", quantization=quantization, compile=compile)
     with pytest.MonkeyPatch.context() as patch:
@@ -177,7 +177,7 @@ def test_on_ranks(checkpoints: dict[str, Path], options: tuple[str, ...]) -> Non
 def test_rounded_matrices_of_many_rows(triton: bool) -> None:
     weight = torch.randn(100, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     for bits in (8, 4):
-        panels = IntegerPanels(weight, bits)
+        panels = QuantizedMatrix(weight, bits)
         for rows in (1, 16, 17, 200):
             x = torch.randn(rows, 96, device="cuda")
             assert torch.allclose(panels.product(x), x @ panels.unpacked().T, atol=1e-3)

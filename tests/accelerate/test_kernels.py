@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.quantization import IntegerPanels
+from llama.accelerate.quantization import QuantizedMatrix
 from llama.model import RMSNorm
 
 few = settings(deadline=None, max_examples=30)
@@ -355,7 +355,7 @@ def results(dtype: torch.dtype) -> list[Tensor]:
         kernels.swiglu(x.repeat(20, 1), x.repeat(20, 1)),
         attend(**sizes, room=40, seqlen=1, starts=[8, 0, 39])[0],
         attend(**sizes, room=200, seqlen=170, starts=[8, 0, 30])[0],
-        IntegerPanels(weight, 4).integers.data,
+        QuantizedMatrix(weight, 4).integers.data,
     ]
 
 

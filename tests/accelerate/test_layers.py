@@ -23,7 +23,7 @@ from llama import Llama, LlamaError
 from llama.accelerate import quantization as panels
 from llama.accelerate.kernels import dispatch as kernels
 from llama.accelerate.layers import FastAttention, FastFeedForward, FastNorm, Form
-from llama.accelerate.quantization import FloatPanels
+from llama.accelerate.quantization import FloatMatrix
 from llama.checkpoints.loader import find_tokenizer, load_model, open_checkpoint
 from llama.checkpoints.meta import save_checkpoint
 from llama.model import Transformer
@@ -115,7 +115,7 @@ def copied(llama: Llama) -> Transformer:
 
 def with_kernels(model: Transformer) -> list[str]:
     """The layers whose work is done by kernels."""
-    kinds = (FloatPanels, FastAttention, FastNorm, FastFeedForward)
+    kinds = (FloatMatrix, FastAttention, FastNorm, FastFeedForward)
     return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
 
 
@@ -124,7 +124,7 @@ def with_kernels(model: Transformer) -> list[str]:
 def test_what_is_fast(built: "type[Pair]", name: str) -> None:
     """All matrices, once each; but neither the embedding, of which rows are read, nor small heads' attention."""
     args, model = CASES[name], built(name).fast.model
-    packed = [layer for layer in model.modules() if isinstance(layer, FloatPanels)]
+    packed = [layer for layer in model.modules() if isinstance(layer, FloatMatrix)]
     assert len(packed) == 7 * args.n_layers + 1
     assert sum(layer.rows for layer in packed) == sum(
         len(tensor) for key, tensor in model.state_dict().items() if tensor.ndim == 2 and key != "tok_embeddings.weight"
@@ -395,10 +395,10 @@ def test_a_model_may_be_cast(built: "type[Pair]", name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_matrices_are_packed_in_pieces(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     weight = torch.randn(200, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
-    whole = FloatPanels(weight)
+    whole = FloatMatrix(weight)
     for size in (1, 6000, 10**6):
         monkeypatch.setattr(panels, "SLAB", size)
-        pieces = FloatPanels(weight)
+        pieces = FloatMatrix(weight)
         assert torch.equal(pieces.unpacked(), weight) and torch.equal(pieces.panels, whole.panels)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llama import Llama, LlamaError
 from llama.accelerate.kernels import dispatch as kernels
 from llama.accelerate.layers import PackedLinear
-from llama.accelerate.quantization import BITS, GROUP, IntegerPanels, rounded
+from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, rounded
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.parallel import Place
 
@@ -48,7 +48,7 @@ def error(found: Tensor, weight: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_of_a_matrix(bits: int, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
     weight = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
-    panels = IntegerPanels(weight, bits)
+    panels = QuantizedMatrix(weight, bits)
     unpacked = panels.unpacked()
     assert (unpacked.shape, unpacked.dtype) == (weight.shape, dtype)
     own, plain = error(unpacked, weight), error(rounded_to_nearest(weight, bits), weight)
@@ -69,7 +69,7 @@ def test_what_integers_can_say_is_kept(bits: int) -> None:
     weight = torch.randint(1 - half, half, (64, 128), generator=torch.Generator().manual_seed(1)).float() / 4
     weight[:, :: GROUP[bits]] = (1 - half) / 4 if bits == 8 else -half / 4
     weight[3] = 0
-    assert torch.equal(IntegerPanels(weight, bits).unpacked(), weight)
+    assert torch.equal(QuantizedMatrix(weight, bits).unpacked(), weight)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -77,7 +77,7 @@ def test_what_integers_can_say_is_kept(bits: int) -> None:
 def test_what_is_not_finite_is_not_lost(bits: int, value: float) -> None:
     weight = torch.ones(64, 128)
     weight[5, 7] = value
-    assert not torch.isfinite(IntegerPanels(weight, bits).unpacked()[5, 7])
+    assert not torch.isfinite(QuantizedMatrix(weight, bits).unpacked()[5, 7])
 
 
 MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,12 +98,12 @@ def test_kernels_round_as_torch_does(kind: str, bits: int, dtype: torch.dtype, g
     """Bit for bit, whatever the matrix."""
     for shape in [(1, 1), (7, 20), (64, 64), (100, 96), (130, 1000)]:
         weight = MATRICES[kind](torch.randn(shape, generator=generator)).to(dtype)
-        panels, expected = IntegerPanels(weight, bits), rounded(weight, bits)
+        panels, expected = QuantizedMatrix(weight, bits), rounded(weight, bits)
         found = panels.by_rows()
         assert panels.fast and torch.equal(found.words, expected.words)
         assert torch.equal(found.scales.isnan(), expected.scales.isnan())
         assert torch.equal(*(x.scales.nan_to_num().view(torch.int16) for x in (found, expected)))
-        again = IntegerPanels(expected, bits, dtype).by_rows()
+        again = QuantizedMatrix(expected, bits, dtype).by_rows()
         assert torch.equal(again.words, expected.words) and torch.equal(again.scales.isnan(), expected.scales.isnan())
 
 
@@ -111,9 +111,9 @@ def test_kernels_round_as_torch_does(kind: str, bits: int, dtype: torch.dtype, g
 def test_without_kernels(bits: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     """The same numbers, looked up and multiplied."""
     weight, x = torch.randn(70, 100, generator=generator), torch.randn(3, 100, generator=generator)
-    expected = IntegerPanels(weight, bits).unpacked()
+    expected = QuantizedMatrix(weight, bits).unpacked()
     monkeypatch.setattr(kernels, "library", lambda: None)
-    panels = IntegerPanels(weight, bits)
+    panels = QuantizedMatrix(weight, bits)
     assert not panels.fast and torch.equal(panels.unpacked(), expected)
     assert torch.equal(panels.lookup(torch.tensor([69, 0])), expected[[69, 0]])
     assert torch.equal(panels.product(x), F.linear(x, expected))
@@ -125,7 +125,7 @@ def test_without_kernels(bits: int, monkeypatch: pytest.MonkeyPatch, generator: 
 def test_products_are_those_of_the_rounded_matrix(bits: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Up to rounding of x to 8 bits, whose error is bounded by half a step in each number."""
     weight = torch.randn(100, 200, generator=generator).to(dtype)
-    panels = IntegerPanels(weight, bits)
+    panels = QuantizedMatrix(weight, bits)
     for rows in (1, 2, 3, 4, 5, 9):
         x = torch.randn(rows, 200, generator=generator).to(dtype)
         step = F.pad(x.float(), (0, -200 % GROUP[bits])).unflatten(1, (-1, GROUP[bits])).abs().amax(-1) / 127
@@ -189,7 +189,7 @@ def test_text_on_ranks(endless: Path, quantization: str) -> None:
     llama = Llama.build(endless, device="cpu", quantization=quantization)
     packed = [layer for layer in llama.model.modules() if isinstance(layer, PackedLinear)]
     assert len(packed) == 7 * len(list(llama.model.layers)) + 1
-    assert all(isinstance(layer.panels, IntegerPanels) for layer in packed)
+    assert all(isinstance(layer.panels, QuantizedMatrix) for layer in packed)
 
 
 def test_other_names_are_refused(endless: Path) -> None:

@@ -15,7 +15,7 @@ from tiny import ROOT, environment, launched
 from torch import Tensor
 
 from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.quantization import IntegerPanels
+from llama.accelerate.quantization import QuantizedMatrix
 from llama.model import Attention, ModelArgs, RMSNorm, attention_mask, precompute_freqs_cis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +81,7 @@ def test_swiglu(gpu: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 200), (7, 20), (130, 1000)])
 def test_integer_product(gpu: ModuleType, bits: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Every number of rows that it takes, the last one's included."""
-    panels = IntegerPanels(numbers(*shape, dtype=dtype), bits)
+    panels = QuantizedMatrix(numbers(*shape, dtype=dtype), bits)
     for count in (1, 3, 16):
         x = numbers(count, shape[1], dtype=dtype, seed=count)
         expected = x.float() @ panels.unpacked().float().T

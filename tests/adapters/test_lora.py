@@ -19,7 +19,7 @@ from tiny import run_program
 from torch import Tensor, nn
 
 from llama import LlamaError, ModelArgs, Transformer
-from llama.accelerate.layers import Form
+from llama.accelerate.accelerator import Accelerator
 from llama.adapters import peft as adapter
 from llama.adapters.lora import TARGETS, Lora, LoraLinear, add_lora, lora_parameters, merge_lora
 from llama.adapters.peft import load_adapter, save_adapter

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama import Llama, LlamaError
 from llama.accelerate.layers import PackedLinear
-from llama.accelerate.quantization import BITS, GROUP, IntegerPanels, Rounded, bits_of
+from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, QuantizedRows, bits_of
 from llama.bench.runner import quantization_of
 from llama.checkpoints.convert import convert
 from llama.checkpoints.huggingface import SINGLE
@@ -89,9 +89,9 @@ def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
     return (integers.astype(np.float32) - (1 << bits - 1)) * scales.repeat(columns // scales.shape[1], axis=1)
 
 
-def all_panels(llama: Llama) -> dict[str, Rounded]:
+def all_panels(llama: Llama) -> dict[str, QuantizedRows]:
     layers = {n: m.panels for n, m in llama.model.named_modules() if isinstance(m, PackedLinear)}
-    return {name: panels.by_rows() for name, panels in layers.items() if isinstance(panels, IntegerPanels)}
+    return {name: panels.by_rows() for name, panels in layers.items() if isinstance(panels, QuantizedMatrix)}
 
 
 def same_panels(a: Llama, b: Llama) -> bool:
@@ -196,7 +196,7 @@ def test_parts_of_ranks(source: Path, stored: Path, quantization: str, ranks: in
     for name in filter(rounded.is_rounded, tensor_shapes(SIZES)):
         for rank in range(ranks):
             found = rounded.panels(name, rank, ranks, torch.float32).by_rows()
-            expected = IntegerPanels(plain.part(name, rank, ranks), BITS[quantization]).by_rows()
+            expected = QuantizedMatrix(plain.part(name, rank, ranks), BITS[quantization]).by_rows()
             assert torch.equal(found.words, expected.words) and torch.equal(found.scales, expected.scales)
 
 

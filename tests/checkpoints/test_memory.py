@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tiny import run_program
 
 from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.memory_pages import let_go, mapped_ranges
+from llama.accelerate.memory_pages import release, mapped_ranges
 from llama.bench.measure import status_bytes
 from llama.checkpoints.hf_config import config_of
 from llama.checkpoints.huggingface import hf_name
@@ -112,10 +112,10 @@ def test_letting_go_takes_nothing_from_others(tmp_path: Path) -> None:
     own, total = mapped.clone(), int(mapped.sum(dtype=torch.int64))
     ranges, before = mapped_ranges(), status_bytes("RssFile")
     for tensor in (own, mapped[5000:9000], mapped[1:2], mapped[:0], mapped[-1:]):
-        let_go(tensor, ranges)
-    let_go(mapped, [])
+        release(tensor, ranges)
+    release(mapped, [])
     assert status_bytes("RssFile") > before - size / 2
-    let_go(mapped, ranges)
+    release(mapped, ranges)
     assert status_bytes("RssFile") < before - size / 2
     assert int(own.sum(dtype=torch.int64)) == int(mapped.sum(dtype=torch.int64)) == total
 
