@@ -83,7 +83,7 @@ class FastForm(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def refresh(self) -> None: ...  # take over what was edited in the model since the last call
+    def refresh(self, trains: bool = False) -> None: ...  # take over what was edited in the model since the last call
     def is_usable(self) -> bool: ...  # whether passes may run in the fast form now
     def forward(self, one: Pass) -> Tensor: ...  # logits, as `Transformer.forward`
     def hidden_states(self, one: Pass) -> Tensor: ...  # as `Transformer.run`
@@ -296,8 +296,9 @@ class Transformer(nn.Module):
         return_hidden: return (logits, hidden states) too. The hidden states are transformers' `hidden_states`: n_layers
         + 1 tensors (B, T, dim), the embeddings, the output of each layer but the last, and the normed last output.
         """
-        self.refresh()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+        differentiable = torch.is_grad_enabled() and start_pos is None
+        self.refresh(trains=differentiable and self.training)
+        with torch.set_grad_enabled(differentiable):
             one = self.prepare(tokens, start_pos)
             if not return_hidden and self.fast is not None and self.fast.is_usable():
                 return self.fast.forward(one)
@@ -306,10 +307,10 @@ class Transformer(nn.Module):
             logits = self.output(h).float()
             return (logits, (*hidden, h)) if return_hidden else logits
 
-    def refresh(self) -> None:
+    def refresh(self, trains: bool = False) -> None:
         """Let the fast form, if there is one, take over what was edited in the weights and layers."""
         if self.fast is not None:
-            self.fast.refresh()
+            self.fast.refresh(trains)
 
     def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None, lengths: Tensor | None = None) -> Tensor:
         """What `forward` computes before the output layer: (B, T, dim), normed.

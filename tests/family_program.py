@@ -64,13 +64,13 @@ def main(jobs: str) -> None:
     place = initialize(device="cpu", dtype=torch.float32)
     for job in json.loads(Path(jobs).read_text()):
         checkpoint, rows = open_checkpoint(job["directory"]), torch.tensor(job["rows"])
-        args, form = replace(checkpoint.sizes, **SIZES), Form()
+        args, accelerator = replace(checkpoint.sizes, **SIZES), Accelerator()
         model = load_model(checkpoint, args, place)
         with torch.no_grad():
             result = {way: WAYS[way](model, rows) for way in job["ways"]}
         if job["fast"]:
-            fast = load_model(checkpoint, args, place, form.take)
-            form.finish(fast)
+            fast = load_model(checkpoint, args, place, accelerator.pack_weight)
+            accelerator.finish(fast)
             with torch.no_grad():
                 result |= {f"{way}, fast": WAYS[way](fast, rows) for way in job["fast"]}
             assert_same(fast.state_dict(), model.state_dict())

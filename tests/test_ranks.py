@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import environment, launched, run_program, split_checkpoint, write_checkpoint
 
-from llama.accelerate.kernels import dispatch as kernels
+from llama.accelerate.kernels import cpu
 
 PROGRAM = "tests/rank_program.py"
 
@@ -92,17 +92,19 @@ def test_collectives_of_a_step(directory: Path, tmp_path: Path, sockets: bool) -
         "import json, os, sys\n"
         "from collections import Counter\n"
         "from torch.profiler import ProfilerActivity, profile\n"
-        "from llama import Llama, inference, kernels\n"
+        "from llama import Llama\n"
+        "from llama.accelerate import accelerator\n"
+        "from llama.accelerate.kernels import cpu\n"
         "if sys.argv[3] == 'sockets':\n"
-        "    inference.arrange = lambda: None\n"
+        "    accelerator.share_memory = lambda: None\n"
         "llama = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
         "stream = llama.stream([[1, 2, 3], [4]], 6, temperature=0)\n"
         "next(stream)\n"
-        "calls, call = Counter(), kernels.call\n"
+        "calls, call = Counter(), cpu.call\n"
         "def counted(name, *rest):\n"
         "    calls.update([name] if 'of_ranks' in name and rest[-1] == 0 else [])  # and not one that waits on\n"
         "    return call(name, *rest)\n"
-        "kernels.call = counted\n"
+        "cpu.call = counted\n"
         "with profile(activities=[ProfilerActivity.CPU]) as seen:\n"
         "    next(stream), next(stream)\n"
         "calls.update({event.key: event.count for event in seen.key_averages() if 'c10d::' in event.key})\n"
@@ -110,7 +112,7 @@ def test_collectives_of_a_step(directory: Path, tmp_path: Path, sockets: bool) -
     )
     done = run_program(str(program), str(directory), str(tmp_path / "out"), "sockets" if sockets else "memory", ranks=2)
     assert done.returncode == 0, done.stderr
-    meet = kernels.library() is not None and not sockets
+    meet = cpu.library() is not None and not sockets
     sums, gathers = ("sum_of_ranks_float", "gather_of_ranks") if meet else ("c10d::allreduce_", "c10d::allgather_")
     for rank in range(2):
         calls = json.loads((tmp_path / f"out.{rank}").read_text())

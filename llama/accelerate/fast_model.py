@@ -8,6 +8,7 @@ Knows the network and its packed weights; knows no files and no generation.
 """
 
 import copy
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ..kv_cache import Pass
 from ..model import Transformer
+from ..parallel import DTYPES
 from .call_capture import CaptureFunction, GraphCapture, capture_calls
 from .decode_steps import DecodeSteps
 from .kernels import dispatch
@@ -24,6 +26,8 @@ from .plain_weights import PackedWeight, Watch
 from .quantization import PackedMatrix
 from .shared_memory import SharedMemory
 from .structure import NoticedModules, Structure, text_is_original
+
+ChooseCapture = Callable[[torch.device, bool], CaptureFunction | None]  # by device, and whether attention is a kernel
 
 
 class FastModel:
@@ -36,11 +40,13 @@ class FastModel:
         shared: SharedMemory | None,
         compile: bool,
         untouched: Structure | None = None,
+        choose_capture: ChooseCapture | None = None,
     ):
         """compile: see `Acceleration`. untouched: the structure of the model that `model` is a copy of."""
         self.model, self.watch = model, watch
         self.usable = True  # whether the model's layers still are those that were packed
         self._shared, self._compile, self._untouched = shared, compile, untouched
+        self._choose_capture = choose_capture or capture_of_device
         self.steps: DecodeSteps | None = None
         self._build()
         model._modules = NoticedModules(model._modules, watch)
@@ -62,17 +68,15 @@ class FastModel:
         self.steps = self._make_steps()
 
     def _make_steps(self) -> DecodeSteps | None:
-        """The decode steps of this device: captured where that is worth it.
+        """The decode steps of this device, if they are captured or compiled.
 
-        Without kernels the CPU waits for no Python that would be worth a capture. With them compile=True captures,
-        which is faster: compiled code would call the same kernels through torch's dispatcher.
+        Where calls are captured, compile=True captures too, which is faster: compiled code would call the same kernels
+        through torch's dispatcher.
         """
-        capture: CaptureFunction | None = None
-        if self.device.type == "cuda":
-            capture = GraphCapture(self.device)
-        elif self.device.type == "cpu" and self.network.attends:
-            capture = capture_calls
-        elif not self._compile:
+        if self.dtype not in DTYPES.values():
+            return None
+        capture = self._choose_capture(self.device, self.network.attends)
+        if capture is None and not self._compile:
             return None
         steps = DecodeSteps(self.network, self.model.params, self._compile and capture is not capture_calls)
         if capture is not None:
@@ -118,11 +122,14 @@ class FastModel:
 
     # --- what was edited ----------------------------------------------------------------------------------------------
 
-    def refresh(self) -> None:
-        """Take over what was edited since the last call. Costs next to nothing if nobody reached inside."""
+    def refresh(self, trains: bool = False) -> None:
+        """Take over what was edited since the last call. Costs next to nothing if nobody reached inside.
+
+        trains: whether the plain weights are to be trained.
+        """
         if not text_is_original() or "run" in vars(self.model):
             self.usable, self.watch.reached = False, True
-        elif torch.is_grad_enabled() and self.model.training:
+        elif trains:
             self._unpack_for_training()
         elif self.watch.reached:
             self._compare()
@@ -175,13 +182,13 @@ class PendingCopy:
     def __init__(self, model: Transformer, watch: Watch, original: FastModel):
         self.model, self.watch = model, watch
         self.device, self.dtype = original.device, original.dtype
-        self._shared, self._compile, self._untouched = original._shared, original._compile, original.structure
+        self._rest = original._shared, original._compile, original.structure, original._choose_capture
 
-    def refresh(self) -> None:
-        fast = FastModel(self.model, self.watch, self._shared, self._compile, self._untouched)
+    def refresh(self, trains: bool = False) -> None:
+        fast = FastModel(self.model, self.watch, *self._rest)
         self.model.fast = fast
         self.watch.reached = True
-        fast.refresh()
+        fast.refresh(trains)
 
     def is_usable(self) -> bool:
         return False
@@ -192,6 +199,13 @@ class PendingCopy:
 
     def __reduce__(self) -> Any:
         return no_fast_form, ()
+
+
+def capture_of_device(device: torch.device, attends: bool) -> CaptureFunction | None:
+    """How steps are captured. Without kernels the CPU waits for no Python that would be worth it."""
+    if device.type == "cuda":
+        return GraphCapture(device)
+    return capture_calls if device.type == "cpu" and attends else None
 
 
 def is_vector(value: object) -> bool:

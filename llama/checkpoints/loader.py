@@ -95,7 +95,7 @@ class Checkpoint:
     def is_rounded(self, name: str) -> bool:
         return self.quantization is not None and is_linear(name)
 
-    def panels(
+    def quantized(
         self, name: str, mp_rank: int, mp_size: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> QuantizedMatrix:
         """What one rank keeps of a rounded matrix, to be computed with in this dtype; device: None is the CPU."""
@@ -107,10 +107,10 @@ class Checkpoint:
         """What one rank keeps of the tensor; of a rounded matrix, the numbers that it stands for, in a `new` tensor."""
         if not self.is_rounded(name):
             return self.tensors[name].part(self.sizes, mp_rank, mp_size, name, new)
-        panels = self.panels(name, mp_rank, mp_size, self.dtype)
-        numbers = new((panels.rows, panels.columns), self.dtype)
-        for rows in torch.arange(panels.rows).split(LOOKED_UP):
-            numbers[rows] = panels.lookup(rows)
+        quantized = self.quantized(name, mp_rank, mp_size, self.dtype)
+        numbers = new((quantized.rows, quantized.columns), self.dtype)
+        for rows in torch.arange(quantized.rows).split(LOOKED_UP):
+            numbers[rows] = quantized.lookup(rows)
         return numbers
 
 
@@ -339,9 +339,9 @@ def load_model(
     """The Transformer of this rank with its weights. On the CPU, in the file's own dtype and layout, they stay mapped:
     all that are whole or cut along their rows.
 
-    take(model, name, panels) is called when the tensor `name` has its place, and may put another layer there before the
-    next tensor comes. A matrix that is rounded in the files has no place yet, and comes as panels; without `take`, as
-    the numbers that it stands for. If one rank fails, every rank raises its LlamaError.
+    take(model, name, quantized) is called when the tensor `name` has its place, and may pack it before the next tensor
+    comes. A matrix that the files hold quantized has no place yet, and comes as `quantized`; without `take`, as the
+    numbers that its integers stand for. If one rank fails, every rank raises its LlamaError.
     """
     with together():
         model = build_on_meta(args)
@@ -352,16 +352,16 @@ def load_model(
             desc="loading", total=total, unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR, disable=silent
         ) as bar:
             for name in tensor_shapes(args):  # one by one: at most one tensor is held twice
-                panels = None
+                quantized = None
                 if take is not None and checkpoint.is_rounded(name):
-                    panels = checkpoint.panels(name, place.mp_rank, place.mp_size, place.dtype, place.device)
+                    quantized = checkpoint.quantized(name, place.mp_rank, place.mp_size, place.dtype, place.device)
                 else:
                     part = checkpoint.part(name, place.mp_rank, place.mp_size)
                     place_tensor(model, name, part.to(place.device, place.dtype).contiguous())
                     del part
                 bar.update(sizes[name] * place.dtype.itemsize)
                 if take is not None:
-                    take(model, name, panels)
+                    take(model, name, quantized)
     return model
 
 

@@ -9,34 +9,34 @@ from pathlib import Path
 import pytest
 from tiny import environment, launched, run_program
 
-from llama.accelerate.kernels import dispatch as kernels
+from llama.accelerate.kernels import cpu
 
 PROGRAM = """
 import sys
 import torch
 import torch.distributed as dist
 from llama import parallel
-from llama.accelerate.shared_memory import arrange
+from llama.accelerate.shared_memory import share_memory
 
 place = parallel.initialize(device="cpu", dtype="float32")
-meeting, rank, ranks = arrange(), dist.get_rank(), dist.get_world_size()
-assert meeting is not None
+shared, rank, ranks = share_memory(), dist.get_rank(), dist.get_world_size()
+assert shared is not None
 numbers = torch.Generator().manual_seed(0)
 for shape in [(1,), (3, 7), (2, 1, 5), (70, 1999), (3, 0), (1, 1, 64), (300_001,), (5, 90_000)] * 3:
     for dtype in (torch.float32, torch.bfloat16):
         everybody = torch.randn(ranks, *shape, generator=numbers).to(dtype)
         own = everybody[rank].clone()
-        found = meeting.gather(own)
+        found = shared.all_gather(own)
         assert torch.equal(found, torch.cat(list(everybody), dim=-1)), (shape, dtype)
-        assert torch.equal(meeting.gather(own.mT if own.ndim > 1 else own), torch.cat(
+        assert torch.equal(shared.all_gather(own.mT if own.ndim > 1 else own), torch.cat(
             [x.mT if x.ndim > 1 else x for x in everybody], dim=-1)), (shape, dtype)
         total = everybody.float()[0]
         for x in everybody.float()[1:]:
             total = total + x
-        assert torch.equal(meeting.sum(own), total.to(dtype)), (shape, dtype)
+        assert torch.equal(shared.all_reduce(own), total.to(dtype)), (shape, dtype)
 odd = torch.tensor([1.0, float("nan") if rank == 1 else 1.0, float("inf") if rank == 0 else 0.0])
 for dtype in (torch.float32, torch.bfloat16):
-    found = meeting.sum(odd.to(dtype, copy=True))
+    found = shared.all_reduce(odd.to(dtype, copy=True))
     assert found[0] == ranks and found[1].isnan() and found[2].isinf()
 if sys.argv[1] == "end":
     print("done") if rank == 0 else None
@@ -48,17 +48,17 @@ else:
         while True:
             if rank == 1:
                 time.sleep(1000)
-            meeting.sum(odd)
+            shared.all_reduce(odd)
 """
 
 shared = pytest.mark.skipif(
-    kernels.library() is None or not Path("/dev/shm").is_dir(), reason="ranks meet where there is shared memory"
+    cpu.library() is None or not Path("/dev/shm").is_dir(), reason="ranks meet where there is shared memory"
 )
 
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    path = tmp_path / "meeting_program.py"
+    path = tmp_path / "shared_memory_program.py"
     path.write_text(PROGRAM)
     return path
 
@@ -111,16 +111,17 @@ def test_without_shared_memory_ranks_use_sockets(tmp_path: Path) -> None:
     path.write_text(
         "import json, os, sys\n"
         "from pathlib import Path\n"
-        "from llama import meeting, parallel\n"
+        "from llama import parallel\n"
+        "from llama.accelerate import shared_memory\n"
         "parallel.initialize(device='cpu', dtype='float32')\n"
         "found = []\n"
         "for missing in ([], [0], [1], [0, 1]):\n"
         "    own = Path(f'{sys.argv[1]}/none') if int(os.environ['RANK']) in missing else Path('/dev/shm')\n"
-        "    meeting.SHARED = own\n"
-        "    find = meeting.mapped\n"
-        "    meeting.mapped = lambda path, *rest: find(own / path.name, *rest)\n"
-        "    found.append(meeting.arrange() is not None)\n"
-        "    meeting.mapped = find\n"
+        "    shared_memory.SHARED = own\n"
+        "    find = shared_memory.map_memory\n"
+        "    shared_memory.map_memory = lambda path, *rest: find(own / path.name, *rest)\n"
+        "    found.append(shared_memory.share_memory() is not None)\n"
+        "    shared_memory.map_memory = find\n"
         "Path(f'{sys.argv[1]}/out.' + os.environ['RANK']).write_text(json.dumps(found))\n"
     )
     done = run_program(str(path), str(tmp_path), ranks=2)

@@ -27,9 +27,9 @@ ALL = 1 << 60
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """gpu_kernels.py. Without a GPU, in a process where Triton interprets, which takes long for many programs."""
+    """triton.py. Without a GPU, in a process where Triton interprets, which takes long for many programs."""
     if DEVICE == "cuda":
-        assert kernels.on_gpu() is not None, "there is a GPU, but kernels don't run"
+        assert kernels.gpu_kernels() is not None, "there is a GPU, but kernels don't run"
     elif not INTERPRETED:
         pytest.skip("no GPU")
     module = importlib.import_module("llama.accelerate.kernels.triton")
@@ -84,7 +84,7 @@ def test_integer_product(gpu: ModuleType, bits: int, dtype: torch.dtype, shape: 
     panels = QuantizedMatrix(numbers(*shape, dtype=dtype), bits)
     for count in (1, 3, 16):
         x = numbers(count, shape[1], dtype=dtype, seed=count)
-        expected = x.float() @ panels.unpacked().float().T
+        expected = x.float() @ panels.unpack().float().T
         assert_near(
             gpu.integer_product(x[:, None], panels.integers, panels.scales, shape[0], bits)[:, 0], expected, dtype
         )

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_program
 
-from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.memory_pages import release, mapped_ranges
+from llama.accelerate.kernels import cpu
+from llama.accelerate.memory_pages import mapped_ranges, release
 from llama.bench.measure import status_bytes
 from llama.checkpoints.hf_config import config_of
 from llama.checkpoints.huggingface import hf_name
@@ -82,7 +82,7 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
                 assert result["peak"] <= ALLOWED, "what is as it will be used stays mapped"
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 @pytest.mark.parametrize(
     ("names", "dtype"), [(("1 shards", "safetensors"), "bfloat16"), (("1 shards",), "float32")], ids=["mapped", "cast"]
 )

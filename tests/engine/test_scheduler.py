@@ -50,13 +50,13 @@ def test_chunks_change_nothing_but_the_memory(checkpoint: Path) -> None:
     for chunk in (1, 7, 64):
         llama = Llama.build(checkpoint, **options, prefill_chunk=chunk)
         sizes = []
-        run = llama.model.run
+        hidden_states = llama.model.hidden_states
 
-        def watch(tokens: torch.Tensor, *rest: object, run=run, sizes=sizes) -> torch.Tensor:
+        def watch(tokens: torch.Tensor, *rest: object, run=hidden_states, sizes=sizes) -> torch.Tensor:
             sizes.append(tokens.numel())
             return run(tokens, *rest)
 
-        llama.model.run = watch
+        llama.model.hidden_states = watch
         found = llama.generate(prompts, 10, temperature=0, logprobs=True, echo=True)
         assert found[0] == expected[0]
         for mine, theirs in zip(found[1], expected[1], strict=True):
