@@ -129,10 +129,9 @@ class FastModel:
         """
         if not text_is_original() or "run" in vars(self.model):
             self.usable, self.watch.reached = False, True
-        elif trains:
-            self._unpack_for_training()
-        elif self.watch.reached:
-            self._compare()
+        elif trains or self.watch.reached:
+            with self.watch.lock:
+                self._unpack_for_training() if trains else self._compare()
 
     def _compare(self) -> None:
         """Look at what may have been edited, and make the fast form anew where it was."""

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, ItemsView, Iterator, ValuesView
 from types import SimpleNamespace
@@ -33,11 +34,13 @@ class Watch:
         self.reached = False  # a layer or a weight was asked for
         self.edited = False  # a weight was packed again
         self.handed_out: dict[int, PackedWeight] = {}
-        self._lent: list[PackedWeight] | None = None  # to the fast form itself, while it runs the plain text
+        self.lock = threading.RLock()  # held while weights are compared or lent
+        self._lent: list[PackedWeight] | None = None  # to the fast form itself, while it runs the plain text ...
+        self._lent_to = 0  # ... in this thread
 
     def notice(self, weight: "PackedWeight | None" = None) -> None:
         """Somebody asked for a layer, or for this weight."""
-        if self._lent is None:
+        if self._lent is None or self._lent_to != threading.get_ident():
             self.reached = True
             if weight is not None:
                 self.handed_out[id(weight)] = weight
@@ -47,14 +50,15 @@ class Watch:
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
         """In this context the fast form asks, which edits nothing and holds nothing afterwards."""
-        self._lent = []
-        try:
-            yield
-        finally:
-            for weight in self._lent:
-                if id(weight) not in self.handed_out:
-                    weight.plain = None
-            self._lent = None
+        with self.lock:
+            self._lent, self._lent_to = [], threading.get_ident()
+            try:
+                yield
+            finally:
+                for weight in self._lent:
+                    if id(weight) not in self.handed_out:
+                        weight.plain = None
+                self._lent = None
 
     def take_over(self) -> None:
         """Pack again what was edited, and drop what nobody holds."""
