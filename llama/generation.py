@@ -85,7 +85,7 @@ class Llama:
         smaller = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
         directories = [on_this_machine(one) for one in (ckpt_dir, *smaller)]
         today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
-        with parallel.together():
+        with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
             check_count("prefill_chunk", prefill_chunk)
@@ -209,7 +209,7 @@ class Llama:
         back, the best first. prompt_logprobs: tell those of the prompts' tokens too. num_beams: above 1, search for the
         likeliest answers, and give num_return_sequences to each prompt; see `beams.Beams`.
         """
-        with parallel.together(parallel.group()):
+        with parallel.raise_together(parallel.group()):
             check_count("n", n)
             if best_of is not None:
                 check_best_of(best_of, n)
@@ -247,7 +247,7 @@ class Llama:
 
         With logprobs, "tokens" (their texts) and "logprobs" come too; with echo, each begins with its prompt.
         """
-        with parallel.together(parallel.group()):
+        with parallel.raise_together(parallel.group()):
             check_texts(prompts)
             prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
         if echo and logprobs:
@@ -270,7 +270,7 @@ class Llama:
         **wanted: Unpack[Wanted],
     ) -> list[ChatPrediction]:
         """The assistant's next message in each dialog. With logprobs, "tokens" and "logprobs" come too."""
-        with parallel.together(parallel.group()):
+        with parallel.raise_together(parallel.group()):
             check_list("dialogs", dialogs)
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         found = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **wanted)
@@ -297,7 +297,7 @@ class Llama:
         top_logprobs: int,
     ) -> list[Sequence]:
         """n rows to each prompt. Raises LlamaError for what can't be."""
-        with parallel.together(parallel.group()):
+        with parallel.raise_together(parallel.group()):
             check_count("n", n)
             check_prompts(prompt_tokens, self.model.params, n)
             settings = settings_of_rows(len(prompt_tokens), shared, own)
@@ -310,7 +310,7 @@ class Llama:
         self, rows: list[Sequence], output: OutputOptions, lookup_ngram: int | None, speculate_k: int, cached: int = 0
     ) -> Iterator[list[Step]]:
         """The rows' steps, with proposals where there are any. cached: see `Engine.run`."""
-        with parallel.together(parallel.group()):
+        with parallel.raise_together(parallel.group()):
             check_speculation(lookup_ngram, speculate_k)
         propose = self._drafting if lookup_ngram is None else looking_up(lookup_ngram)
         if propose is None:
@@ -321,7 +321,7 @@ class Llama:
         self, prompt_tokens: abc.Sequence[abc.Sequence[int]], beams: Beams, settings: Settings
     ) -> list[Completion]:
         """The best beams of the first prompt, then of the second ..."""
-        with parallel.together(parallel.group()):
+        with parallel.raise_together(parallel.group()):
             check_token_ids([settings], 0, self.model.params.vocab_size)
         stops = self._stops(settings)
         process = partial(processed, settings=settings, stops=stops) if settings.changes_logits else None

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 
 from ._util.validate import is_integer, is_number
-from .errors import LlamaError, shortened
+from .errors import LlamaError, shorten
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 LARGEST_PENALTY = 2.0  # of presence and frequency, in both directions, as the OpenAI API has them
@@ -147,7 +147,7 @@ class Settings:
                 self._refuse(name, f"a number in [-{LARGEST_PENALTY:.0f}, {LARGEST_PENALTY:.0f}]")
 
     def _refuse(self, name: str, expected: str) -> None:
-        raise LlamaError(f"{name} is {shortened(getattr(self, name))}, expected {expected}")
+        raise LlamaError(f"{name} is {shorten(getattr(self, name))}, expected {expected}")
 
     @property
     def changes_logits(self) -> bool:

@@ -25,9 +25,9 @@ from .._util.ranks import is_main_process
 from .._util.validate import is_integer
 from ..engine.outputs import Completion, details
 from ..engine.request_checks import check_room, check_token_ids
-from ..errors import LlamaError, counted, kind_of, shortened
+from ..errors import LlamaError, pluralize, describe, shorten
 from ..generation import Llama
-from ..parallel import broadcast_object, patient_group, together
+from ..parallel import broadcast_object, new_long_timeout_group, raise_together
 from ..settings import NAMES, Settings, Speculation, Wanted
 from ..tokenization.chat_template import formatter
 from .resumable_output import Part, beside
@@ -67,11 +67,11 @@ class RequestReader:
         n, logprobs = options.pop("n", 1), options.pop("logprobs", False)
         params = self._llama.model.params
         if not is_integer(n, 1):
-            raise LlamaError(f"n is {shortened(n)}, expected a whole number of at least 1")
+            raise LlamaError(f"n is {shorten(n)}, expected a whole number of at least 1")
         if n > params.max_batch_size:
             raise LlamaError(f"n is {n}, but max_batch_size is {params.max_batch_size}: raise --max_batch_size")
         if not isinstance(logprobs, bool):
-            raise LlamaError(f"logprobs is {shortened(logprobs)}, expected true or false")
+            raise LlamaError(f"logprobs is {shorten(logprobs)}, expected true or false")
         if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are texts
             options["logit_bias"] = {int(k) if re.fullmatch("[0-9]{1,9}", k) else k: v for k, v in bias.items()}
         settings = {**self._shared, **options}
@@ -89,11 +89,11 @@ class RequestReader:
         if "messages" in given:
             messages = given.pop("messages")
             if not isinstance(messages, list):
-                raise LlamaError(f"messages is {kind_of(messages)}, expected a list of them")
+                raise LlamaError(f"messages is {describe(messages)}, expected a list of them")
             return self._formatter.encode_dialog_prompt(messages)
         text = given.pop("prompt")
         if not isinstance(text, str):
-            raise LlamaError(f"prompt is {kind_of(text)}, expected a text")
+            raise LlamaError(f"prompt is {describe(text)}, expected a text")
         if not text:
             raise LlamaError("prompt is empty: give it at least one character")
         return self._llama.tokenizer.encode(text, bos=True, eos=False)
@@ -174,7 +174,7 @@ class Files:
 
     def summary(self) -> str:
         before = f", {self.earlier} by earlier runs" if self.earlier else ""
-        counts = f"{counted(len(self.part.places), 'line')} done, {counted(self.part.errors, 'error')}"
+        counts = f"{pluralize(len(self.part.places), 'line')} done, {pluralize(self.part.errors, 'error')}"
         return f"{self.part.output}: {counts}{before}"
 
 
@@ -219,7 +219,7 @@ def answer_all(
     silent = not is_main_process() or None  # None: unless on a terminal
     with tqdm(desc="completing", total=total, initial=earlier, unit=" lines", disable=silent) as bar:
         while True:
-            with together(ranks):
+            with raise_together(ranks):
                 batch = next(work, None)
             if (batch := broadcast_object(batch, ranks)) is None:
                 return
@@ -228,7 +228,7 @@ def answer_all(
             seconds += time.monotonic() - begun
             tokens += sum(len(one.tokens) for group in found if isinstance(group, list) for one in group)
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
-            with together(ranks):
+            with raise_together(ranks):
                 if files:
                     files.part.add([record(llama, *pair) for pair in zip(batch, found, strict=True)])
                     bar.update(len(files.part.places) - bar.n)
@@ -251,15 +251,15 @@ def complete_file(
     speculation: how tokens are proposed. Returns, on the rank that talks to the user, how it went. Raises LlamaError,
     on all ranks.
     """
-    ranks = patient_group()  # one of them may read for long while the others wait
+    ranks = new_long_timeout_group()  # one of them may read for long while the others wait
     files = None
-    with together(ranks):
+    with raise_together(ranks):
         Settings(**shared)
         if is_main_process():
             files = Files(source, output, {**about, **shared, "seed": seed}, force)
     if broadcast_object(files.left if files else 0, ranks):
         answer_all(build(), files, shared, seed, speculation or {}, ranks)
-    with together(ranks):
+    with raise_together(ranks):
         if files:
             files.part.finish()
     return files.summary() if files else None

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from .._util.console import aside, at_terminal, say
 from ..engine.request_checks import check_room
 from ..engine.session import Session
-from ..errors import LlamaError, counted, printable
+from ..errors import LlamaError, pluralize, make_printable
 from ..generation import Llama
 from ..settings import TurnOptions
 from ..tokenizer import Message
@@ -90,7 +90,7 @@ class Chat:
                     return
                 command.do("".join(rest))
             except LlamaError as e:
-                aside(f"(error: {printable(str(e))})", dim=False)
+                aside(f"(error: {make_printable(str(e))})", dim=False)
 
     def _checked(self, name: str, rest: list[str]) -> Command:
         command = self._commands.get(name)
@@ -179,7 +179,7 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         self._dialog.undo()
-        aside(f"(forgotten; the dialog has {counted(len(self._dialog.messages), 'message')})")
+        aside(f"(forgotten; the dialog has {pluralize(len(self._dialog.messages), 'message')})")
 
     def _retry(self, _: str) -> None:
         """The draw is another one, since a Llama counts how often it was asked what."""
@@ -193,7 +193,7 @@ class Chat:
         if not messages:
             raise LlamaError("there is nothing to save yet")
         self._keyboard.on_first_rank(lambda: write_dialog(name, messages))
-        aside(f"(saved {counted(len(messages), 'message')} to {printable(name)})")
+        aside(f"(saved {pluralize(len(messages), 'message')} to {make_printable(name)})")
 
     def _load(self, name: str) -> None:
         def read() -> list[Message]:
@@ -203,7 +203,7 @@ class Chat:
 
         messages = self._keyboard.on_first_rank(read)
         self._dialog = Dialog.of(messages)
-        aside(f"(loaded {counted(len(messages), 'message')} from {printable(name)})")
+        aside(f"(loaded {pluralize(len(messages), 'message')} from {make_printable(name)})")
 
     def _toggle_stats(self, _: str) -> None:
         self._shows_stats = not self._shows_stats

@@ -22,9 +22,9 @@ from ..checkpoints.inspect import report_on
 from ..checkpoints.loader import survey
 from ..engine.request_checks import check_room, check_speculation
 from ..engine.speculative import SPECULATE_K
-from ..errors import LlamaError, printable
+from ..errors import LlamaError, make_printable
 from ..generation import Llama
-from ..parallel import initialize, named_dtype
+from ..parallel import initialize, parse_dtype
 from ..settings import RowOptions, Settings, Speculation, TurnOptions
 from .batch import complete_file
 from .chat import talk
@@ -190,7 +190,7 @@ def chat(options: argparse.Namespace) -> None:
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
-    dtype = None if options.dtype is None else named_dtype(options.dtype)
+    dtype = None if options.dtype is None else parse_dtype(options.dtype)
     convert(options.src, options.dst, options.to, options.mp_size, dtype, options.force, options.quantization)
     say(f"wrote {options.dst}: {', '.join(sorted(path.name for path in Path(options.dst).iterdir()))}")
 
@@ -227,7 +227,7 @@ def complete_lines(options: argparse.Namespace) -> None:
     made = (options.input, options.output, {**settings_of(options)}, options.seed, about, options.force)
     summary = complete_file(*made, lambda: build(options, rows), speculation_of(options))
     if summary is not None and sys.stderr is not None:
-        print(printable(summary), file=sys.stderr)
+        print(make_printable(summary), file=sys.stderr)
 
 
 def inspect(options: argparse.Namespace) -> None:

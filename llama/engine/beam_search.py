@@ -131,7 +131,7 @@ def beam_search(
     no room for an answer, or too much is banned, answers without tokens and with the score -1e9 fill up.
     Raises LlamaError, before any forward pass, for what can't work; and for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_count("max_gen_len", max_gen_len)
         check_list("prompts", prompts)
         _check_rows(len(prompts), beams.num_beams, model.params)
@@ -174,8 +174,8 @@ def _choose(logits: Tensor, searches: list[_Search], count: int, process: Proces
     device, vocab_size = logits.device, logits.shape[-1]
     shape = 3, len(searches), count
     picked = torch.full(shape, -math.inf, dtype=exact_dtype(device), device=device)  # in one message
-    with nullcontext() if process is None else parallel.together(parallel.group()):  # since `process` may raise
-        if parallel.leads_group():
+    with nullcontext() if process is None else parallel.raise_together(parallel.group()):  # since `process` may raise
+        if parallel.is_group_leader():
             first = 0
             for i, totals in enumerate(_totals(logits, searches, process).split([len(s.live) for s in searches])):
                 best, places = totals.flatten().topk(min(count, totals.numel()))

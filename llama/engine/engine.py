@@ -142,7 +142,7 @@ class Engine:
         shape = 2 + 2 * output.top, len(live)
         picked = torch.zeros(shape, dtype=exact_dtype(self._device), device=self._device)  # in one message
         with together_if_foreign(live):
-            if parallel.leads_group():
+            if parallel.is_group_leader():
                 picked[:] = told(logits, sampled(logits, live, [[]] * len(live)), output)
         return parallel.broadcast(picked)
 
@@ -199,7 +199,7 @@ class Engine:
 def together_if_foreign(rows: list[Sequence]) -> contextlib.AbstractContextManager[None]:
     """A context in which an error of a caller's own function, on the one rank that calls it, ends all of them."""
     foreign = any(row.settings.logits_processor is not None for row in rows)
-    return parallel.together(parallel.group()) if foreign else contextlib.nullcontext()
+    return parallel.raise_together(parallel.group()) if foreign else contextlib.nullcontext()
 
 
 def sampled(logits: Tensor, rows: list[Sequence], ahead: abc.Sequence[list[int]]) -> Tensor:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .. import parallel
 from .._util.validate import check_texts, is_integer
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 from ..model import Transformer
 from ..tokenization.hf_tokenizer import HFTokenizer
 from ..tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def score(llama: "Llama", texts: Sequence[str], *, stride: int | None = None) ->
     finite.
     """
     size = llama.model.params.max_seq_len
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         stride = checked_stride(stride, size)
         tokens = encoded(llama.tokenizer, texts)
     model, chunk = with_the_cache(llama)
@@ -99,7 +99,7 @@ def embed(llama: "Llama", texts: Sequence[str], pooling: Pooling = "last") -> Te
     Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for what isn't a list of
     texts of at least one character and at most max_seq_len tokens each; after them for vectors that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         if pooling not in get_args(Pooling):
             raise LlamaError(f"pooling is {pooling!r}, expected {' or '.join(map(repr, get_args(Pooling)))}")
         tokens = encoded(llama.tokenizer, texts)
@@ -123,7 +123,7 @@ def encoded(tokenizer: Tokenizer | HFTokenizer, texts: Sequence[str]) -> list[li
     tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
     if [] in tokens:
         i = tokens.index([])
-        raise LlamaError(f"text {i}, {shortened(texts[i])}, has no token: expected at least one")
+        raise LlamaError(f"text {i}, {shorten(texts[i])}, has no token: expected at least one")
     return tokens
 
 

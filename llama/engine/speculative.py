@@ -84,7 +84,7 @@ def checked(
     counts = [1 + len(own) for own in proposals]
     told_of = torch.zeros(2 + 2 * output.top, sum(counts), dtype=exact_dtype(logits.device), device=logits.device)
     with together_if_foreign(live):
-        if parallel.leads_group():
+        if parallel.is_group_leader():
             wanted = torch.cat([own[:count] for own, count in zip(logits, counts, strict=True)])  # (sum, vocab_size)
             each = [row for row, count in zip(live, counts, strict=True) for _ in range(count)]
             ahead = [own[:i] for own in proposals for i in range(1 + len(own))]  # if these are right
@@ -123,7 +123,7 @@ class Drafting:
             logits = self._model.logits(h)  # (rows, vocab_size), in which all ranks take part
             tokens = torch.zeros(len(rows), dtype=torch.long, device=h.device)
             with together_if_foreign(rows):
-                if parallel.leads_group():
+                if parallel.is_group_leader():
                     tokens[:] = sampled(logits, rows, found)
             for own, token in zip(found, parallel.broadcast(tokens).tolist(), strict=True):
                 own.append(max(token, 0))

@@ -78,7 +78,7 @@ def classify(
     Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character and at most
     max_seq_len tokens each; after a pass for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         rows = encoded(tokenizer, texts)
         check_lengths(rows, max_seq_len)
@@ -108,7 +108,7 @@ def tag(
     Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character each, or a
     max_seq_len without room for any; after a pass for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         check_texts(texts, "text")
         read = [encode_with_offsets(tokenizer, text, bos=False) for text in texts]
@@ -180,7 +180,7 @@ def answer_all(
     at least one character each, a question that leaves no room within max_seq_len, or a context of nothing but white
     space; after a pass for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         check_answers(doc_stride, max_answer_tokens, n_best, null_threshold)
         contexts, offsets, places = laid_out(tokenizer, pairs, max_seq_len, doc_stride)

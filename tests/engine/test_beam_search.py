@@ -440,13 +440,13 @@ PROGRAM = """
 import json, os, sys
 from llama import Llama, LlamaError
 from llama.engine.beam_search import Beams, beam_search
-from llama.parallel import leads_group
+from llama.parallel import is_group_leader
 model = Llama.build(sys.argv[1], max_seq_len=96, max_batch_size=12, device='cpu', dtype='float32').model
 stops = frozenset(range(0, 512, 16))
 found = beam_search(model, json.loads(sys.argv[3]), Beams(4, num_return_sequences=4), 20, stops, None, 2048)
 said = [[[beam.tokens, beam.stop] for beam in row] for row in found]
 def process(logprobs, prompt, answer):
-    assert leads_group()
+    assert is_group_leader()
     if len(answer) == 2:
         raise LlamaError('the process says no')
     return logprobs
