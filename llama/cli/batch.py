@@ -23,17 +23,17 @@ from .._util.files import unreadable
 from .._util.json_lines import parsed
 from .._util.ranks import is_main_process
 from .._util.validate import is_integer
-from ..engine.outputs import Completion, details
+from ..engine.outputs import Completion, describe_completion
 from ..engine.request_checks import check_room, check_token_ids
-from ..errors import LlamaError, pluralize, describe, shorten
+from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
 from ..parallel import broadcast_object, new_long_timeout_group, raise_together
-from ..settings import NAMES, Settings, Speculation, Wanted
+from ..settings import NAMES, Options, Settings
 from ..tokenization.chat_template import formatter
 from .resumable_output import Part, beside
 
 OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}  # that a line may have
-FOREIGN = (Wanted.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - OPTIONS  # that it seems to have
+FOREIGN = (Options.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - OPTIONS  # that it seems to have
 OF_RECORDS = {"line", "generation", "finish_reason", "tokens", "error"}
 ALIKE = 0.88  # from here on a key is a misspelt option
 
@@ -178,12 +178,12 @@ class Files:
         return f"{self.part.output}: {counts}{before}"
 
 
-def answers(llama: Llama, jobs: Sequence[Job], speculation: Speculation) -> list[list[Completion] | LlamaError]:
+def answers(llama: Llama, jobs: Sequence[Job], speculation: Mapping[str, Any]) -> list[list[Completion] | LlamaError]:
     """n answers to each, or why there are none. All ranks make the same calls, and get the same errors."""
     n, logprobs = jobs[0].n, any(job.logprobs for job in jobs)
     prompts, settings = [job.prompt for job in jobs], [job.settings for job in jobs]
     try:
-        found = llama.complete(prompts, logprobs=logprobs, n=n, rows=settings, **speculation)  # type: ignore[arg-type]
+        found = llama.complete(prompts, logprobs=logprobs, n=n, rows=settings, **speculation)
     except LlamaError as e:
         if len(jobs) == 1:
             return [e]
@@ -198,7 +198,7 @@ def record(llama: Llama, job: Job, found: list[Completion] | LlamaError) -> dict
     told: list[dict[str, Any]] = []
     for one in found:
         kept = one if job.logprobs else replace(one, logprobs=None)
-        told.append({"generation": one.text, **details(kept, llama.tokenizer)})
+        told.append({"generation": one.text, **describe_completion(kept, llama.tokenizer)})
     names = dict.fromkeys(name for one in told for name in one)
     every = told[0] if job.n == 1 else {name: [one.get(name) for one in told] for name in names}
     return {"line": job.number, **job.own, **every}
@@ -209,7 +209,7 @@ def answer_all(
     files: Files | None,
     shared: Mapping[str, Any],
     seed: int,
-    speculation: Speculation,
+    speculation: Mapping[str, Any],
     ranks: ProcessGroup | None,
 ) -> None:
     """A record to every line that lacks one. files: on the rank that has them, which tells the others what to do."""
@@ -242,7 +242,7 @@ def complete_file(
     about: Mapping[str, Any],
     force: bool,
     build: Callable[[], Llama],
-    speculation: Speculation | None = None,
+    speculation: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Answer every line of `source` that has no record yet; then `output` has them all. Called on all ranks alike.
 

@@ -6,16 +6,15 @@ Knows what was said and what may be asked for; knows nothing of how keys are rea
 import contextlib
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._util.console import aside, at_terminal, say
 from ..engine.request_checks import check_room
 from ..engine.session import Session
-from ..errors import LlamaError, pluralize, make_printable
+from ..errors import LlamaError, make_printable, pluralize
 from ..generation import Llama
-from ..settings import TurnOptions
 from ..tokenizer import Message
 from .conversation import Dialog, read_dialog, write_dialog
 from .keyboard import Keyboard
@@ -59,7 +58,7 @@ class Stats:
 class Chat:
     """One dialog, on every rank alike: what is decided on rank 0 alone comes through the keyboard."""
 
-    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: TurnOptions):
+    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: Mapping[str, Any]):
         self._llama, self._keyboard, self._sampling = llama, keyboard, sampling
         self._session = Session(llama)
         self._dialog = Dialog(system)
@@ -211,7 +210,7 @@ class Chat:
         aside(told if self._shows_stats else "(an answer's speed is no longer told)")
 
 
-def talk(llama: Llama, system: str | None, sampling: TurnOptions) -> None:
+def talk(llama: Llama, system: str | None, sampling: Mapping[str, Any]) -> None:
     """Talk until /quit or the end of the input; see `llama.settings` for sampling."""
     with Keyboard() as keyboard:
         if at_terminal():
