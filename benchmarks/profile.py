@@ -135,7 +135,7 @@ def main() -> None:
     place = parallel.initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
     plan = BenchConfig.of(options, batches=[options.batch], prompts=[options.context], gen=1 + WARM_UP + 3 * STEPS)
     llama, (batch,) = plan.build(place), plan.kinds
-    say(f"{plan.model}, {batch.name} tokens, {llama.model.norm.weight.dtype} on {place.device.type}")
+    say(f"{plan.model}, {batch.name} tokens, {llama.model.dtype} on {place.device.type}")
     show(look(llama, batch, place.device.type == "cuda"), llama.model.params.n_layers)
 
 

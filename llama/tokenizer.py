@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, TypedDict, get_args
 
 import tiktoken
 
-from .errors import LlamaError, kind_of, shortened
+from .errors import LlamaError, describe, shorten
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -189,7 +189,7 @@ class ChatFormat:
         """The ids that open `message`, of which only the role is read. Raises LlamaError if it isn't one of ROLES."""
         role = field_of(message, "role")
         if role not in ROLES:
-            raise LlamaError(f"unknown role {shortened(role)}; known roles are {', '.join(ROLES)}")
+            raise LlamaError(f"unknown role {shorten(role)}; known roles are {', '.join(ROLES)}")
         special = self.tokenizer.special_tokens
         return [
             special["<|start_header_id|>"],
@@ -235,7 +235,7 @@ def checked_names(
 ) -> Set[str]:
     """Which of the `known` control tokens may stand in `s`. Raises LlamaError as `Tokenizer.encode` says."""
     if not isinstance(s, str):
-        raise LlamaError(f"text to encode is {kind_of(s)}; expected str")
+        raise LlamaError(f"text to encode is {describe(s)}; expected str")
     allowed, disallowed = (
         _set_of_names(names, known, argument)
         for names, argument in ((allowed_special, "allowed_special"), (disallowed_special, "disallowed_special"))
@@ -261,12 +261,12 @@ def _set_of_names(names: Literal["all"] | Collection[str], known: Set[str], argu
 
 def field_of(message: object, name: str) -> str:
     if not isinstance(message, Mapping):
-        raise LlamaError(f"a message is {kind_of(message)}; expected a dict with 'role' and 'content'")
+        raise LlamaError(f"a message is {describe(message)}; expected a dict with 'role' and 'content'")
     if name not in message:
         raise LlamaError(f"no {name!r}, only {sorted(map(str, message))}; expected 'role' and 'content'")
     value = message[name]
     if not isinstance(value, str):
-        raise LlamaError(f"{name!r} is {kind_of(value)}; expected str")
+        raise LlamaError(f"{name!r} is {describe(value)}; expected str")
     return value
 
 
@@ -329,7 +329,7 @@ def _parse_vocabulary(path: str, data: bytes) -> dict[bytes, int]:
         try:
             token, rank = _parse_line(line)
             if token in ranks:
-                raise LlamaError(f"the token {shortened(token)} already has line {line_of_rank[ranks[token]]}")
+                raise LlamaError(f"the token {shorten(token)} already has line {line_of_rank[ranks[token]]}")
             if rank in line_of_rank:
                 raise LlamaError(f"the rank {rank} already has line {line_of_rank[rank]}")
         except LlamaError as error:
@@ -363,11 +363,11 @@ def _is_sentencepiece(data: bytes) -> bool:
 def _parse_line(line: bytes) -> tuple[bytes, int]:
     fields = line.split()
     if len(fields) != 2:
-        raise LlamaError(f"found {shortened(line)}, {len(fields)} field(s) and not 2")
+        raise LlamaError(f"found {shorten(line)}, {len(fields)} field(s) and not 2")
     try:
         token = base64.b64decode(fields[0], validate=True)
     except ValueError as error:
-        raise LlamaError(f"found {shortened(fields[0])}, which isn't base64 ({error})") from None
+        raise LlamaError(f"found {shorten(fields[0])}, which isn't base64 ({error})") from None
     if not (fields[1].isdigit() and len(fields[1]) < 10):
-        raise LlamaError(f"found the rank {shortened(fields[1])}, which isn't a number from 0 up")
+        raise LlamaError(f"found the rank {shorten(fields[1])}, which isn't a number from 0 up")
     return token, int(fields[1])

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any, NoReturn
 
-from ..errors import LlamaError, kind_of
+from ..errors import LlamaError, describe
 
 
 def parsed(line: bytes) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def parsed(line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:  # numbers that are none or too long; brackets without end
         raise LlamaError(f"the line is not JSON that can be read: {e}") from None
     if not isinstance(value, dict):
-        raise LlamaError(f"the line is {kind_of(value)}, expected a JSON object")
+        raise LlamaError(f"the line is {describe(value)}, expected a JSON object")
     return value
 
 

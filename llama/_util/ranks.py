@@ -1,4 +1,4 @@
-"""Which of the processes that torchrun started this one is. Answers before any process group is there."""
+"""Which of torchrun's processes this one is. Works before a process group exists."""
 
 import os
 
@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 
 def env_rank() -> tuple[int, int, int]:
-    """(rank, world size, rank on this machine), as torchrun says them; (0, 1, 0) without torchrun."""
+    """(rank, world size, rank on this machine), from torchrun's environment variables; (0, 1, 0) without torchrun."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if not all(name in os.environ for name in names):
         return 0, 1, 0
@@ -15,5 +15,5 @@ def env_rank() -> tuple[int, int, int]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that talks to the user: rank 0. Answers before anything is initialized too."""
+    """Whether this process is rank 0, which prints for the user. Works before anything is initialized too."""
     return (dist.get_rank() if dist.is_initialized() else env_rank()[0]) == 0

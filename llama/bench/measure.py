@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..accelerate.memory_pages import in_large_pages
-from ..parallel import together
+from ..parallel import raise_together
 
 METER_BYTES = 1 << 28  # read at a time to measure the bandwidth: more than caches hold
 METER_PASSES = 4
@@ -108,7 +108,7 @@ class Bandwidth:
 
     def measure(self) -> float:
         """Bytes a second. Ranks come out of it together, so that none's clock starts while another still measures."""
-        with together():
+        with raise_together():
             seconds = min([self._pass() for _ in range(METER_PASSES)])
             return METER_BYTES * (1 if self._target is None else 2 * COPIES) / seconds
 

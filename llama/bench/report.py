@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from ..errors import printable
+from ..errors import make_printable
 from .measure import Batch, Run, Spread
 
 LABEL_WIDTH = 12
@@ -135,7 +135,7 @@ class BenchReport:
             + ", rank 0's" * (self.ranks > 1),
         }
         lines = [f"{label:{LABEL_WIDTH}} {text or 'unknown'}" for label, text in facts.items()]
-        return "\n".join(printable(line) for line in [*lines, "", *aligned(self._table())])
+        return "\n".join(make_printable(line) for line in [*lines, "", *aligned(self._table())])
 
     def _table(self) -> list[list[str]]:
         rows = [HEAD]

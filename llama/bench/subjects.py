@@ -90,7 +90,7 @@ class Walking:
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
         shortest, longest = min(map(len, prompts)), max(map(len, prompts))
         padded = [prompt + [0] * (longest + gen - len(prompt)) for prompt in prompts]
-        tokens = torch.tensor(padded, device=self.model.norm.weight.device)  # (B, longest + gen)
+        tokens = torch.tensor(padded, device=self.model.device)  # (B, longest + gen)
         before = 0
         for position in range(shortest, longest + gen):
             logits = self.model(tokens[:, before:position], before)  # (B, T, vocab_size)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .._util.files import read_json, unfinished_directory, write_json
 from ..accelerate.quantization import BITS, Quantization, bits_of
-from ..errors import LlamaError, one_line
+from ..errors import LlamaError, to_one_line
 from ..model import ModelArgs
 from ..tokenization.export import write_tokenizer_json
 from ..tokenizer import Tokenizer
@@ -112,7 +112,7 @@ def write(
                 body = body_name(config["model_type"], checkpoint.task)
                 write_hf(checkpoint, sizes, unfinished, dtype, quantization, body)
         except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
-            raise LlamaError(f"{target} can't be written ({one_line(e)})") from e
+            raise LlamaError(f"{target} can't be written ({to_one_line(e)})") from e
         if to == "hf":
             write_tokenizer(checkpoint, unfinished)
         elif source := source_config(checkpoint):  # what only a config.json says

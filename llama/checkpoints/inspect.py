@@ -14,9 +14,9 @@ import torch
 
 from .._util.validate import check_count
 from ..accelerate.quantization import BITS, GROUP, Quantization, bits_of
-from ..errors import LlamaError, counted, printable
+from ..errors import LlamaError, make_printable, pluralize
 from ..model import ModelArgs
-from ..parallel import DTYPES, named_dtype
+from ..parallel import DTYPES, parse_dtype
 from ..tokenization.hf_tokenizer import open_tokenizer
 from ..tokenizer import Tokenizer
 from .fit import check_ranks, check_vocabulary
@@ -105,7 +105,7 @@ class CheckpointReport:
 
     def as_text(self) -> str:
         """Two columns. Characters that could steer a terminal are replaced, whoever chose the names of the files."""
-        return "\n".join(f"{label:{LABEL_WIDTH}} {printable(text)}" for label, text in rows(self))
+        return "\n".join(f"{label:{LABEL_WIDTH}} {make_printable(text)}" for label, text in rows(self))
 
 
 def report_on(
@@ -123,7 +123,7 @@ def report_on(
     """
     for name, count in (("mp_size", mp_size), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         check_count(name, count)
-    chosen = None if dtype is None else named_dtype(dtype)
+    chosen = None if dtype is None else parse_dtype(dtype)
     args, head, problems = checkpoint.args, checkpoint.head, list(checkpoint.problems)
     found = Counter(stored.dtype for stored in checkpoint.tensors.values())
     found.update(tensor.dtype for tensor in checkpoint.head_tensors.values())
@@ -268,7 +268,7 @@ def labels_in_short(labels: list[str]) -> str:
     if not labels:
         return ""
     more = ", ..." * (len(labels) > LISTED_LABELS)
-    return f", {counted(len(labels), 'label')}: {', '.join(labels[:LISTED_LABELS])}{more}"
+    return f", {pluralize(len(labels), 'label')}: {', '.join(labels[:LISTED_LABELS])}{more}"
 
 
 def labelled(label: str, lines: list[str]) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,7 @@ from .._util.ranks import is_main_process
 from ..accelerate.quantization import BITS, GROUP, Quantization, QuantizedMatrix, QuantizedRows
 from ..errors import LlamaError
 from ..model import ModelArgs, Transformer
-from ..parallel import Place, together
+from ..parallel import Place, raise_together
 from . import hf_config
 from . import huggingface as hf_format
 from . import meta as meta_format
@@ -343,7 +343,7 @@ def load_model(
     comes. A matrix that the files hold quantized has no place yet, and comes as `quantized`; without `take`, as the
     numbers that its integers stand for. If one rank fails, every rank raises its LlamaError.
     """
-    with together():
+    with raise_together():
         model = build_on_meta(args)
         sizes = part_sizes(args, place.mp_size)
         total = sum(sizes.values()) * place.dtype.itemsize

@@ -43,8 +43,8 @@ def on_this_machine(ckpt_dir: str | Path) -> str | Path:
     """The directory itself, or of a URL the copy of what is there. Called on all ranks alike."""
     if not is_url(ckpt_dir):
         return ckpt_dir
-    with parallel.together(parallel.patient_group()):
-        if parallel.leads_machine():
+    with parallel.raise_together(parallel.new_long_timeout_group()):
+        if parallel.is_machine_leader():
             local_copy(str(ckpt_dir))
     return cache_directory(str(ckpt_dir))
 

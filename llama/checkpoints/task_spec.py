@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from .._util.validate import is_number
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 Task = Literal["language", "classify", "tag", "answer"]
@@ -45,12 +45,12 @@ class HeadConfig:
     def __post_init__(self) -> None:
         texts = all(isinstance(label, str) for label in self.labels)
         if not texts or not self.labels or len(set(self.labels)) < len(self.labels):
-            raise LlamaError(f"labels are {shortened(self.labels)}, expected at least one name, each of them once")
+            raise LlamaError(f"labels are {shorten(self.labels)}, expected at least one name, each of them once")
         if self.problem_type is not None and self.problem_type not in get_args(ProblemType):
             expected = ", ".join(get_args(ProblemType))
-            raise LlamaError(f"problem_type is {shortened(self.problem_type)}, expected one of {expected}")
+            raise LlamaError(f"problem_type is {shorten(self.problem_type)}, expected one of {expected}")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise LlamaError(f"dropout is {shortened(self.dropout)}, expected a number in [0, 1)")
+            raise LlamaError(f"dropout is {shorten(self.dropout)}, expected a number in [0, 1)")
 
     def inferred(self, labels: Tensor | None = None) -> ProblemType:
         """labels: as a SequenceClassifier takes them, if there are any."""
@@ -128,13 +128,13 @@ def read_labels(values: dict[str, Any], path: Path) -> tuple[str, ...]:
     if names is None:
         count = values.get("num_labels", 2)
         if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MOST_LABELS:
-            raise LlamaError(f"{path}: num_labels is {shortened(count)}, expected a whole number of at least 1")
+            raise LlamaError(f"{path}: num_labels is {shorten(count)}, expected a whole number of at least 1")
         return tuple(f"LABEL_{i}" for i in range(count))
     if not isinstance(names, dict) or names.keys() != {str(i) for i in range(len(names))}:
-        raise LlamaError(f"{path}: id2label is {shortened(names)}, expected a name for each of 0, 1, 2 ...")
+        raise LlamaError(f"{path}: id2label is {shorten(names)}, expected a name for each of 0, 1, 2 ...")
     found = [names[str(i)] for i in range(len(names))]
     if not all(isinstance(name, str) for name in found):
-        raise LlamaError(f"{path}: id2label is {shortened(names)}, expected texts")
+        raise LlamaError(f"{path}: id2label is {shorten(names)}, expected texts")
     return tuple(found)
 
 

@@ -23,17 +23,17 @@ from .._util.files import unreadable
 from .._util.json_lines import parsed
 from .._util.ranks import is_main_process
 from .._util.validate import is_integer
-from ..engine.outputs import Completion, details
+from ..engine.outputs import Completion, describe_completion
 from ..engine.request_checks import check_room, check_token_ids
-from ..errors import LlamaError, counted, kind_of, shortened
+from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
-from ..parallel import broadcast_object, patient_group, together
-from ..settings import NAMES, Settings, Speculation, Wanted
+from ..parallel import broadcast_object, new_long_timeout_group, raise_together
+from ..settings import NAMES, Options, Settings
 from ..tokenization.chat_template import formatter
 from .resumable_output import Part, beside
 
 OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}  # that a line may have
-FOREIGN = (Wanted.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - OPTIONS  # that it seems to have
+FOREIGN = (Options.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - OPTIONS  # that it seems to have
 OF_RECORDS = {"line", "generation", "finish_reason", "tokens", "error"}
 ALIKE = 0.88  # from here on a key is a misspelt option
 
@@ -67,11 +67,11 @@ class RequestReader:
         n, logprobs = options.pop("n", 1), options.pop("logprobs", False)
         params = self._llama.model.params
         if not is_integer(n, 1):
-            raise LlamaError(f"n is {shortened(n)}, expected a whole number of at least 1")
+            raise LlamaError(f"n is {shorten(n)}, expected a whole number of at least 1")
         if n > params.max_batch_size:
             raise LlamaError(f"n is {n}, but max_batch_size is {params.max_batch_size}: raise --max_batch_size")
         if not isinstance(logprobs, bool):
-            raise LlamaError(f"logprobs is {shortened(logprobs)}, expected true or false")
+            raise LlamaError(f"logprobs is {shorten(logprobs)}, expected true or false")
         if isinstance(bias := options.get("logit_bias"), dict):  # JSON's keys are texts
             options["logit_bias"] = {int(k) if re.fullmatch("[0-9]{1,9}", k) else k: v for k, v in bias.items()}
         settings = {**self._shared, **options}
@@ -89,11 +89,11 @@ class RequestReader:
         if "messages" in given:
             messages = given.pop("messages")
             if not isinstance(messages, list):
-                raise LlamaError(f"messages is {kind_of(messages)}, expected a list of them")
+                raise LlamaError(f"messages is {describe(messages)}, expected a list of them")
             return self._formatter.encode_dialog_prompt(messages)
         text = given.pop("prompt")
         if not isinstance(text, str):
-            raise LlamaError(f"prompt is {kind_of(text)}, expected a text")
+            raise LlamaError(f"prompt is {describe(text)}, expected a text")
         if not text:
             raise LlamaError("prompt is empty: give it at least one character")
         return self._llama.tokenizer.encode(text, bos=True, eos=False)
@@ -174,16 +174,16 @@ class Files:
 
     def summary(self) -> str:
         before = f", {self.earlier} by earlier runs" if self.earlier else ""
-        counts = f"{counted(len(self.part.places), 'line')} done, {counted(self.part.errors, 'error')}"
+        counts = f"{pluralize(len(self.part.places), 'line')} done, {pluralize(self.part.errors, 'error')}"
         return f"{self.part.output}: {counts}{before}"
 
 
-def answers(llama: Llama, jobs: Sequence[Job], speculation: Speculation) -> list[list[Completion] | LlamaError]:
+def answers(llama: Llama, jobs: Sequence[Job], speculation: Mapping[str, Any]) -> list[list[Completion] | LlamaError]:
     """n answers to each, or why there are none. All ranks make the same calls, and get the same errors."""
     n, logprobs = jobs[0].n, any(job.logprobs for job in jobs)
     prompts, settings = [job.prompt for job in jobs], [job.settings for job in jobs]
     try:
-        found = llama.complete(prompts, logprobs=logprobs, n=n, rows=settings, **speculation)  # type: ignore[arg-type]
+        found = llama.complete(prompts, logprobs=logprobs, n=n, rows=settings, **speculation)
     except LlamaError as e:
         if len(jobs) == 1:
             return [e]
@@ -198,7 +198,7 @@ def record(llama: Llama, job: Job, found: list[Completion] | LlamaError) -> dict
     told: list[dict[str, Any]] = []
     for one in found:
         kept = one if job.logprobs else replace(one, logprobs=None)
-        told.append({"generation": one.text, **details(kept, llama.tokenizer)})
+        told.append({"generation": one.text, **describe_completion(kept, llama.tokenizer)})
     names = dict.fromkeys(name for one in told for name in one)
     every = told[0] if job.n == 1 else {name: [one.get(name) for one in told] for name in names}
     return {"line": job.number, **job.own, **every}
@@ -209,7 +209,7 @@ def answer_all(
     files: Files | None,
     shared: Mapping[str, Any],
     seed: int,
-    speculation: Speculation,
+    speculation: Mapping[str, Any],
     ranks: ProcessGroup | None,
 ) -> None:
     """A record to every line that lacks one. files: on the rank that has them, which tells the others what to do."""
@@ -219,7 +219,7 @@ def answer_all(
     silent = not is_main_process() or None  # None: unless on a terminal
     with tqdm(desc="completing", total=total, initial=earlier, unit=" lines", disable=silent) as bar:
         while True:
-            with together(ranks):
+            with raise_together(ranks):
                 batch = next(work, None)
             if (batch := broadcast_object(batch, ranks)) is None:
                 return
@@ -228,7 +228,7 @@ def answer_all(
             seconds += time.monotonic() - begun
             tokens += sum(len(one.tokens) for group in found if isinstance(group, list) for one in group)
             bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
-            with together(ranks):
+            with raise_together(ranks):
                 if files:
                     files.part.add([record(llama, *pair) for pair in zip(batch, found, strict=True)])
                     bar.update(len(files.part.places) - bar.n)
@@ -242,7 +242,7 @@ def complete_file(
     about: Mapping[str, Any],
     force: bool,
     build: Callable[[], Llama],
-    speculation: Speculation | None = None,
+    speculation: Mapping[str, Any] | None = None,
 ) -> str | None:
     """Answer every line of `source` that has no record yet; then `output` has them all. Called on all ranks alike.
 
@@ -251,15 +251,15 @@ def complete_file(
     speculation: how tokens are proposed. Returns, on the rank that talks to the user, how it went. Raises LlamaError,
     on all ranks.
     """
-    ranks = patient_group()  # one of them may read for long while the others wait
+    ranks = new_long_timeout_group()  # one of them may read for long while the others wait
     files = None
-    with together(ranks):
+    with raise_together(ranks):
         Settings(**shared)
         if is_main_process():
             files = Files(source, output, {**about, **shared, "seed": seed}, force)
     if broadcast_object(files.left if files else 0, ranks):
         answer_all(build(), files, shared, seed, speculation or {}, ranks)
-    with together(ranks):
+    with raise_together(ranks):
         if files:
             files.part.finish()
     return files.summary() if files else None

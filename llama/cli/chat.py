@@ -6,16 +6,15 @@ Knows what was said and what may be asked for; knows nothing of how keys are rea
 import contextlib
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .._util.console import aside, at_terminal, say
 from ..engine.request_checks import check_room
 from ..engine.session import Session
-from ..errors import LlamaError, counted, printable
+from ..errors import LlamaError, make_printable, pluralize
 from ..generation import Llama
-from ..settings import TurnOptions
 from ..tokenizer import Message
 from .conversation import Dialog, read_dialog, write_dialog
 from .keyboard import Keyboard
@@ -59,7 +58,7 @@ class Stats:
 class Chat:
     """One dialog, on every rank alike: what is decided on rank 0 alone comes through the keyboard."""
 
-    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: TurnOptions):
+    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, sampling: Mapping[str, Any]):
         self._llama, self._keyboard, self._sampling = llama, keyboard, sampling
         self._session = Session(llama)
         self._dialog = Dialog(system)
@@ -90,7 +89,7 @@ class Chat:
                     return
                 command.do("".join(rest))
             except LlamaError as e:
-                aside(f"(error: {printable(str(e))})", dim=False)
+                aside(f"(error: {make_printable(str(e))})", dim=False)
 
     def _checked(self, name: str, rest: list[str]) -> Command:
         command = self._commands.get(name)
@@ -179,7 +178,7 @@ class Chat:
 
     def _undo(self, _: str) -> None:
         self._dialog.undo()
-        aside(f"(forgotten; the dialog has {counted(len(self._dialog.messages), 'message')})")
+        aside(f"(forgotten; the dialog has {pluralize(len(self._dialog.messages), 'message')})")
 
     def _retry(self, _: str) -> None:
         """The draw is another one, since a Llama counts how often it was asked what."""
@@ -193,7 +192,7 @@ class Chat:
         if not messages:
             raise LlamaError("there is nothing to save yet")
         self._keyboard.on_first_rank(lambda: write_dialog(name, messages))
-        aside(f"(saved {counted(len(messages), 'message')} to {printable(name)})")
+        aside(f"(saved {pluralize(len(messages), 'message')} to {make_printable(name)})")
 
     def _load(self, name: str) -> None:
         def read() -> list[Message]:
@@ -203,7 +202,7 @@ class Chat:
 
         messages = self._keyboard.on_first_rank(read)
         self._dialog = Dialog.of(messages)
-        aside(f"(loaded {counted(len(messages), 'message')} from {printable(name)})")
+        aside(f"(loaded {pluralize(len(messages), 'message')} from {make_printable(name)})")
 
     def _toggle_stats(self, _: str) -> None:
         self._shows_stats = not self._shows_stats
@@ -211,7 +210,7 @@ class Chat:
         aside(told if self._shows_stats else "(an answer's speed is no longer told)")
 
 
-def talk(llama: Llama, system: str | None, sampling: TurnOptions) -> None:
+def talk(llama: Llama, system: str | None, sampling: Mapping[str, Any]) -> None:
     """Talk until /quit or the end of the input; see `llama.settings` for sampling."""
     with Keyboard() as keyboard:
         if at_terminal():

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from .._util.console import say
 from .._util.ranks import is_main_process
@@ -22,10 +23,10 @@ from ..checkpoints.inspect import report_on
 from ..checkpoints.loader import survey
 from ..engine.request_checks import check_room, check_speculation
 from ..engine.speculative import SPECULATE_K
-from ..errors import LlamaError, printable
+from ..errors import LlamaError, make_printable
 from ..generation import Llama
-from ..parallel import initialize, named_dtype
-from ..settings import RowOptions, Settings, Speculation, TurnOptions
+from ..parallel import initialize, parse_dtype
+from ..settings import SETTINGS, Settings
 from .batch import complete_file
 from .chat import talk
 from .finetune import add_finetune
@@ -38,14 +39,8 @@ def model_options() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--ckpt_dir", help="directory or URL of the checkpoint (default: the demo model)")
     add("--tokenizer_path", help="tokenizer.model or tokenizer.json (default: the one in ckpt_dir)")
-    add("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default: %(default)s)")
-    add("--top_p", type=float, default=0.9, help="draw from the likeliest tokens of this mass (default: %(default)s)")
-    add("--top_k", type=int, help="draw from so many of the likeliest tokens (default: all)")
-    add("--min_p", type=float, default=0.0, help="draw none below this share of the likeliest's chance (default: 0)")
-    add("--repetition_penalty", type=float, default=1.0, help="above 1, what occurred gets less likely (default: 1)")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end an answer before TEXT; may be repeated")
+    add_sampling_options(options)
     add("--max_seq_len", type=int, default=512, help="longest prompt and answer together (default: %(default)s tokens)")
-    add("--max_gen_len", type=int, help="longest answer, in tokens (default: what fits in max_seq_len)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--dtype", help="bfloat16, float16, float32, or auto: the files' (default: the best for the device)")
     add("--draft_ckpt_dir", help="a smaller model of the same vocabulary, to propose tokens: the same text, sooner")
@@ -54,6 +49,21 @@ def model_options() -> argparse.ArgumentParser:
     add("--seed", type=int, default=1, help="the same seed gives the same text (default: %(default)s)")
     add_form(options)
     return options
+
+
+def add_sampling_options(command: argparse.ArgumentParser) -> None:
+    """The fields of `Settings` that are options of commands."""
+    defaults = Settings()
+    for name, setting in SETTINGS.items():
+        if not setting.on_command_line:
+            continue
+        default, parse = getattr(defaults, name), setting.values.parse
+        if isinstance(default, tuple):
+            command.add_argument(f"--{name}", action="append", default=[], metavar="TEXT", help=setting.help)
+        else:
+            text = setting.help if default is None else f"{setting.help} (default: {default})"
+            metavar = "N" if parse is int else "X"
+            command.add_argument(f"--{name}", type=parse, default=default, metavar=metavar, help=text)
 
 
 def add_form(command: argparse.ArgumentParser) -> None:
@@ -163,34 +173,26 @@ def bench(options: argparse.Namespace) -> None:
         chart.draw(report)
 
 
-def settings_of(options: argparse.Namespace) -> RowOptions:
-    """What `model_options` say of an answer. Raises LlamaError for what can't be."""
-    found: RowOptions = {
-        "max_gen_len": options.max_gen_len,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "min_p": options.min_p,
-        "repetition_penalty": options.repetition_penalty,
-        "stop": options.stop,
-    }
-    Settings(**found)
-    return found
+def read_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling settings. Raises LlamaError for a value that is out of range."""
+    settings = {name: getattr(options, name) for name, setting in SETTINGS.items() if setting.on_command_line}
+    Settings(**settings)
+    return settings
 
 
-def speculation_of(options: argparse.Namespace) -> Speculation:
+def speculation_of(options: argparse.Namespace) -> dict[str, Any]:
     """How tokens are to be proposed. Raises LlamaError for what can't be."""
     check_speculation(options.lookup_ngram, options.speculate_k)
     return {"lookup_ngram": options.lookup_ngram, "speculate_k": options.speculate_k}
 
 
 def chat(options: argparse.Namespace) -> None:
-    settings: TurnOptions = {**settings_of(options), **speculation_of(options)}
+    settings = {**read_settings(options), **speculation_of(options)}
     talk(build(options), options.system, settings)
 
 
 def convert_checkpoint(options: argparse.Namespace) -> None:
-    dtype = None if options.dtype is None else named_dtype(options.dtype)
+    dtype = None if options.dtype is None else parse_dtype(options.dtype)
     convert(options.src, options.dst, options.to, options.mp_size, dtype, options.force, options.quantization)
     say(f"wrote {options.dst}: {', '.join(sorted(path.name for path in Path(options.dst).iterdir()))}")
 
@@ -205,7 +207,7 @@ def complete(options: argparse.Namespace) -> None:
     if given := [name for name, value in of_files.items() if value]:
         raise LlamaError(f"--{given[0]} belongs to --input, and a text was given")
     check_texts([options.text])
-    settings: TurnOptions = {**settings_of(options), **speculation_of(options)}
+    settings = {**read_settings(options), **speculation_of(options)}
     llama = build(options)
     prompt = llama.tokenizer.encode(options.text, bos=True, eos=False)
     check_room(prompt, options.max_seq_len)
@@ -224,10 +226,10 @@ def complete_lines(options: argparse.Namespace) -> None:
     names = ("tokenizer_path", "max_seq_len", "dtype", "quantization")
     about = {name: getattr(options, name) for name in names}
     about["ckpt_dir"] = ckpt_dir if is_url(ckpt_dir) else os.path.realpath(ckpt_dir)
-    made = (options.input, options.output, {**settings_of(options)}, options.seed, about, options.force)
+    made = (options.input, options.output, {**read_settings(options)}, options.seed, about, options.force)
     summary = complete_file(*made, lambda: build(options, rows), speculation_of(options))
     if summary is not None and sys.stderr is not None:
-        print(printable(summary), file=sys.stderr)
+        print(make_printable(summary), file=sys.stderr)
 
 
 def inspect(options: argparse.Namespace) -> None:

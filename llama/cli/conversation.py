@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._util.files import unreadable, write_whole
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 from ..tokenizer import ROLES, Message
 
 EXPECTED = 'a JSON list of {"role": ..., "content": ...}'
@@ -71,13 +71,13 @@ def read_dialog(name: str) -> list[Message]:
     except (ValueError, RecursionError) as e:
         raise LlamaError(f"{path} is not JSON ({e}): expected {EXPECTED}") from None
     if not isinstance(found, list) or not found:
-        raise LlamaError(f"{path} holds {shortened(found)}: expected {EXPECTED}")
+        raise LlamaError(f"{path} holds {shorten(found)}: expected {EXPECTED}")
     for number, message in enumerate(found, start=1):
         which = f"{path}: message {number} of {len(found)}"
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise LlamaError(f"{which} is {shortened(message)}: expected {EXPECTED}, both of them texts")
+            raise LlamaError(f"{which} is {shorten(message)}: expected {EXPECTED}, both of them texts")
         if message.get("role") not in ROLES:
-            raise LlamaError(f"{which} has the role {shortened(message.get('role'))}: expected {', '.join(ROLES)}")
+            raise LlamaError(f"{which} has the role {shorten(message.get('role'))}: expected {', '.join(ROLES)}")
         if message["role"] == "system" and number > 1:
             raise LlamaError(f"{which} is a system message: expected it before all others, or not at all")
     return [{"role": message["role"], "content": message["content"]} for message in found]

@@ -17,7 +17,7 @@ from .._util.console import aside, at_terminal
 from .._util.files import cache_home, write_whole
 from .._util.ranks import is_main_process
 from ..errors import LlamaError
-from ..parallel import broadcast_object, patient_group
+from ..parallel import broadcast_object, new_long_timeout_group
 
 if sys.platform != "win32":
     import termios
@@ -110,7 +110,7 @@ class Keyboard:
     def __init__(self) -> None:
         if is_main_process() and None in (sys.stdin, sys.stdout):
             raise LlamaError("chat needs standard input and output, and one of them is closed")
-        self._ranks = patient_group()
+        self._ranks = new_long_timeout_group()
         self._stop = self._reading = False
         self._typed = is_main_process() and sys.stdin.isatty()
         self._watched = self._typed and self._ranks is not None

@@ -14,7 +14,7 @@ import fire
 import torch.distributed as dist
 
 from .._util.ranks import is_main_process
-from ..errors import LlamaError, printable
+from ..errors import LlamaError, make_printable
 
 SECONDS_FOR_RANK_0 = 3
 DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
@@ -38,7 +38,7 @@ def errors_in_one_line() -> Iterator[None]:
         if not is_main_process():
             time.sleep(SECONDS_FOR_RANK_0)
         if is_main_process() or not e.everywhere:
-            print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
+            print(f"error: {make_printable(str(e))}", file=sys.stderr, flush=True)
         if dist.is_initialized() and dist.get_world_size() > 1:
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -46,7 +46,7 @@ def errors_in_one_line() -> Iterator[None]:
         sys.exit(1)
     except OSError as e:
         if not isinstance(e, BrokenPipeError):  # the reader of our output has gone, as in `... | head`
-            print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
+            print(f"error: {make_printable(str(e))}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as e:

@@ -24,7 +24,7 @@ from ..checkpoints.loader import Checkpoint, find_tokenizer, load_model, open_ch
 from ..checkpoints.opened import on_this_machine, sized
 from ..checkpoints.schema import Stored, shared_over, split_dim, tensor_shapes
 from ..checkpoints.task_spec import TAG_DROPOUT, TENSORS, HeadConfig, ProblemType, Task
-from ..errors import LlamaError, one_line, shortened
+from ..errors import LlamaError, shorten, to_one_line
 from ..model import Transformer
 from ..tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
 from ..tokenizer import Tokenizer
@@ -63,7 +63,7 @@ class TaskModel:
         """
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         directory = on_this_machine(ckpt_dir)
-        with parallel.together():
+        with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
             checkpoint = for_task(open_checkpoint(directory), task, labels, problem_type)
@@ -76,7 +76,7 @@ class TaskModel:
         tensors = checkpoint.head_tensors
         if adapter_dir is not None:
             tensors = {**tensors, **load_adapter(model, adapter_dir)}
-        with parallel.together():
+        with parallel.raise_together():
             fill(head, tensors, TENSORS[checkpoint.task], adapter_dir or checkpoint.directory)
         return TaskModel(head.eval(), tokenizer, checkpoint)
 
@@ -127,15 +127,15 @@ class TaskModel:
         dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, for what
         can't be written, and where `directory` holds files, unless `force` lets the checkpoint there be replaced.
         """
-        with parallel.patience() as ranks:
-            with parallel.together(ranks), written(directory):
+        with parallel.long_timeout_group() as ranks:
+            with parallel.raise_together(ranks), written(directory):
                 kept = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
                 target = local(directory)
                 if parallel.is_main_process():
                     check_target(self.checkpoint, target, force)
                 places = self._places(target) if parallel.is_main_process() and parallel.group().size() > 1 else {}
             tensors = gathered(self.model, places)
-            with parallel.together(ranks), written(directory):
+            with parallel.raise_together(ranks), written(directory):
                 if parallel.is_main_process():
                     head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
                     found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
@@ -162,7 +162,7 @@ def written(directory: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise LlamaError(f"{directory} can't be written ({one_line(e)})") from e
+        raise LlamaError(f"{directory} can't be written ({to_one_line(e)})") from e
 
 
 def fill(head: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str], where: str | Path) -> None:
@@ -189,7 +189,7 @@ def for_task(
     if task not in TENSORS:
         raise LlamaError(f"task is {task!r}, expected one of {', '.join(TENSORS)}")
     if labels is not None and (task not in ("classify", "tag") or not isinstance(labels, list | tuple)):
-        raise LlamaError(f"labels is {shortened(labels)}, expected a list of names to classify or tag by, or None")
+        raise LlamaError(f"labels is {shorten(labels)}, expected a list of names to classify or tag by, or None")
     if problem_type is not None and task != "classify":
         raise LlamaError(f"problem_type is {problem_type!r}, expected None: the task is {task}, and not classify")
     if task == "language":

@@ -18,7 +18,7 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import LlamaError, one_line, shortened
+from ..errors import LlamaError, shorten, to_one_line
 from ..tokenizer import ROLES, ChatFormat, Dialog, Message, Tokenizer, field_of
 from .hf_tokenizer import HFTokenizer, names_pattern, without_surrogates
 
@@ -81,7 +81,7 @@ class TemplateFormat:
         except LlamaError:
             raise
         except Exception as error:  # the template is a program, and may fail in any way a program can
-            raise LlamaError(f"the chat template fails ({type(error).__name__}: {one_line(error)})") from None
+            raise LlamaError(f"the chat template fails ({type(error).__name__}: {to_one_line(error)})") from None
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -100,7 +100,7 @@ class TemplateFormat:
         try:
             return environment.from_string(source)
         except Exception as error:  # mostly TemplateSyntaxError; RecursionError and others for what was made to harm
-            raise LlamaError(f"the chat template isn't Jinja that can be read ({one_line(error)})") from None
+            raise LlamaError(f"the chat template isn't Jinja that can be read ({to_one_line(error)})") from None
 
     def _hidden(self, role: str, content: str, stand_ins: "_StandIns") -> str:
         """`content` with stand-ins for control tokens' names, and for their pieces at the edges."""
@@ -182,12 +182,12 @@ def _checked(message: Message) -> tuple[str, str]:
     """Role and content of `message`, in characters that a tokenizer can take."""
     role, content = field_of(message, "role"), field_of(message, "content")
     if role not in ROLES:
-        raise LlamaError(f"unknown role {shortened(role)}; known roles are {', '.join(ROLES)}")
+        raise LlamaError(f"unknown role {shorten(role)}; known roles are {', '.join(ROLES)}")
     return role, without_surrogates(content)
 
 
 def _raise_exception(message: object) -> NoReturn:
-    raise LlamaError(f"the chat template refuses the dialog: {one_line(message)}")
+    raise LlamaError(f"the chat template refuses the dialog: {to_one_line(message)}")
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:

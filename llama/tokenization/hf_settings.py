@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .._util.files import read_json, unreadable
-from ..errors import LlamaError, kind_of
+from ..errors import LlamaError, describe
 
 _NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
 
@@ -24,7 +24,9 @@ def named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
             case str(name) | {"content": str(name)} if key in _NAMED or (key.endswith("_token") and name is value):
                 named[key] = name
             case _ if key in _NAMED and value is not None:
-                raise LlamaError(f"{path}: {key} is {kind_of(value)}; expected a str, or a dict with the str 'content'")
+                raise LlamaError(
+                    f"{path}: {key} is {describe(value)}; expected a str, or a dict with the str 'content'"
+                )
     return named
 
 
@@ -45,7 +47,7 @@ def chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str 
             if template is None or isinstance(template, str):
                 return template
     raise LlamaError(
-        f"{config_path}: chat_template is {kind_of(config['chat_template'])}; expected a str, or a list of dicts with "
+        f"{config_path}: chat_template is {describe(config['chat_template'])}; expected a str, or a list of dicts with "
         "the strs 'name' and 'template'"
     )
 
@@ -56,5 +58,5 @@ def stop_ids(path: Path, n_words: int) -> list[int]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < n_words:
-            raise LlamaError(f"{path}: eos_token_id is {kind_of(value)}; expected ids in 0..{n_words - 1}")
+            raise LlamaError(f"{path}: eos_token_id is {describe(value)}; expected ids in 0..{n_words - 1}")
     return ids

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import tokenizers
 
 from .._util.files import read_json
-from ..errors import LlamaError, kind_of, one_line, shortened
+from ..errors import LlamaError, describe, shorten, to_one_line
 from ..tokenizer import Tokenizer, checked_names
 from .hf_settings import chat_template, named_tokens, read_if_there, stop_ids
 
@@ -102,7 +102,7 @@ class HFTokenizer:
     def _named_id(self, config_path: Path, key: str) -> int | None:
         name = self.named_tokens.get(key)
         if name is not None and name not in self.special_tokens:
-            raise LlamaError(f"{config_path}: {key} is {shortened(name)}, no control token of the tokenizer.json by it")
+            raise LlamaError(f"{config_path}: {key} is {shorten(name)}, no control token of the tokenizer.json by it")
         return None if name is None else self.special_tokens[name]
 
     def encode(
@@ -153,7 +153,7 @@ class HFTokenizer:
         try:
             encoding = self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library has no narrower one
-            raise LlamaError(f"the tokenizer can't encode the text ({one_line(error)})") from None
+            raise LlamaError(f"the tokenizer can't encode the text ({to_one_line(error)})") from None
         put = Counter(part for part in parts if isinstance(part, int))
         found = Counter(token for token in encoding.ids if token in self._names)
         for token in (put | found).keys() - {self._unknown}:  # any text may have characters that are unknown
@@ -246,7 +246,7 @@ class _Pieces:
                     pass
                 case _:
                     raise LlamaError(
-                        f"{path}: 'decoder' has the step {shortened(step)}; expected GPT-2's ByteLevel, or "
+                        f"{path}: 'decoder' has the step {shorten(step)}; expected GPT-2's ByteLevel, or "
                         "SentencePiece's Replace, ByteFallback, Fuse, Strip and Metaspace"
                     )
 
@@ -313,16 +313,18 @@ def _added_tokens(path: Path, stated: dict[str, Any]) -> list[dict[str, Any]]:
         LlamaError: `stated` is no tokenizer.json.
     """
     if not isinstance(stated.get("model"), dict):
-        raise LlamaError(f"{path}: found JSON without a 'model', only {shortened(sorted(stated))}; {_EXPECTED}")
+        raise LlamaError(f"{path}: found JSON without a 'model', only {shorten(sorted(stated))}; {_EXPECTED}")
     added = stated.get("added_tokens", [])
     if not isinstance(added, list):
-        raise LlamaError(f"{path}: 'added_tokens' is {kind_of(added)}; expected a list")
+        raise LlamaError(f"{path}: 'added_tokens' is {describe(added)}; expected a list")
     for token in added:
         match token:
             case {"content": str(content), "special": bool(), "id": int()} if content:
                 pass
             case _:
-                raise LlamaError(f"{path}: 'added_tokens' has {kind_of(token)}; expected 'id', 'content' and 'special'")
+                raise LlamaError(
+                    f"{path}: 'added_tokens' has {describe(token)}; expected 'id', 'content' and 'special'"
+                )
     return added
 
 
@@ -330,7 +332,7 @@ def _load(path: Path, stated: dict[str, Any], aliases: dict[str, str]) -> tokeni
     try:
         backend = tokenizers.Tokenizer.from_str(json.dumps(_renamed(stated, aliases)))
     except Exception as error:  # of the library, which has no narrower one; and of what isn't of the type it must be
-        raise LlamaError(f"{path}: no tokenizer could be made of it ({one_line(error)}); {_EXPECTED}") from None
+        raise LlamaError(f"{path}: no tokenizer could be made of it ({to_one_line(error)}); {_EXPECTED}") from None
     if backend.get_vocab_size(with_added_tokens=True) == 0:
         raise LlamaError(f"{path}: the vocabulary is empty; {_EXPECTED}")
     return backend
@@ -367,7 +369,7 @@ def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], ali
         name = token["content"]
         if (found := ids.get(aliases.get(name, name))) != token["id"]:
             raise LlamaError(
-                f"{path}: 'added_tokens' gives {shortened(name)} the id {token['id']}, but by its place it has "
+                f"{path}: 'added_tokens' gives {shorten(name)} the id {token['id']}, but by its place it has "
                 f"{found}; expected the ids that follow the vocabulary's: get the file anew"
             )
     controls = {ids[alias]: name for name, alias in aliases.items()}
@@ -375,7 +377,7 @@ def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], ali
     for word, shared in ids.items():
         if shared in controls and word not in unguessable:
             raise LlamaError(
-                f"{path}: {shortened(word)} has the id {shared} of the control token {shortened(controls[shared])}; "
+                f"{path}: {shorten(word)} has the id {shared} of the control token {shorten(controls[shared])}; "
                 "expected one id for each: get the file anew"
             )
 

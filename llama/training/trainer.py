@@ -62,14 +62,14 @@ def finetune(
     model_parallel_size, None: all of them, are data-parallel copies. Raises LlamaError, on all ranks.
     """
     place = parallel.initialize(model_parallel_size, device, dtype)
-    with parallel.together():
+    with parallel.raise_together():
         if place.dtype == torch.float16:
             raise LlamaError("float16 has too few exponents for gradients: train in bfloat16 or float32")
         check_packages(plan.eval is not None)
         files = [plan.data] if plan.eval is None else [plan.data, plan.eval]
         read = [read_records(path, plan.task) for path in files] if parallel.is_main_process() else []
     trained, held = (*parallel.broadcast_object(read), [])[:2]
-    with parallel.together():
+    with parallel.raise_together():
         problem = problem_in(plan, trained, held) if plan.task == "classify" else None
         labels = labels_in([*trained, *held], plan.task, problem)
     kept = about(plan, place, ckpt_dir, tokenizer_path, [*trained, *held])
@@ -99,7 +99,7 @@ class Training:
     ):
         self.plan, self.built, self.place, self.held = plan, built, place, held
         self.keeper, self.progress = keeper, keeper.progress
-        with parallel.together():
+        with parallel.raise_together():
             labels = built.checkpoint.head.labels if built.checkpoint.head else ()
             form = formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
             reader = Preprocessor(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
@@ -167,7 +167,7 @@ class Training:
         """Numbers that all ranks have alike. Raises LlamaError."""
         for name, value in found.items():
             if not math.isfinite(value):
-                with parallel.together():
+                with parallel.raise_together():
                     raise LlamaError(f"step {step}: the {name} is {value}: lower the learning rate")
 
     def batch(self, step: int) -> list[Example]:
@@ -212,7 +212,7 @@ class Training:
             say(line_of(told))
         if better and (self.held or progress.ended):
             self.write()
-        with parallel.together():
+        with parallel.raise_together():
             if parallel.is_main_process():
                 draw(progress.losses, progress.history, self.keeper.directory / "curves.png")
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}

@@ -65,7 +65,7 @@ def assert_same(llama: Llama, cpu: Llama) -> None:
 def test_texts_are_those_of_the_cpu(checkpoints: dict[str, Path], triton: bool, name: str) -> None:
     """Of ragged batches that shrink, and are filled up; and no size of them is recorded twice."""
     llama, cpu = (Llama.build(checkpoints[name], **OPTIONS, device=device) for device in ("cuda", "cpu"))
-    assert llama.engine.ahead
+    assert llama.engine.runner.ahead
     for _ in range(2):
         assert_same(llama, cpu)
     captures = llama.model.fast.steps.captured.captures
@@ -94,9 +94,9 @@ def test_no_token_is_waited_for(checkpoints: dict[str, Path], triton: bool, temp
     prompts = [[1] * 280, [2] * 7, [3] * 200]
     llama.tokenizer.stop_tokens = set(range(0, 256, 16))
     for _ in range(2):  # the first time steps are recorded
-        llama._times_given.clear()
+        llama.engine._seeds.times_given.clear()
         expected = list(llama.stream(prompts, 90, temperature, logprobs=True))
-    llama._times_given.clear()
+    llama.engine._seeds.times_given.clear()
     stream = llama.stream(prompts, 90, temperature, logprobs=True)
     found = [next(stream)]
     with no_waiting():

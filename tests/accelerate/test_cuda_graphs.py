@@ -64,7 +64,7 @@ def test_texts_are_the_same(checkpoint: Path, ahead: bool) -> None:
     """Of ragged batches that shrink: each power of two of rows and of positions is recorded once."""
     plain, llama, capture = Llama.build(checkpoint, **OPTIONS), Llama.build(checkpoint, **OPTIONS), Capturer()
     captured(llama.model, capture)
-    llama.engine.ahead = ahead
+    llama.engine.runner.ahead = ahead
     for prompts in (*BATCHES, *BATCHES):
         expected = plain.generate(prompts, 40, temperature=0, logprobs=True)
         found = llama.generate(prompts, 40, temperature=0, logprobs=True)

@@ -1,4 +1,4 @@
-"""Tokens that were proposed: the text is the one without them, greedy or drawn, in fewer passes."""
+"""Proposed tokens: the text is the same as without them, greedy or sampled, in fewer passes."""
 
 import copy
 import shutil
@@ -13,10 +13,10 @@ from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.checkpoints.schema import memory_needed
-from llama.engine.engine import OutputOptions
+from llama.engine.model_runner import OutputOptions
 from llama.engine.sequence import Sequence
 from llama.engine.session import Session
-from llama.engine.speculative import lookup, speculated
+from llama.engine.speculative import lookup, run_speculative
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
 few = settings(
@@ -62,10 +62,10 @@ def test_lookup(tokens: list[int], ngram: int, most: int) -> None:
 )
 def test_the_text_is_the_same(llama: Llama, prompts: list, ngram: int, most: int, given: dict[str, Any]) -> None:
     plain = llama.complete(prompts, logprobs=True, top_logprobs=2, **given)
-    found = llama.complete(
+    completions = llama.complete(
         prompts, logprobs=True, top_logprobs=2, lookup_ngram=ngram, speculate_k=most, **given
     )  # fmt: skip
-    for one, other in zip(found, plain, strict=True):
+    for one, other in zip(completions, plain, strict=True):
         assert (one.tokens, one.text, one.finish_reason, one.stop) == (
             other.tokens,
             other.text,
@@ -76,7 +76,7 @@ def test_the_text_is_the_same(llama: Llama, prompts: list, ngram: int, most: int
 
 
 def oracle(answers: dict[int, list[int]], wrong_every: int) -> Any:
-    """Proposes what the row will say, but for a token now and then."""
+    """Proposes what the sequence will say, with a wrong token now and then."""
 
     def guess(row: Sequence, most: int) -> list[int]:
         start = len(row.answer)
@@ -89,18 +89,18 @@ def oracle(answers: dict[int, list[int]], wrong_every: int) -> Any:
 @pytest.mark.parametrize("wrong_every", [1, 3, 1000])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_proposals_of_any_quality(llama: Llama, wrong_every: int, temperature: float) -> None:
-    """Several steps of a row come after one pass; what was proposed, and chosen, is counted."""
+    """Several steps of a sequence come after one pass; tokens that are proposed and accepted are counted."""
     prompts = [[5, 6, 7], [1] * 20, [9]]
     plain = llama.complete(prompts, 30, temperature, seed=2)
     shared = {"max_gen_len": 30, "temperature": temperature, "top_p": 0.9, "seed": 2}
-    rows = llama.rows(prompts, 1, shared, None, 0)
+    rows = llama.engine.make_sequences(prompts, shared)
     answers = {i: one.tokens for i, one in enumerate(plain)}
-    passes = list(speculated(llama.engine, rows, OutputOptions(), oracle(answers, wrong_every), 4))
-    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    passes = list(run_speculative(llama.engine.runner, rows, OutputOptions(), oracle(answers, wrong_every), 4))
+    streamed: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for steps in passes:
         for step in steps:
-            found[step.row].append(step.token)
-    assert found == answers
+            streamed[step.row].append(step.token)
+    assert streamed == answers
     if wrong_every == 1000:
         assert llama.acceptance > 0.9 and len(passes) <= 8
     if wrong_every == 1:
@@ -135,14 +135,14 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(llama: Llama) -> None:
 
 
 def on_two_ranks(directory: Path, tmp_path: Path, built: str, asked: str) -> list[str]:
-    """(tokens, acceptance) that each rank says of an answer. built, asked: arguments, as Python."""
+    """(tokens, acceptance) on each rank. built, asked: more arguments of `build` and `complete`, as Python code."""
     program = tmp_path / "speculating.py"
     program.write_text(
         "import os, sys\n"
         "from llama import Llama\n"
         f"llama = Llama.build(sys.argv[1], **{OPTIONS!r}{built})\n"
-        f"found = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1{asked})\n"
-        "told = [one.tokens for one in found], llama.acceptance\n"
+        f"completions = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1{asked})\n"
+        "told = [one.tokens for one in completions], llama.acceptance\n"
         "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr(told))\n"
     )
     done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
@@ -173,7 +173,7 @@ def test_what_cannot_be_is_refused(llama: Llama, arguments: dict, message: str) 
 
 @pytest.fixture(scope="module")
 def drafted(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    """The draft is the model with some noise: it says the same often, but not always."""
+    """The draft is the model with some noise, so that it often chooses the same, but not always."""
     target = tmp_path_factory.mktemp("draft")
     shutil.copytree(directory, target, dirs_exist_ok=True)
     tensors, chance = torch.load(target / "consolidated.00.pth"), torch.Generator().manual_seed(3)
@@ -200,10 +200,12 @@ def drafted(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Llama:
 def test_a_drafted_text_is_the_same(
     llama: Llama, drafted: Llama, prompts: list, most: int, given: dict[str, Any]
 ) -> None:
-    """Ragged prompts, rows that end at different times, windows that are full."""
+    """With ragged prompts, sequences that end at different times, and full contexts."""
     plain = llama.complete(prompts, **given)
-    found = drafted.complete(prompts, speculate_k=most, **given)
-    assert [(one.tokens, one.text, one.stop) for one in found] == [(one.tokens, one.text, one.stop) for one in plain]
+    completions = drafted.complete(prompts, speculate_k=most, **given)
+    assert [(one.tokens, one.text, one.stop) for one in completions] == [
+        (one.tokens, one.text, one.stop) for one in plain
+    ]
 
 
 def test_a_draft_is_often_right(drafted: Llama) -> None:
@@ -213,7 +215,7 @@ def test_a_draft_is_often_right(drafted: Llama) -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_the_model_itself_is_always_right(llama: Llama, temperature: float) -> None:
-    """Drawn too: a draft draws by the same numbers."""
+    """Sampled too, since a draft draws with the same random numbers."""
     prompts = [[5, 6, 7], [1] * 20, [9]]
     itself = Llama(llama.model, llama.tokenizer, draft=copy.deepcopy(llama.model))
     passes = list(itself.stream(prompts, 40, temperature, seed=1, speculate_k=4))
@@ -227,21 +229,21 @@ def test_a_draft_on_two_ranks(directory: Path, drafted: Llama, tmp_path: Path) -
 
 
 def test_turns_of_a_session(llama: Llama, drafted: Llama) -> None:
-    """With proposals of either kind; the draft too reads only what is new."""
+    """Turns with either kind of proposals are the same, and the draft reads only what is new."""
     plain, looking, drafting = (Session(one) for one in (llama, llama, drafted))
     talk, shared = [], {"temperature": 0.7, "seed": 3}
     for new in ([1, 2, 3, 4, 5], [6], [7, 8, 9]):
         talk = [*talk, *new]
-        found = [list(plain.stream(talk, 20, **shared)), list(looking.stream(talk, 20, lookup_ngram=1, **shared))]
+        turns = [list(plain.stream(talk, 20, **shared)), list(looking.stream(talk, 20, lookup_ngram=1, **shared))]
         read: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
-            draft, states = drafted._drafting._model, drafted._drafting._model.hidden_states
+            draft, states = drafted.engine._draft_proposer._model, drafted.engine._draft_proposer._model.hidden_states
             patch.setattr(draft, "hidden_states", lambda t, *rest: read.append(t.shape[1]) or states(t, *rest))  # noqa: B023
-            found.append(list(drafting.stream(talk, 20, speculate_k=3, **shared)))
-        assert [[step.token for step in steps] for steps in found[1:]] == [[step.token for step in found[0]]] * 2
+            turns.append(list(drafting.stream(talk, 20, speculate_k=3, **shared)))
+        assert [[step.token for step in steps] for steps in turns[1:]] == [[step.token for step in turns[0]]] * 2
         assert max(read) <= 3 + len(new) + 2, "more than what is new, and what was proposed in vain"
         assert drafting.prefilled <= len(new) + 1
-        talk = [*talk, *(step.token for step in found[0])]
+        talk = [*talk, *(step.token for step in turns[0])]
 
 
 def test_another_vocabulary_is_refused_before_anything_is_loaded(
@@ -255,15 +257,15 @@ def test_another_vocabulary_is_refused_before_anything_is_loaded(
 def test_memory_of_both_is_counted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = Llama.build(directory, **OPTIONS).model.params
     needed = sum(memory_needed(args, 1, torch.float32))
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda _: 2 * needed - 1)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 2 * needed - 1)
     with pytest.raises(LlamaError, match=r"GB of KV cache .* \+ .* GB of the draft model"):
         Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda _: 2 * needed)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 2 * needed)
     Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
 
 
 def test_commands_take_proposals(directory: Path, tmp_path: Path) -> None:
-    """`complete` of a text and of a file, and `chat`, on one rank and two: the text is the one without."""
+    """`complete` with a text and with a file, and `chat`, on one rank and two, give the text without proposals."""
     common = ["--ckpt_dir", str(directory), "--device", "cpu", "--dtype", "float32", "--max_gen_len", "24"]
     ways = [[], ["--lookup_ngram", "1"], ["--draft_ckpt_dir", str(directory), "--speculate_k", "3"]]
     texts = [run_program("-m", "llama", "complete", "abab", *common, *way).stdout for way in ways]
