@@ -21,8 +21,8 @@ from ._util.validate import check_count, check_list, check_seed, check_texts
 from .accelerate.accelerator import Acceleration
 from .accelerate.quantization import Quantization, bits_of
 from .checkpoints.fit import check_draft, check_memory, check_vocabulary
-from .checkpoints.loader import find_tokenizer
-from .checkpoints.opened import on_this_machine, opened
+from .checkpoints.loader import fetch_checkpoint, prepare_model
+from .checkpoints.side_files import find_tokenizer
 from .engine.beam_search import Beams, beam_search
 from .engine.engine import Engine, OutputOptions
 from .engine.outputs import ChatPrediction, Completion, CompletionPrediction, best_of_each, details, drained
@@ -83,7 +83,7 @@ class Llama:
         acceleration = Acceleration(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         smaller = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
-        directories = [on_this_machine(one) for one in (ckpt_dir, *smaller)]
+        directories = [fetch_checkpoint(one) for one in (ckpt_dir, *smaller)]
         today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
         with parallel.together():
             check_count("max_seq_len", max_seq_len)
@@ -91,7 +91,7 @@ class Llama:
             check_count("prefill_chunk", prefill_chunk)
             check_seed(seed)
             sizes = max_seq_len, max_batch_size
-            found, *drafts = [opened(one, place, acceleration, *sizes, dtype == "auto") for one in directories]
+            found, *drafts = [prepare_model(one, place, acceleration, *sizes, dtype == "auto") for one in directories]
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(found.checkpoint))
             check_vocabulary(found.args, tokenizer)
             for one in drafts:

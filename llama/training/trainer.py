@@ -24,7 +24,7 @@ from ..adapters.peft import Task as PeftTask
 from ..adapters.peft import save_adapter
 from ..checkpoints.convert import check_target
 from ..checkpoints.fit import check_weights
-from ..checkpoints.task_spec import TENSORS, Task, body_name
+from ..checkpoints.task_spec import TENSORS, Task
 from ..errors import LlamaError
 from ..parallel import Place
 from ..tasks.model import TaskModel
@@ -232,7 +232,7 @@ class Training:
                 str(checkpoint.directory),
                 extra=head,
                 task_type=PEFT_TASKS[plan.task],
-                prefix=body_name(checkpoint.family or "llama", plan.task),
+                prefix=checkpoint.body,
             )
 
     def resume(self, state: dict[str, Any]) -> None:

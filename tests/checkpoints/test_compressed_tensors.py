@@ -16,7 +16,7 @@ from tiny import ARGS, run_program, write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.accelerate.layers import packed_weight
+from llama.accelerate.layers import PackedLinear
 from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, QuantizedRows, bits_of
 from llama.bench.runner import quantization_of
 from llama.checkpoints.convert import convert
@@ -89,14 +89,13 @@ def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
     return (integers.astype(np.float32) - (1 << bits - 1)) * scales.repeat(columns // scales.shape[1], axis=1)
 
 
-def all_quantized(llama: Llama) -> dict[str, QuantizedRows]:
-    weights = {name: packed_weight(layer) for name, layer in llama.model.named_modules() if name != "tok_embeddings"}
-    matrices = {name: weight.packed for name, weight in weights.items() if weight is not None}
-    return {name: matrix.by_rows() for name, matrix in matrices.items() if isinstance(matrix, QuantizedMatrix)}
+def all_panels(llama: Llama) -> dict[str, QuantizedRows]:
+    layers = {n: m.panels for n, m in llama.model.named_modules() if isinstance(m, PackedLinear)}
+    return {name: panels.by_rows() for name, panels in layers.items() if isinstance(panels, QuantizedMatrix)}
 
 
-def same_quantized(a: Llama, b: Llama) -> bool:
-    found, expected = all_quantized(a), all_quantized(b)
+def same_panels(a: Llama, b: Llama) -> bool:
+    found, expected = all_panels(a), all_panels(b)
     return found.keys() == expected.keys() and all(
         torch.equal(found[n].words, expected[n].words) and torch.equal(found[n].scales, expected[n].scales)
         for n in expected
@@ -107,9 +106,9 @@ def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quant
     """All matrices, bit for bit, though the files have queries' and keys' rows in another order."""
     loaded = Llama.build(stored, **OPTIONS)
     rounded = Llama.build(source, **OPTIONS, quantization=quantization)
-    assert len(all_quantized(rounded)) == 7 * SIZES.n_layers + 1
-    assert same_quantized(loaded, rounded)
-    assert same_quantized(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
+    assert len(all_panels(rounded)) == 7 * SIZES.n_layers + 1
+    assert same_panels(loaded, rounded)
+    assert same_panels(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
     assert quantization_of(loaded.model) == quantization_of(rounded.model) == quantization
     assert quantization_of(Llama.build(source, **OPTIONS).model) is None
     tokens = torch.arange(20)[None]
@@ -173,7 +172,7 @@ def test_a_tied_embedding_stays_and_is_rounded_by_loading(tied: Path, quantizati
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     loaded = Llama.build(tmp_path / "stored", **OPTIONS)
     rounded = Llama.build(tied, **OPTIONS, quantization=quantization)
-    assert same_quantized(loaded, rounded) and "output" in all_quantized(loaded)
+    assert same_panels(loaded, rounded) and "output" in all_panels(loaded)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), rounded.model(tokens))
@@ -186,17 +185,17 @@ def test_dtype_is_that_of_the_numbers_that_are_rounded(
     options = {**OPTIONS, "dtype": "bfloat16"}
     loaded = Llama.build(tmp_path / "half", **{**options, "dtype": "auto"})
     assert loaded.model.norm.weight.dtype == torch.bfloat16
-    assert same_quantized(loaded, Llama.build(source, **options, quantization=quantization))
-    assert not same_quantized(loaded, Llama.build(stored, **options))
+    assert same_panels(loaded, Llama.build(source, **options, quantization=quantization))
+    assert not same_panels(loaded, Llama.build(stored, **options))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_parts_of_ranks(source: Path, stored: Path, quantization: str, ranks: int) -> None:
     """Every rank has the part that it would have rounded itself."""
     plain, rounded = open_checkpoint(source), open_checkpoint(stored)
-    for name in filter(rounded.is_rounded, tensor_shapes(SIZES)):
+    for name in filter(rounded.is_quantized, tensor_shapes(SIZES)):
         for rank in range(ranks):
-            found = rounded.quantized(name, rank, ranks, torch.float32).by_rows()
+            found = rounded.quantized_part(name, rank, ranks, torch.float32).by_rows()
             expected = QuantizedMatrix(plain.part(name, rank, ranks), BITS[quantization]).by_rows()
             assert torch.equal(found.words, expected.words) and torch.equal(found.scales, expected.scales)
 
@@ -335,11 +334,11 @@ def test_memory_is_checked_by_what_it_takes(
 ) -> None:
     memory = report_on(survey(stored), max_seq_len=64).memory
     assert memory is not None
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda device: memory.weights + memory.kv_cache)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda device: memory.weights + memory.kv_cache)
     Llama.build(stored, **OPTIONS)
     with pytest.raises(LlamaError, match="do not fit"):
         Llama.build(source, **OPTIONS)
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda device: memory.weights + memory.kv_cache - 1)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda device: memory.weights + memory.kv_cache - 1)
     with pytest.raises(LlamaError, match="do not fit"):
         Llama.build(stored, **OPTIONS)
 
@@ -351,7 +350,7 @@ def test_over_several_files(
     whole = load_file(stored / SINGLE)
     for single in (True, False):
         room = sum(tensor.nbytes for tensor in whole.values()) // (1 if single else 3)
-        monkeypatch.setattr("llama.checkpoints.convert.FILE_BYTES", room)
+        monkeypatch.setattr("llama.checkpoints.huggingface.FILE_BYTES", room)
         convert(source, tmp_path / "out", "hf", force=True, quantization=quantization)  # type: ignore[arg-type]
         files = list((tmp_path / "out").glob("*.safetensors"))
         assert (len(files) == 1) == single

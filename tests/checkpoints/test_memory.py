@@ -136,5 +136,5 @@ def test_converting_takes_next_to_no_memory(
     done = run_program(str(program), str(directories[source]), str(tmp_path / "out"), to, str(mp_size))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= ALLOWED
-    assert open_checkpoint(tmp_path / "out").format == to
+    assert open_checkpoint(tmp_path / "out").format.name == to
     shutil.rmtree(tmp_path / "out")
