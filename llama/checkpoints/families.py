@@ -36,8 +36,8 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool | str = False
 
-    # None: queries see all positions. "all layers": `sliding_window` of them, where null is all. "some layers": likewise,
-    # if `use_sliding_window` is set, in the layers of `layer_types`, or else in those from `max_window_layers` on.
+    # None: queries see all positions. "all layers": `sliding_window` positions, null means all. "some layers": the same
+    # in the layers of `layer_types`, or in those from `max_window_layers` on; but only if `use_sliding_window` is set.
     window: Literal["all layers", "some layers"] | None = None
 
     # Whether people would call a model of these sizes one of this family, where no config.json names it.
