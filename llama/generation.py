@@ -34,9 +34,10 @@ from .engine.stop_strings import StopFinder
 from .model import Transformer
 from .sampling import processed, sample_top_p
 from .settings import Options, RowOptions, Settings, Streamed, Wanted, settings_of_rows
-from .tokenization.chat_template import formatter
-from .tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
-from .tokenizer import Dialog, Message, Tokenizer
+from .tokenization.chat_template import make_formatter
+from .tokenization.hf_tokenizer import open_tokenizer
+from .tokenization.protocol import AnyTokenizer
+from .tokenizer import Dialog, Message
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
 
@@ -104,7 +105,7 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: AnyTokenizer,
         *,
         seed: int = 1,
         today: datetime | None = None,
@@ -113,7 +114,7 @@ class Llama:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = formatter(tokenizer, today or datetime.now())
+        self.formatter = make_formatter(tokenizer, today or datetime.now())
         self.engine = Engine(model, prefill_chunk)
         self.draft = draft
         self._drafting = None if draft is None else Drafting(draft, prefill_chunk)

@@ -1,4 +1,4 @@
-"""What is read as a vocabulary, from where, and what is refused instead, in one line."""
+"""Vocabulary files: which are read, from where, and which are refused, with a message of one line."""
 
 import ast
 import base64
@@ -95,7 +95,7 @@ def test_the_vocabulary_is_read_through_blobfile(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_tokenizer_knows_no_tensors_and_no_other_room() -> None:
-    """blobfile is missing too: it is imported where it is used, to start faster."""
+    """blobfile too isn't imported: it is imported where it is used, to start faster."""
     tree = ast.parse(Path(tokenizer_module.__file__).read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {"." * node.level + (node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

@@ -168,8 +168,8 @@ def file_bytes(export: Export) -> dict[str, int]:
 def check_space(needed: int, directory: Path) -> None:
     """Raise LlamaError if the disk has no room for so many bytes: all files, and one file's tensors beside them."""
     if needed > (free := shutil.disk_usage(directory).free):
-        found = f"{needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there"
-        raise LlamaError(f"{directory.parent}: {found}")
+        sizes = f"{needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there"
+        raise LlamaError(f"{directory.parent}: {sizes}")
 
 
 # --- what comes along -----------------------------------------------------------------------------------------------

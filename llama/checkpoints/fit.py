@@ -10,11 +10,11 @@ from ..errors import LlamaError
 from ..model import ModelArgs
 from ..parallel import Place, available_memory
 from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .schema import memory_needed, mp_sizes, part_sizes
 
 
-def check_vocabulary(args: ModelArgs, tokenizer: Tokenizer | HFTokenizer) -> None:
+def check_vocabulary(args: ModelArgs, tokenizer: AnyTokenizer) -> None:
     """Check that the tokenizer is this model's. A model of Hugging Face's may have more words than it, as padding."""
     padded = isinstance(tokenizer, HFTokenizer) and args.vocab_size > tokenizer.n_words
     if args.vocab_size != tokenizer.n_words and not padded:

@@ -47,8 +47,8 @@ def find_checkpoint(ckpt_dir: str | os.PathLike) -> tuple[Path, CheckpointFormat
         raise LlamaError(f"{ckpt_dir} is a URL, which is read by what runs a model: expected a directory here")
     directory = Path(ckpt_dir)
     if not directory.is_dir():
-        found = "a file" if directory.exists() else "nothing"
-        raise LlamaError(f"ckpt_dir {directory}: found {found} there, expected a directory that holds a checkpoint")
+        content = "a file" if directory.exists() else "nothing"
+        raise LlamaError(f"ckpt_dir {directory}: found {content} there, expected a directory that holds a checkpoint")
     try:
         names = sorted(p.name for p in directory.iterdir())
     except OSError as e:
@@ -58,11 +58,11 @@ def find_checkpoint(ckpt_dir: str | os.PathLike) -> tuple[Path, CheckpointFormat
             if pattern is not None and (path := next(directory.glob(pattern), None)) is not None:
                 return path.parent, format
     expected = ", or ".join(f"{format.config} and {format.example}" for format in FORMATS.values())
-    found = ", ".join(names[:LISTED_NAMES]) or "an empty directory"
-    found += f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    content = ", ".join(names[:LISTED_NAMES]) or "an empty directory"
+    content += f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     pickles = any(n.startswith("pytorch_model") for n in names)
     raise LlamaError(
-        f"ckpt_dir {directory}: expected {expected}, found {found}"
+        f"ckpt_dir {directory}: expected {expected}, found {content}"
         + ("; pytorch_model*.bin is the older form: save it anew with transformers' save_pretrained" * pickles)
     )
 

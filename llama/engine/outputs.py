@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Message, Tokenizer
+from ..tokenization.protocol import AnyTokenizer
+from ..tokenizer import Message
 from .sequence import Alternatives, FinishReason, Step
 
 
@@ -84,7 +84,7 @@ def best_of_each(found: Sequence[Completion], made: int, n: int) -> list[Complet
     return [one for group in groups for one in sorted(group, key=lambda one: -(one.mean_logprob or 0.0))[:n]]
 
 
-def details(one: Completion, tokenizer: Tokenizer | HFTokenizer, echo: bool = False) -> Details:
+def details(one: Completion, tokenizer: AnyTokenizer, echo: bool = False) -> Details:
     """What a prediction says beside its text. echo: its tokens begin with the prompt's."""
     found: Details = {"finish_reason": one.finish_reason}
     if one.stop is not None:

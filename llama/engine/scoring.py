@@ -17,8 +17,7 @@ from .. import parallel
 from .._util.validate import check_texts, is_integer
 from ..errors import LlamaError, shortened
 from ..model import Transformer
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .scheduler import logprobs_within, prefill, walk
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def embed(llama: "Llama", texts: Sequence[str], pooling: Pooling = "last") -> Te
 # --- what is checked ------------------------------------------------------------------------------------------------
 
 
-def encoded(tokenizer: Tokenizer | HFTokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encoded(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text. Raises LlamaError for what has none."""
     check_texts(texts, "text")
     tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]

@@ -28,8 +28,8 @@ from ..checkpoints.task_spec import TAG_DROPOUT, TENSORS, HeadConfig, ProblemTyp
 from ..checkpoints.writing import allocate_on_disk
 from ..errors import LlamaError, one_line, shortened
 from ..model import Transformer
-from ..tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
-from ..tokenizer import Tokenizer
+from ..tokenization.hf_tokenizer import open_tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .heads import CausalLM, Head, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from .predict import Answer, AnswerOptions, Label, answer, answer_all, classify, tag
 from .spans import Span
@@ -82,7 +82,7 @@ class TaskModel:
             fill(head, tensors, TENSORS[checkpoint.task], adapter_dir or checkpoint.directory)
         return TaskModel(head.eval(), tokenizer, checkpoint)
 
-    def __init__(self, head: Head | CausalLM, tokenizer: Tokenizer | HFTokenizer, checkpoint: Checkpoint):
+    def __init__(self, head: Head | CausalLM, tokenizer: AnyTokenizer, checkpoint: Checkpoint):
         """checkpoint: what it was built from, and what it is written as."""
         self.head = head
         self.tokenizer = tokenizer

@@ -18,15 +18,13 @@ from .. import parallel
 from .._util.validate import check_count, check_list, check_texts, is_integer
 from ..engine.scoring import batches, check_lengths, encoded, not_finite
 from ..errors import LlamaError
-from ..tokenization.hf_tokenizer import HFTokenizer
 from ..tokenization.offsets import Offsets, encode_with_offsets
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .spans import Candidate, Span, best_spans, merged, of_whole_words, stripped, tagged_spans, windows
 
 if TYPE_CHECKING:
     from .heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 
-AnyTokenizer = Tokenizer | HFTokenizer
 COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines look at
 
 

@@ -28,7 +28,7 @@ from ..checkpoints.task_spec import TENSORS, Task
 from ..errors import LlamaError
 from ..parallel import Place
 from ..tasks.model import TaskModel
-from ..tokenization.chat_template import formatter
+from ..tokenization.chat_template import make_formatter
 from . import gradients
 from .config import TrainingConfig, about, problem_in
 from .dataset import Record, labels_in, read_records
@@ -101,7 +101,7 @@ class Training:
         self.keeper, self.progress = keeper, keeper.progress
         with parallel.together():
             labels = built.checkpoint.head.labels if built.checkpoint.head else ()
-            form = formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
+            form = make_formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
             reader = Preprocessor(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
             self.examples = examples(reader, plan.task, trained, plan.data)
             self.held_examples = examples(reader, plan.task, held, plan.eval or "")

@@ -81,7 +81,7 @@ def altered(stored: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
-    """As compressed-tensors defines it: from each word's lowest bits on, less the middle, times the group's scale."""
+    """Dequantize as compressed-tensors defines it: from each word's lowest bits on, minus an offset, times the scale."""
     words = tensors[f"{name}.weight_packed"].numpy().view(np.uint32)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     integers = np.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).reshape(rows, columns)
@@ -103,7 +103,7 @@ def same_panels(a: Llama, b: Llama) -> bool:
 
 
 def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quantization: str) -> None:
-    """All matrices, bit for bit, though the files have queries' and keys' rows in another order."""
+    """All matrices are equal bit for bit, though rows of wq and wk have another order in the files."""
     loaded = Llama.build(stored, **OPTIONS)
     rounded = Llama.build(source, **OPTIONS, quantization=quantization)
     assert len(all_panels(rounded)) == 7 * SIZES.n_layers + 1
@@ -117,7 +117,7 @@ def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quant
 
 
 def test_the_format_by_its_definition(source: Path, stored: Path, quantization: str) -> None:
-    """Files hold the format's tensors and no others, each near the matrix that it was made of."""
+    """Files have the format's tensors and no others, and each is near the original matrix."""
     bits, group = BITS[quantization], GROUP[BITS[quantization]]
     tensors = load_file(stored / SINGLE)
     convert(source, stored.parent / f"plain-{quantization}", "hf")
@@ -144,7 +144,7 @@ def test_the_format_by_its_definition(source: Path, stored: Path, quantization: 
 
 
 def test_back_to_numbers(stored: Path, quantization: str, tmp_path: Path, place: Place) -> None:
-    """Converted without --quantization, and loaded without a fast form: what the definition says they are."""
+    """Conversion without --quantization and loading without a fast form give the numbers of the definition."""
     tensors = load_file(stored / SINGLE)
     convert(stored, tmp_path / "meta", "meta", 2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
@@ -191,7 +191,7 @@ def test_dtype_is_that_of_the_numbers_that_are_rounded(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_parts_of_ranks(source: Path, stored: Path, quantization: str, ranks: int) -> None:
-    """Every rank has the part that it would have rounded itself."""
+    """Every rank gets the part that it would have quantized itself."""
     plain, rounded = open_checkpoint(source), open_checkpoint(stored)
     for name in filter(rounded.is_quantized, tensor_shapes(SIZES)):
         for rank in range(ranks):
@@ -346,7 +346,7 @@ def test_memory_is_checked_by_what_it_takes(
 def test_over_several_files(
     source: Path, stored: Path, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are filled by what rounded matrices take."""
+    """Files are filled by the sizes of quantized matrices."""
     whole = load_file(stored / SINGLE)
     for single in (True, False):
         room = sum(tensor.nbytes for tensor in whole.values()) // (1 if single else 3)

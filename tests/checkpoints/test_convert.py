@@ -75,7 +75,7 @@ class Listener(logging.Handler):
 
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
-    """What transformers has to say while a model loads."""
+    """The warnings of transformers while a model loads."""
     listener, logger = Listener(), logging.getLogger("transformers")
     logger.addHandler(listener)
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def warned() -> Iterator[list[str]]:
 
 
 def config(directory: Path) -> dict:
-    """What transformers takes the configuration to say, defaults filled in."""
+    """The configuration as transformers reads it, with defaults filled in."""
     found = transformers.AutoConfig.from_pretrained(directory).to_dict()
     return {**found, "_name_or_path": ""}
 
@@ -152,7 +152,7 @@ def test_meta_to_hugging_face_and_back(tmp_path: Path, name: str, shards: int, t
 
 
 def test_a_hugging_face_directory_of_a_meta_tokenizer_is_whole(tmp_path: Path) -> None:
-    """It answers in transformers as it does here: weights, ids, template, stop tokens."""
+    """transformers gives the same answers: weights, ids, template and stop tokens are the same."""
     source = write_checkpoint(tmp_path / "meta")
     convert(source, tmp_path / "hf", "hf")
     ours = [Llama.build(d, device="cpu", dtype="float32", max_seq_len=128) for d in (source, tmp_path / "hf")]
@@ -255,7 +255,7 @@ def test_nothing_is_overwritten_unless_forced(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
-    """Makes Ctrl-C come when so many files were moved to their places in a directory."""
+    """Raise KeyboardInterrupt after so many files were moved to a directory."""
     replace = os.replace
 
     def interrupt(target: Path, moved: int) -> None:

@@ -82,7 +82,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A directory of that layout, to spoil."""
+    """A copy of a good directory of that layout, for a test to break."""
 
     def of(layout: str) -> Path:
         target = tmp_path / "ckpt"
@@ -183,7 +183,7 @@ problems     none
     ],
 )
 def test_a_task_head(task: str, labels: int, said: str, tmp_path: Path) -> None:
-    """Its labels, and its own numbers; no output layer that could be tied, and no cache."""
+    """Its labels and its own parameters are reported; it has no output layer that could be tied, and no KV cache."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -333,7 +333,7 @@ def config(**changes: object) -> Callable[[Path], object]:
 
 
 def shard_of(tensors: dict[str, torch.Tensor], name: str = SHARD) -> Callable[[Path], object]:
-    """Tensors put in place of others, or beside them; an empty one deletes."""
+    """Replace tensors, or add some; an empty tensor deletes."""
 
     def change(directory: Path) -> None:
         found = {**torch.load(directory / name, weights_only=True), **tensors}
@@ -665,7 +665,7 @@ def write_sparse_safetensors(directory: Path, args: ModelArgs) -> None:
 
 
 def write_sparse_shards(directory: Path, args: ModelArgs) -> None:
-    """Four, as Meta would publish them; neither here nor in the files do the numbers take memory."""
+    """Four shards, as Meta would publish them; the numbers take no memory here, and no room in the files."""
     for rank in range(4):
         part = {}
         for name, shape in tensor_shapes(args).items():

@@ -1,4 +1,4 @@
-"""What loading does with good files and with bad ones: a refusal is one line that names file, finding, remedy."""
+"""Good files are loaded; bad ones are refused in one line that names the file, what was found, and what to do."""
 
 import json
 import os
