@@ -81,7 +81,7 @@ def altered(stored: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
-    """Dequantize as compressed-tensors defines it: from each word's lowest bits on, minus an offset, times the scale."""
+    """Dequantize as the format is defined: integers from each word's lowest bits on, minus an offset, times the scale."""
     words = tensors[f"{name}.weight_packed"].numpy().view(np.uint32)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     integers = np.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).reshape(rows, columns)
