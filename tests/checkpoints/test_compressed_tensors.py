@@ -16,7 +16,7 @@ from tiny import ARGS, run_program, write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.accelerate.layers import PackedLinear
+from llama.accelerate.layers import packed_weight
 from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, QuantizedRows, bits_of
 from llama.bench.runner import quantization_of
 from llama.checkpoints.convert import convert
@@ -81,7 +81,7 @@ def altered(stored: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
-    """Dequantize as the format is defined: integers from each word's lowest bits on, minus an offset, times the scale."""
+    """Dequantize as defined: integers from each word's lowest bits on, minus an offset, times the scale."""
     words = tensors[f"{name}.weight_packed"].numpy().view(np.uint32)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     integers = np.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).reshape(rows, columns)
@@ -89,13 +89,14 @@ def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
     return (integers.astype(np.float32) - (1 << bits - 1)) * scales.repeat(columns // scales.shape[1], axis=1)
 
 
-def all_panels(llama: Llama) -> dict[str, QuantizedRows]:
-    layers = {n: m.panels for n, m in llama.model.named_modules() if isinstance(m, PackedLinear)}
-    return {name: panels.by_rows() for name, panels in layers.items() if isinstance(panels, QuantizedMatrix)}
+def all_quantized(llama: Llama) -> dict[str, QuantizedRows]:
+    weights = {name: packed_weight(layer) for name, layer in llama.model.named_modules() if name != "tok_embeddings"}
+    matrices = {name: weight.packed for name, weight in weights.items() if weight is not None}
+    return {name: matrix.by_rows() for name, matrix in matrices.items() if isinstance(matrix, QuantizedMatrix)}
 
 
-def same_panels(a: Llama, b: Llama) -> bool:
-    found, expected = all_panels(a), all_panels(b)
+def same_quantized(a: Llama, b: Llama) -> bool:
+    found, expected = all_quantized(a), all_quantized(b)
     return found.keys() == expected.keys() and all(
         torch.equal(found[n].words, expected[n].words) and torch.equal(found[n].scales, expected[n].scales)
         for n in expected
@@ -106,9 +107,9 @@ def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quant
     """All matrices are equal bit for bit, though rows of wq and wk have another order in the files."""
     loaded = Llama.build(stored, **OPTIONS)
     rounded = Llama.build(source, **OPTIONS, quantization=quantization)
-    assert len(all_panels(rounded)) == 7 * SIZES.n_layers + 1
-    assert same_panels(loaded, rounded)
-    assert same_panels(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
+    assert len(all_quantized(rounded)) == 7 * SIZES.n_layers + 1
+    assert same_quantized(loaded, rounded)
+    assert same_quantized(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
     assert quantization_of(loaded.model) == quantization_of(rounded.model) == quantization
     assert quantization_of(Llama.build(source, **OPTIONS).model) is None
     tokens = torch.arange(20)[None]
@@ -172,7 +173,7 @@ def test_a_tied_embedding_stays_and_is_rounded_by_loading(tied: Path, quantizati
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     loaded = Llama.build(tmp_path / "stored", **OPTIONS)
     rounded = Llama.build(tied, **OPTIONS, quantization=quantization)
-    assert same_panels(loaded, rounded) and "output" in all_panels(loaded)
+    assert same_quantized(loaded, rounded) and "output" in all_quantized(loaded)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), rounded.model(tokens))
@@ -185,8 +186,8 @@ def test_dtype_is_that_of_the_numbers_that_are_rounded(
     options = {**OPTIONS, "dtype": "bfloat16"}
     loaded = Llama.build(tmp_path / "half", **{**options, "dtype": "auto"})
     assert loaded.model.norm.weight.dtype == torch.bfloat16
-    assert same_panels(loaded, Llama.build(source, **options, quantization=quantization))
-    assert not same_panels(loaded, Llama.build(stored, **options))
+    assert same_quantized(loaded, Llama.build(source, **options, quantization=quantization))
+    assert not same_quantized(loaded, Llama.build(stored, **options))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
