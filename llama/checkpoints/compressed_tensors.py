@@ -83,7 +83,7 @@ def check_groups(args: ModelArgs, quantization: Quantization | None) -> None:
         if is_linear(name) and shape[1] % group:
             raise LlamaError(
                 f"{name} has rows of {shape[1]}, but {quantization} is stored in groups of {group}: convert without "
-                f"--quantization, and build with quantization={quantization!r}, which rounds any rows"
+                f"--quantization, and build with quantization={quantization!r}, which quantizes any rows"
             )
 
 

@@ -131,13 +131,13 @@ def check_quantization(format: CheckpointFormat, checkpoint: Checkpoint, quantiz
     if not format.holds_quantized:
         others = " or ".join(f"--to {other.name}" for other in FORMATS.values() if other.holds_quantized)
         raise LlamaError(
-            f"{format.label}'s layout has no place for rounded matrices: use {others}, or leave out --quantization"
+            f"{format.label}'s layout has no place for quantized matrices: use {others}, or leave out --quantization"
         )
     if checkpoint.head is not None:
-        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't rounded: leave out --quantization")
+        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't quantized: leave out --quantization")
     if checkpoint.quantization is not None:
         raise LlamaError(
-            f"{checkpoint.directory} holds matrices rounded to {checkpoint.quantization} already: take the checkpoint "
+            f"{checkpoint.directory} holds matrices quantized to {checkpoint.quantization} already: take the checkpoint "
             "that it was made of, or leave out --quantization to write the numbers that they stand for"
         )
     check_groups(checkpoint.sizes, quantization)

@@ -42,7 +42,7 @@ def check_ranks(directory: Path, args: ModelArgs, mp_size: int, group: int = 1) 
         raise LlamaError(
             f"{directory} can't be divided over {mp_size} model-parallel ranks (n_heads {args.n_heads}, "
             f"n_kv_heads {args.kv_heads}, hidden_dim {args.hidden_dim}, vocab_size {args.vocab_size}"
-            f"{f'; rounded in groups of {group}' * (group > 1)}): "
+            f"{f'; quantized in groups of {group}' * (group > 1)}): "
             f"start with torchrun --nproc_per_node {' or '.join(map(str, fitting))}"
         )
 
@@ -53,7 +53,7 @@ def choose_quantization(
     """How matrices are quantized in memory: as in the files, or else as requested."""
     if stored is not None and requested not in (None, stored):
         raise LlamaError(
-            f"{directory} holds matrices rounded to {stored}, but quantization is {requested!r}: leave it out, or "
+            f"{directory} holds matrices quantized to {stored}, but quantization is {requested!r}: leave it out, or "
             "take the checkpoint that this one was made of"
         )
     return stored or requested

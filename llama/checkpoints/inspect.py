@@ -234,7 +234,7 @@ def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{report.parameters:,}"
     if report.quantization is not None:
         bits = BITS[report.quantization]
-        yield "rounded", f"{report.quantization}: integers of {bits} bits, of which {GROUP[bits]} share a scale"
+        yield "quantized", f"{report.quantization}: integers of {bits} bits, of which {GROUP[bits]} share a scale"
     tensors = [f"{count} of {dtype}" for dtype, count in report.dtypes.items()]
     yield "tensors", ", ".join(tensors) or "unknown"
     yield from add_title("files", rows_of_files(report))

@@ -48,7 +48,7 @@ class HeadConfig:
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise LlamaError(f"dropout is {shortened(self.dropout)}, expected a number in [0, 1)")
 
-    def inferred(self, labels: Tensor | None = None) -> ProblemType:
+    def infer_problem_type(self, labels: Tensor | None = None) -> ProblemType:
         """The problem type: the stated one, or else the one that fits the labels.
 
         labels: those of a batch, as a SequenceClassifier takes them; None where there are none.

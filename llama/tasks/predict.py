@@ -83,7 +83,7 @@ def classify(
     found: list[list[Label]] = [[] for _ in rows]
     for batch, output in passes(head, rows, max_batch_size, "classifying"):
         for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.inferred())
+            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.infer_problem_type())
     return found
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints whose matrices are stored rounded: they load as what loading rounds, on 1, 2 and 4 ranks, and say what
+"""Checkpoints with quantized matrices: they load as what loading quantizes, on 1, 2 and 4 ranks, and say what
 compressed-tensors' format says, by a decoder of its definition in numpy.
 """
 
@@ -215,7 +215,7 @@ def test_groups_are_not_divided(quantization: str, tmp_path: Path) -> None:
     report = report_on(survey(tmp_path / "stored"), mp_size=4)
     assert report.mp_sizes == [1, 2]
     assert any(
-        f"rounded in groups of {group}): start with torchrun --nproc_per_node 1 or 2" in p for p in report.problems
+        f"quantized in groups of {group}): start with torchrun --nproc_per_node 1 or 2" in p for p in report.problems
     )
     with pytest.raises(LlamaError, match="can be divided over 1, 2 ranks"):
         convert(tmp_path / "stored", tmp_path / "meta", "meta", 4)
@@ -233,11 +233,11 @@ def test_what_is_not_stored_so(source: Path, stored: Path, quantization: str, tm
     assert "use --to hf, or leave out --quantization" in refusal(source, target, "meta", quantization=quantization)
     assert "expected None or one of int8, int4" in refusal(source, target, "hf", quantization="int3")
     for asked in QUANTIZATIONS:
-        assert f"rounded to {quantization} already" in refusal(stored, target, "hf", quantization=asked)
+        assert f"quantized to {quantization} already" in refusal(stored, target, "hf", quantization=asked)
     odd = write_checkpoint(tmp_path / "odd", replace(SIZES, dim=80, n_heads=4))
     assert "rows of 80, but" in refusal(odd, target, "hf", quantization=quantization)
     assert not target.exists()
-    with pytest.raises(LlamaError, match=f"rounded to {quantization}, but quantization is '{other}': leave it out"):
+    with pytest.raises(LlamaError, match=f"quantized to {quantization}, but quantization is '{other}': leave it out"):
         Llama.build(stored, **OPTIONS, quantization=other)
 
 
@@ -322,8 +322,8 @@ def test_inspect_tells_of_it(source: Path, stored: Path, quantization: str) -> N
     fitting = [1, 2, 4] if quantization == "int8" else [1, 2, 4, 8]
     assert report.ok and report.quantization == quantization and plain.quantization is None
     assert (report.parameters, report.sizes, report.mp_sizes) == (plain.parameters, plain.sizes, fitting)
-    assert f"rounded      {quantization}: integers of {BITS[quantization]} bits" in report.as_text()
-    assert "rounded" not in plain.as_text()
+    assert f"quantized    {quantization}: integers of {BITS[quantization]} bits" in report.as_text()
+    assert "quantized" not in plain.as_text()
     rounded = report.parameters - SIZES.vocab_size * SIZES.dim - (2 * SIZES.n_layers + 1) * SIZES.dim
     kept = report.parameters - rounded
     assert report.memory is not None and report.memory.dtype == "float32"

@@ -253,7 +253,7 @@ def test_a_head_on_a_rounded_model(tmp_path: Path) -> None:
     assert (again.config.max_position_embeddings, again.config.pad_token_id) == (48, SIZES["pad_token_id"])
     with torch.no_grad():
         assert torch.allclose(again(TOKENS).logits, built.head(TOKENS).logits, atol=1e-5)
-    with pytest.raises(LlamaError, match="has a task head, which isn't rounded"):
+    with pytest.raises(LlamaError, match="has a task head, which isn't quantized"):
         convert(tmp_path / "out", tmp_path / "no", "hf", quantization="int8")
     assert not (tmp_path / "no").exists()
 
