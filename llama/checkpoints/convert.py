@@ -137,8 +137,8 @@ def check_quantization(format: CheckpointFormat, checkpoint: Checkpoint, quantiz
         raise LlamaError(f"{checkpoint.directory} has a task head, which isn't quantized: leave out --quantization")
     if checkpoint.quantization is not None:
         raise LlamaError(
-            f"{checkpoint.directory} holds matrices quantized to {checkpoint.quantization} already: take the checkpoint "
-            "that it was made of, or leave out --quantization to write the numbers that they stand for"
+            f"{checkpoint.directory} holds matrices quantized to {checkpoint.quantization} already: take the "
+            "checkpoint that it was made of, or leave out --quantization to write the numbers that they stand for"
         )
     check_groups(checkpoint.sizes, quantization)
 
