@@ -99,4 +99,4 @@ def test_the_tokenizer_knows_no_tensors_and_no_other_room() -> None:
     tree = ast.parse(Path(tokenizer_module.__file__).read_text())
     imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     imported |= {"." * node.level + (node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"tiktoken", ".errors", "collections.abc"}
+    assert imported - sys.stdlib_module_names == {"tiktoken", ".errors", "._util.vocabulary_file", "collections.abc"}
