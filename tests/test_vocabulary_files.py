@@ -10,6 +10,7 @@ import pytest
 from vocabulary import BASE, TOKENS, lines_of, write
 
 import llama.tokenizer as tokenizer_module
+from llama._util import vocabulary_file
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer
 
@@ -96,7 +97,16 @@ def test_the_vocabulary_is_read_through_blobfile(monkeypatch: pytest.MonkeyPatch
 
 def test_the_tokenizer_knows_no_tensors_and_no_other_room() -> None:
     """blobfile too isn't imported: it is imported where it is used, to start faster."""
-    tree = ast.parse(Path(tokenizer_module.__file__).read_text())
-    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {"." * node.level + (node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"tiktoken", ".errors", "._util.vocabulary_file", "collections.abc"}
+    imported: set[str] = set()
+    for module in (tokenizer_module, vocabulary_file):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        origins = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        imported |= {"." * node.level + (node.module or "") for node in origins}
+    assert imported - sys.stdlib_module_names == {
+        "tiktoken",
+        ".errors",
+        "..errors",
+        "._util.vocabulary_file",
+        "collections.abc",
+    }
