@@ -19,8 +19,8 @@ from ._util.validate import check_count, check_list, check_seed, check_texts
 from .accelerate.accelerator import Acceleration
 from .accelerate.quantization import Quantization, bits_of
 from .checkpoints.fit import check_draft, check_memory, check_vocabulary
-from .checkpoints.loader import find_tokenizer
-from .checkpoints.opened import on_this_machine, opened
+from .checkpoints.loader import fetch_checkpoint, prepare_model
+from .checkpoints.side_files import find_tokenizer
 from .engine.beam_search import Beams
 from .engine.engine import Engine
 from .engine.model_runner import OutputOptions
@@ -39,9 +39,10 @@ from .engine.speculative import SPECULATE_K
 from .model import Transformer
 from .sampling import sample_top_p
 from .settings import Options, settings_of_rows
-from .tokenization.chat_template import formatter
-from .tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
-from .tokenizer import Dialog, Message, Tokenizer
+from .tokenization.chat_template import make_formatter
+from .tokenization.hf_tokenizer import open_tokenizer
+from .tokenization.protocol import AnyTokenizer
+from .tokenizer import Dialog, Message
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
 
@@ -90,7 +91,7 @@ class Llama:
         acceleration = Acceleration(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         draft_dirs = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
-        directories = [on_this_machine(directory) for directory in (ckpt_dir, *draft_dirs)]
+        directories = [fetch_checkpoint(directory) for directory in (ckpt_dir, *draft_dirs)]
         today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
         with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
@@ -99,7 +100,7 @@ class Llama:
             check_seed(seed)
             sizes = max_seq_len, max_batch_size
             main, *drafts = [
-                opened(directory, place, acceleration, *sizes, dtype == "auto") for directory in directories
+                prepare_model(directory, place, acceleration, *sizes, dtype == "auto") for directory in directories
             ]
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(main.checkpoint))
             check_vocabulary(main.args, tokenizer)
@@ -113,7 +114,7 @@ class Llama:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: AnyTokenizer,
         *,
         seed: int = 1,
         today: datetime | None = None,
@@ -122,7 +123,7 @@ class Llama:
     ):
         self.model = model
         self.tokenizer = tokenizer
-        self.formatter = formatter(tokenizer, today or datetime.now())
+        self.formatter = make_formatter(tokenizer, today or datetime.now())
         self.draft = draft
         self.engine = Engine(model, tokenizer, seed, prefill_chunk, draft)
 

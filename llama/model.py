@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .errors import LlamaError
 from .kv_cache import Pass, StartPos, copy_row, first_and_last, reorder_rows, update
-from .rotary import RopeScaling, growing_freqs_cis, precompute_freqs_cis
+from .rotary import RopeScaling, compute_dynamic_freqs_cis, precompute_freqs_cis
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
 
@@ -371,7 +371,7 @@ class Transformer(nn.Module):
         """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2)."""
         args, device = self.params, positions.device
         if args.rope_scaling is not None and args.rope_scaling.type == "dynamic":
-            return growing_freqs_cis(args.head_size, positions, lengths, args.rope_theta, args.rope_scaling)
+            return compute_dynamic_freqs_cis(args.head_size, positions, lengths, args.rope_theta, args.rope_scaling)
         if self.freqs_cis is None or self.freqs_cis.shape[0] < end:
             end = max(end, args.max_seq_len)
             with torch.inference_mode(False), torch.device("cpu"):

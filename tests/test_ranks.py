@@ -101,7 +101,7 @@ def test_collectives_of_a_step(directory: Path, tmp_path: Path, sockets: bool) -
         "stream = llama.stream([[1, 2, 3], [4]], 6, temperature=0)\n"
         "next(stream)\n"
         "calls, call = Counter(), cpu.call\n"
-        "def counted(name, *rest):\n"
+        "def pluralize(name, *rest):\n"
         "    calls.update([name] if 'of_ranks' in name and rest[-1] == 0 else [])  # and not one that waits on\n"
         "    return call(name, *rest)\n"
         "cpu.call = counted\n"

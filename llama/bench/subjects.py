@@ -20,7 +20,7 @@ from ..accelerate.fast_model import FastModel
 from ..accelerate.quantization import Quantization
 from ..checkpoints.fit import check_memory
 from ..checkpoints.hf_config import config_of
-from ..checkpoints.loader import Take, build_on_meta, load_model, open_checkpoint, place_tensor
+from ..checkpoints.loader import PackWeight, build_on_meta, load_model, open_checkpoint, place_tensor
 from ..checkpoints.schema import tensor_shapes
 from ..errors import LlamaError
 from ..generation import PREFILL_CHUNK, Llama
@@ -188,7 +188,7 @@ def random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) -> Iterato
         yield name, new().fill_(1) if len(shape) == 1 else new().normal_(0, STD, generator=generator)
 
 
-def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Transformer:
+def random_model(args: ModelArgs, place: Place, take: PackWeight | None = None) -> Transformer:
     """A Transformer with random weights, made a tensor at a time; the same in every run. take: as `load_model`'s."""
     model = build_on_meta(args)
     own = model.state_dict()  # of this rank

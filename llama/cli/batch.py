@@ -29,7 +29,7 @@ from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
 from ..parallel import broadcast_object, new_long_timeout_group, raise_together
 from ..settings import NAMES, Options, Settings
-from ..tokenization.chat_template import formatter
+from ..tokenization.chat_template import make_formatter
 from .resumable_output import Part, beside
 
 OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}  # that a line may have
@@ -55,7 +55,7 @@ class RequestReader:
 
     def __init__(self, llama: Llama, shared: Mapping[str, Any], seed: int, today: datetime):
         self._llama, self._shared, self._seed = llama, shared, seed
-        self._formatter = formatter(llama.tokenizer, today)
+        self._formatter = make_formatter(llama.tokenizer, today)
 
     def job(self, number: int, line: bytes) -> Job:
         """Raises LlamaError for a line that can't be answered."""

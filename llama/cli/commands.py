@@ -19,6 +19,7 @@ from ..bench.runner import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, BenchConfig, carry
 from ..bench.subjects import PEERS
 from ..checkpoints.convert import convert
 from ..checkpoints.download import is_url
+from ..checkpoints.formats import FORMATS
 from ..checkpoints.inspect import report_on
 from ..checkpoints.loader import survey
 from ..engine.request_checks import check_room, check_speculation
@@ -112,7 +113,7 @@ def add_convert(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("src", help="directory of a checkpoint in any layout that is read")
     add("dst", help="directory to write")
-    add("--to", required=True, choices=["meta", "hf"], help="Meta's layout, or Hugging Face's")
+    add("--to", required=True, choices=list(FORMATS), help="Meta's layout, or Hugging Face's")
     add("--mp_size", type=int, default=1, help="shards to write in Meta's layout (default: %(default)s)")
     add("--dtype", help="bfloat16, float16 or float32 (default: that of each tensor)")
     add("--quantization", choices=sorted(BITS), help="store the matrices of layers rounded to 8 or 4 bits (--to hf)")

@@ -15,8 +15,7 @@ from .._util.validate import check_count
 from ..model import Transformer
 from ..sampling import Context, apply_logits_processors
 from ..settings import Settings, settings_of_rows
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .beam_search import Beams, beam_search
 from .model_runner import ModelRunner, OutputOptions
 from .outputs import Completion
@@ -33,7 +32,7 @@ class Engine:
     def __init__(
         self,
         model: Transformer,
-        tokenizer: Tokenizer | HFTokenizer,
+        tokenizer: AnyTokenizer,
         seed: int,
         prefill_chunk: int,
         draft: Transformer | None,

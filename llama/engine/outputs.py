@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Message, Tokenizer
+from ..tokenization.protocol import AnyTokenizer
+from ..tokenizer import Message
 from .sequence import Alternatives, FinishReason, Step
 
 
@@ -85,7 +85,7 @@ def select_best(completions: Sequence[Completion], best_of: int, n: int) -> list
     return [c for group in groups for c in sorted(group, key=lambda c: -(c.mean_logprob or 0.0))[:n]]
 
 
-def describe_completion(completion: Completion, tokenizer: Tokenizer | HFTokenizer, echo: bool = False) -> Details:
+def describe_completion(completion: Completion, tokenizer: AnyTokenizer, echo: bool = False) -> Details:
     """The keys of a prediction beside its text. echo: its tokens begin with the prompt's."""
     details: Details = {"finish_reason": completion.finish_reason}
     if completion.stop is not None:

@@ -16,8 +16,7 @@ from .. import parallel
 from .._util.validate import check_texts, is_integer
 from ..errors import LlamaError, shorten
 from ..model import Transformer
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .engine import Engine
 from .scheduler import compute_logprobs, prefill, run_passes
 
@@ -114,7 +113,7 @@ def embed(engine: Engine, texts: Sequence[str], pooling: Pooling = "last") -> Te
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def encode_texts(tokenizer: Tokenizer | HFTokenizer, texts: Sequence[str]) -> list[list[int]]:
+def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The tokens of each text. Raises LlamaError for a text that is empty or has none."""
     check_texts(texts, "text")
     tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]

@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 
 from ..settings import Settings
-from ..tokenization.hf_tokenizer import HFStreamDecoder
-from ..tokenizer import StreamDecoder
+from ..tokenization.protocol import AnyStreamDecoder
 from .stop_strings import StopFinder
 
 FinishReason = Literal["stop", "length"]
@@ -42,7 +41,7 @@ class Sequence:
     settings: Settings
     stops: frozenset[int]  # tokens that end it
     remaining: int  # tokens that it may still get
-    decoder: StreamDecoder | HFStreamDecoder
+    decoder: AnyStreamDecoder
     generator: torch.Generator
     stop_finder: StopFinder
     cached: int  # tokens of it in the KV cache

@@ -18,15 +18,13 @@ from .. import parallel
 from .._util.validate import check_count, check_list, check_texts, is_integer
 from ..engine.scoring import batch_by_length, check_lengths, encode_texts, not_finite_error
 from ..errors import LlamaError
-from ..tokenization.hf_tokenizer import HFTokenizer
 from ..tokenization.offsets import Offsets, encode_with_offsets
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .spans import Candidate, Span, best_spans, merged, of_whole_words, stripped, tagged_spans, windows
 
 if TYPE_CHECKING:
     from .heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 
-AnyTokenizer = Tokenizer | HFTokenizer
 COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines look at
 
 
@@ -85,7 +83,7 @@ def classify(
     found: list[list[Label]] = [[] for _ in rows]
     for batch, output in passes(head, rows, max_batch_size, "classifying"):
         for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.inferred())
+            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.infer_problem_type())
     return found
 
 

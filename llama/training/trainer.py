@@ -24,11 +24,11 @@ from ..adapters.peft import Task as PeftTask
 from ..adapters.peft import save_adapter
 from ..checkpoints.convert import check_target
 from ..checkpoints.fit import check_weights
-from ..checkpoints.task_spec import TENSORS, Task, body_name
+from ..checkpoints.task_spec import TENSORS, Task
 from ..errors import LlamaError
 from ..parallel import Place
 from ..tasks.model import TaskModel
-from ..tokenization.chat_template import formatter
+from ..tokenization.chat_template import make_formatter
 from . import gradients
 from .config import TrainingConfig, about, problem_in
 from .dataset import Record, labels_in, read_records
@@ -101,7 +101,7 @@ class Training:
         self.keeper, self.progress = keeper, keeper.progress
         with parallel.raise_together():
             labels = built.checkpoint.head.labels if built.checkpoint.head else ()
-            form = formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
+            form = make_formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
             reader = Preprocessor(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
             self.examples = examples(reader, plan.task, trained, plan.data)
             self.held_examples = examples(reader, plan.task, held, plan.eval or "")
@@ -232,7 +232,7 @@ class Training:
                 str(checkpoint.directory),
                 extra=head,
                 task_type=PEFT_TASKS[plan.task],
-                prefix=body_name(checkpoint.family or "llama", plan.task),
+                prefix=checkpoint.body,
             )
 
     def resume(self, state: dict[str, Any]) -> None:

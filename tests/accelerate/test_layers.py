@@ -26,8 +26,9 @@ from llama.accelerate.accelerator import Acceleration, Accelerator
 from llama.accelerate.fast_model import FastModel
 from llama.accelerate.kernels import cpu
 from llama.accelerate.quantization import FloatMatrix
-from llama.checkpoints.loader import find_tokenizer, load_model, open_checkpoint
+from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.checkpoints.meta import save_checkpoint
+from llama.checkpoints.side_files import find_tokenizer
 from llama.model import Transformer
 from llama.parallel import initialize
 from llama.tokenization.hf_tokenizer import open_tokenizer

@@ -1,4 +1,4 @@
-"""Checkpoints whose matrices are stored rounded: they load as what loading rounds, on 1, 2 and 4 ranks, and say what
+"""Checkpoints with quantized matrices: they load as what loading quantizes, on 1, 2 and 4 ranks, and say what
 compressed-tensors' format says, by a decoder of its definition in numpy.
 """
 
@@ -81,7 +81,7 @@ def altered(stored: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
-    """As compressed-tensors defines it: from each word's lowest bits on, less the middle, times the group's scale."""
+    """Dequantize as defined: integers from each word's lowest bits on, minus an offset, times the scale."""
     words = tensors[f"{name}.weight_packed"].numpy().view(np.uint32)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     integers = np.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).reshape(rows, columns)
@@ -104,7 +104,7 @@ def same_quantized(a: Llama, b: Llama) -> bool:
 
 
 def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quantization: str) -> None:
-    """All matrices, bit for bit, though the files have queries' and keys' rows in another order."""
+    """All matrices are equal bit for bit, though rows of wq and wk have another order in the files."""
     loaded = Llama.build(stored, **OPTIONS)
     rounded = Llama.build(source, **OPTIONS, quantization=quantization)
     assert len(all_quantized(rounded)) == 7 * SIZES.n_layers + 1
@@ -118,7 +118,7 @@ def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quant
 
 
 def test_the_format_by_its_definition(source: Path, stored: Path, quantization: str) -> None:
-    """Files hold the format's tensors and no others, each near the matrix that it was made of."""
+    """Files have the format's tensors and no others, and each is near the original matrix."""
     bits, group = BITS[quantization], GROUP[BITS[quantization]]
     tensors = load_file(stored / SINGLE)
     convert(source, stored.parent / f"plain-{quantization}", "hf")
@@ -145,7 +145,7 @@ def test_the_format_by_its_definition(source: Path, stored: Path, quantization: 
 
 
 def test_back_to_numbers(stored: Path, quantization: str, tmp_path: Path, place: Place) -> None:
-    """Converted without --quantization, and loaded without a fast form: what the definition says they are."""
+    """Conversion without --quantization and loading without a fast form give the numbers of the definition."""
     tensors = load_file(stored / SINGLE)
     convert(stored, tmp_path / "meta", "meta", 2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
@@ -192,11 +192,11 @@ def test_dtype_is_that_of_the_numbers_that_are_rounded(
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_parts_of_ranks(source: Path, stored: Path, quantization: str, ranks: int) -> None:
-    """Every rank has the part that it would have rounded itself."""
+    """Every rank gets the part that it would have quantized itself."""
     plain, rounded = open_checkpoint(source), open_checkpoint(stored)
-    for name in filter(rounded.is_rounded, tensor_shapes(SIZES)):
+    for name in filter(rounded.is_quantized, tensor_shapes(SIZES)):
         for rank in range(ranks):
-            found = rounded.quantized(name, rank, ranks, torch.float32).by_rows()
+            found = rounded.quantized_part(name, rank, ranks, torch.float32).by_rows()
             expected = QuantizedMatrix(plain.part(name, rank, ranks), BITS[quantization]).by_rows()
             assert torch.equal(found.words, expected.words) and torch.equal(found.scales, expected.scales)
 
@@ -215,7 +215,7 @@ def test_groups_are_not_divided(quantization: str, tmp_path: Path) -> None:
     report = report_on(survey(tmp_path / "stored"), mp_size=4)
     assert report.mp_sizes == [1, 2]
     assert any(
-        f"rounded in groups of {group}): start with torchrun --nproc_per_node 1 or 2" in p for p in report.problems
+        f"quantized in groups of {group}): start with torchrun --nproc_per_node 1 or 2" in p for p in report.problems
     )
     with pytest.raises(LlamaError, match="can be divided over 1, 2 ranks"):
         convert(tmp_path / "stored", tmp_path / "meta", "meta", 4)
@@ -233,11 +233,11 @@ def test_what_is_not_stored_so(source: Path, stored: Path, quantization: str, tm
     assert "use --to hf, or leave out --quantization" in refusal(source, target, "meta", quantization=quantization)
     assert "expected None or one of int8, int4" in refusal(source, target, "hf", quantization="int3")
     for asked in QUANTIZATIONS:
-        assert f"rounded to {quantization} already" in refusal(stored, target, "hf", quantization=asked)
+        assert f"quantized to {quantization} already" in refusal(stored, target, "hf", quantization=asked)
     odd = write_checkpoint(tmp_path / "odd", replace(SIZES, dim=80, n_heads=4))
     assert "rows of 80, but" in refusal(odd, target, "hf", quantization=quantization)
     assert not target.exists()
-    with pytest.raises(LlamaError, match=f"rounded to {quantization}, but quantization is '{other}': leave it out"):
+    with pytest.raises(LlamaError, match=f"quantized to {quantization}, but quantization is '{other}': leave it out"):
         Llama.build(stored, **OPTIONS, quantization=other)
 
 
@@ -322,8 +322,8 @@ def test_inspect_tells_of_it(source: Path, stored: Path, quantization: str) -> N
     fitting = [1, 2, 4] if quantization == "int8" else [1, 2, 4, 8]
     assert report.ok and report.quantization == quantization and plain.quantization is None
     assert (report.parameters, report.sizes, report.mp_sizes) == (plain.parameters, plain.sizes, fitting)
-    assert f"rounded      {quantization}: integers of {BITS[quantization]} bits" in report.as_text()
-    assert "rounded" not in plain.as_text()
+    assert f"quantized    {quantization}: integers of {BITS[quantization]} bits" in report.as_text()
+    assert "quantized" not in plain.as_text()
     rounded = report.parameters - SIZES.vocab_size * SIZES.dim - (2 * SIZES.n_layers + 1) * SIZES.dim
     kept = report.parameters - rounded
     assert report.memory is not None and report.memory.dtype == "float32"
@@ -335,11 +335,11 @@ def test_memory_is_checked_by_what_it_takes(
 ) -> None:
     memory = report_on(survey(stored), max_seq_len=64).memory
     assert memory is not None
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda device: memory.weights + memory.kv_cache)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda device: memory.weights + memory.kv_cache)
     Llama.build(stored, **OPTIONS)
     with pytest.raises(LlamaError, match="do not fit"):
         Llama.build(source, **OPTIONS)
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda device: memory.weights + memory.kv_cache - 1)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda device: memory.weights + memory.kv_cache - 1)
     with pytest.raises(LlamaError, match="do not fit"):
         Llama.build(stored, **OPTIONS)
 
@@ -347,11 +347,11 @@ def test_memory_is_checked_by_what_it_takes(
 def test_over_several_files(
     source: Path, stored: Path, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are filled by what rounded matrices take."""
+    """Files are filled by the sizes of quantized matrices."""
     whole = load_file(stored / SINGLE)
     for single in (True, False):
         room = sum(tensor.nbytes for tensor in whole.values()) // (1 if single else 3)
-        monkeypatch.setattr("llama.checkpoints.convert.FILE_BYTES", room)
+        monkeypatch.setattr("llama.checkpoints.huggingface.FILE_BYTES", room)
         convert(source, tmp_path / "out", "hf", force=True, quantization=quantization)  # type: ignore[arg-type]
         files = list((tmp_path / "out").glob("*.safetensors"))
         assert (len(files) == 1) == single

@@ -31,7 +31,7 @@ FREED = 50 * 10**6  # that waits to be used again
 
 
 def write_shards(directory: Path, shards: int) -> Path:
-    """One set of tensors, written as often as there are shards: of their values, only that none repeats matters."""
+    """One set of tensors, written once for each shard; their values only have to differ from each other."""
     directory.mkdir()
     part = {}
     for name, shape in SHAPES.items():
@@ -89,7 +89,7 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
 def test_the_fast_form_is_packed_tensor_by_tensor(
     directories: dict[str, Path], tmp_path: Path, names: tuple[str, ...], dtype: str
 ) -> None:
-    """What is packed is held once: neither as it was before, nor, where it was used as it lies there, in the file."""
+    """Only the packed tensors are in memory: not the originals, nor pages of the file that were read to pack them."""
     paths = [str(directories[name]) for name in names]
     done = run_program("tests/memory_program.py", str(tmp_path / "out"), "fast", dtype, *paths)
     assert done.returncode == 0, done.stderr
@@ -105,7 +105,7 @@ def test_the_fast_form_is_packed_tensor_by_tensor(
 
 
 def test_letting_go_takes_nothing_from_others(tmp_path: Path) -> None:
-    """A file's pages leave this process and are read again; other memory, and what is only partly a file, stays."""
+    """Pages of a file are released and read again; other memory, and pages that are only partly of a file, stay."""
     size = 1 << 26
     (tmp_path / "file").write_bytes(bytes(range(256)) * (size // 256))
     mapped = torch.from_file(str(tmp_path / "file"), size=size, dtype=torch.uint8)
@@ -136,5 +136,5 @@ def test_converting_takes_next_to_no_memory(
     done = run_program(str(program), str(directories[source]), str(tmp_path / "out"), to, str(mp_size))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= ALLOWED
-    assert open_checkpoint(tmp_path / "out").format == to
+    assert open_checkpoint(tmp_path / "out").format.name == to
     shutil.rmtree(tmp_path / "out")

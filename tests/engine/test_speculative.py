@@ -249,7 +249,7 @@ def test_turns_of_a_session(llama: Llama, drafted: Llama) -> None:
 def test_another_vocabulary_is_refused_before_anything_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.checkpoints.opened.load_model", None)
+    monkeypatch.setattr("llama.checkpoints.loader.load_model", None)
     with pytest.raises(LlamaError, match=r"has vocab_size 3072 and the model 512: a draft must have the same"):
         Llama.build(directory, **OPTIONS, draft_ckpt_dir=ROOT / "demo" / "model", tokenizer_path=None)
 

@@ -474,8 +474,8 @@ def test_the_day_on_which_it_began_is_today(
     noted["progress"]["begun"] = "2001-02-03T04:05:06"
     (killed / "training.json").write_text(json.dumps(noted))
     days: list[datetime] = []
-    formatter = training.formatter
-    monkeypatch.setattr(training, "formatter", lambda *given: (days.append(given[-1]), formatter(*given))[1])
+    make_formatter = training.make_formatter
+    monkeypatch.setattr(training, "make_formatter", lambda *given: (days.append(given[-1]), make_formatter(*given))[1])
     begun()
     begun(output=str(killed.parent / "new"), epochs=1)
     assert days[0] == datetime(2001, 2, 3, 4, 5, 6) and datetime.now() - days[1] < timedelta(minutes=5)
