@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from .._util.console import progress_bar
 from .._util.files import read_json, unfinished_directory, write_json
 from ..accelerate.quantization import BITS, Quantization, bits_of
 from ..errors import LlamaError, one_line
@@ -179,7 +179,7 @@ def write_meta(
     checkpoint: Checkpoint, args: ModelArgs, directory: Path, mp_size: int, dtype: torch.dtype | None
 ) -> None:
     names, new = list(tensor_shapes(args)), partial(on_disk, directory)
-    with tqdm(desc="writing", total=mp_size * len(names), unit=" tensors", disable=None) as bar:
+    with progress_bar("writing", mp_size * len(names), " tensors") as bar:
         for rank in range(mp_size):
             tensors = {}
             for name in names:
@@ -201,7 +201,7 @@ def write_hf(
     files, new = list(hf_files(sizes)), partial(on_disk, directory)
     places: dict[str, str] = {}
     total = 0
-    with tqdm(desc="writing", total=len(sizes), unit=" tensors", disable=None) as bar:
+    with progress_bar("writing", len(sizes), " tensors") as bar:
         for number, names in enumerate(files, start=1):
             single = len(files) == 1
             file = hf_format.SINGLE if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"

@@ -15,9 +15,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
-from .._util.ranks import is_main_process
+from .._util.console import progress_bar
 from ..accelerate.quantization import BITS, GROUP, Quantization, QuantizedMatrix, QuantizedRows
 from ..errors import LlamaError
 from ..model import ModelArgs, Transformer
@@ -33,7 +32,6 @@ from .task_spec import HeadConfig, Task
 
 Format = Literal["meta", "hf"]
 CONFIG = {"meta": "params.json", "hf": "config.json"}
-SECONDS_BEFORE_BAR = 2
 LOOKED_UP = 256  # rows of a rounded matrix whose numbers are made at a time
 Take = Callable[[Transformer, str, QuantizedMatrix | None], None]
 
@@ -347,10 +345,7 @@ def load_model(
         model = build_on_meta(args)
         sizes = part_sizes(args, place.mp_size)
         total = sum(sizes.values()) * place.dtype.itemsize
-        silent = not is_main_process() or None  # None: unless on a terminal
-        with tqdm(
-            desc="loading", total=total, unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR, disable=silent
-        ) as bar:
+        with progress_bar("loading", total, "B", delayed=True) as bar:
             for name in tensor_shapes(args):  # one by one: at most one tensor is held twice
                 quantized = None
                 if take is not None and checkpoint.is_rounded(name):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import ProcessGroup
-from tqdm import tqdm
 
+from .._util.console import progress_bar
 from .._util.files import unreadable
 from .._util.json_lines import parsed
 from .._util.ranks import is_main_process
@@ -216,8 +216,7 @@ def answer_all(
     work = files.batches(llama, shared, seed) if files else iter(())
     tokens, seconds = 0, 0.0
     total, earlier = (files.count, files.earlier) if files else (0, 0)
-    silent = not is_main_process() or None  # None: unless on a terminal
-    with tqdm(desc="completing", total=total, initial=earlier, unit=" lines", disable=silent) as bar:
+    with progress_bar("completing", total, " lines", done=earlier) as bar:
         while True:
             with together(ranks):
                 batch = next(work, None)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import parallel
+from .._util.console import progress_bar
 from .._util.validate import check_texts, is_integer
 from ..errors import LlamaError, shortened
 from ..model import Transformer
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from ..generation import Llama
 
 T = TypeVar("T")
-SECONDS_BEFORE_BAR = 2
 Pooling = Literal["last", "mean"]
 
 
@@ -174,10 +173,7 @@ def windows(text: int, length: int, size: int, stride: int) -> Iterator[ScoringW
 def batches(items: Sequence[T], length: Callable[[T], int], size: int, doing: str) -> Iterator[list[T]]:
     """All items, the longest first, so many at a time. A terminal shows how many tokens went by."""
     items = sorted(items, key=length, reverse=True)
-    silent = not parallel.is_main_process() or None  # None: unless on a terminal
-    with tqdm(
-        desc=doing, total=sum(map(length, items)), unit=" tokens", delay=SECONDS_BEFORE_BAR, disable=silent
-    ) as bar:
+    with progress_bar(doing, sum(map(length, items)), " tokens", delayed=True) as bar:
         for i in range(0, len(items), size):
             batch = items[i : i + size]
             yield batch

@@ -307,8 +307,10 @@ def test_a_slow_load_shows_a_bar_on_a_terminal_alone_and_once(directory: Path, t
     program = tmp_path / "slow.py"
     program.write_text(
         "import sys, time\n"
-        "from llama import Llama, checkpoint\n"
-        "checkpoint.SECONDS_BEFORE_BAR = 0.2\n"
+        "from llama import Llama\n"
+        "from llama.checkpoints import loader as checkpoint\n"
+        "from llama._util import console\n"
+        "console.SECONDS_BEFORE_BAR = 0.2\n"
         "class Slow(checkpoint.Stored):\n"
         "    def part(self, *arguments):\n"
         "        time.sleep(0.05)\n"

@@ -14,12 +14,12 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from llama import Llama, TaskModel
-from llama.engine import scoring
+from llama._util import console
 from llama.checkpoints.convert import convert
 from llama.training.trainer import finetune
 from llama.training.config import TrainingConfig
 
-scoring.SECONDS_BEFORE_BAR = 0
+console.SECONDS_BEFORE_BAR = 0
 where, cpu = Path(sys.argv[1]), {"device": "cpu", "dtype": "float32"}
 convert(where / "meta", where / "hf", "hf", force=True)
 llama = Llama.build(where / "meta", **cpu)

@@ -308,9 +308,11 @@ def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -
     program = tmp_path / "bar.py"
     program.write_text(
         "import sys\n"
-        "from llama import Llama, scoring\n"
-        "scoring.SECONDS_BEFORE_BAR = 0\n"
+        "from llama import Llama\n"
+        "from llama.engine import scoring\n"
+        "from llama._util import console\n"
         "llama = Llama.build(sys.argv[1], device='cpu', max_batch_size=1)\n"
+        "console.SECONDS_BEFORE_BAR = 0\n"
         "scoring.score(llama, ['a', 'bc', 'def'])\n"
         "scoring.embed(llama, ['a', 'bc', 'def'])\n"
     )
