@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._util.console import progress_bar
-from .._util.files import read_json, unfinished_directory, write_json
+from .._util.files import make_unfinished_directory, read_json, write_json
 from ..accelerate.quantization import BITS, Quantization, bits_of
 from ..errors import LlamaError, one_line
 from ..model import ModelArgs
@@ -102,7 +102,7 @@ def write(
     if quantization is not None:
         config["quantization_config"] = quantization_config(quantization, args.tied_embeddings)
     check_target(checkpoint, target, force)
-    with unfinished_directory(target) as unfinished:
+    with make_unfinished_directory(target) as unfinished:
         sizes = file_bytes(checkpoint, dtype, quantization)
         check_space(sum(sizes.values()), unfinished, mp_size if to == "meta" else None)
         try:

@@ -1,6 +1,6 @@
-"""Every long step shows how far it is at a terminal, and nothing where its output is piped.
+"""Every long step shows a progress bar at a terminal, and none if its output is piped.
 
-(Loading: test_checkpoint.py; lines of a file: test_jobs.py.)
+(Loading: checkpoints/test_loader.py; lines of a file: test_batch.py.)
 """
 
 import re
