@@ -20,7 +20,7 @@ from llama import parallel
 from llama.accelerate.accelerator import Accelerator
 from llama.accelerate.layers import packed_weight
 from llama.accelerate.quantization import PackedMatrix
-from llama.bench.measure import Peak, status_bytes
+from llama.bench.measure import PeakMemory, status_bytes
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.model import Transformer
 
@@ -30,7 +30,7 @@ def main(output: str, form: str, dtype: str, *directories: str) -> None:
     results = []
     for directory in directories:
         started, before = time.perf_counter(), status_bytes("RssAnon")
-        with Peak() as peak:
+        with PeakMemory() as peak:
             checkpoint = open_checkpoint(directory)
             args = replace(checkpoint.sizes, max_seq_len=8, max_batch_size=1)
             if form == "plain":

@@ -1,8 +1,9 @@
-"""Which of torchrun's processes this one is. Works before a process group exists."""
+"""Which of the processes that torchrun started this one is. Answers before a process group is initialized, too.
+
+torch is imported where it is used, so that a program that prints and ends needn't load it.
+"""
 
 import os
-
-import torch.distributed as dist
 
 
 def env_rank() -> tuple[int, int, int]:
@@ -15,5 +16,14 @@ def env_rank() -> tuple[int, int, int]:
 
 
 def is_main_process() -> bool:
-    """Whether this process is rank 0, which prints for the user. Works before anything is initialized too."""
+    """Whether this process talks to the user: rank 0."""
+    import torch.distributed as dist
+
     return (dist.get_rank() if dist.is_initialized() else env_rank()[0]) == 0
+
+
+def has_other_ranks() -> bool:
+    """Whether the process group has other processes than this one."""
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1

@@ -9,9 +9,8 @@ from types import FunctionType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from .._util.ranks import is_main_process
+from .._util.console import progress_bar
 from ..kv_cache import Pass, attention_mask
 from ..model import ModelArgs
 from .call_capture import CaptureFunction
@@ -77,9 +76,11 @@ class DecodeSteps:
         for block in self.network.blocks:
             block.attention.caches(self.network.like)  # here, and not in what is compiled
         sizes = sorted({min(padded_size(bsz), most) for bsz in range(1, most + 1)})
-        for size in tqdm(sizes, desc="preparing", disable=not is_main_process() or None):
-            tokens = torch.zeros(size, 1, dtype=torch.long, device=self.network.like.device)
-            self(prepare(tokens, 0))
+        with progress_bar("preparing", len(sizes), " batch sizes") as bar:
+            for size in sizes:
+                tokens = torch.zeros(size, 1, dtype=torch.long, device=self.network.like.device)
+                self(prepare(tokens, 0))
+                bar.update()
         self._warm = True
 
     def forget_other_caches(self) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import parallel
-from .._util.files import unfinished_directory, write_json
+from .._util.files import make_unfinished_directory, write_json
 from ..checkpoints.hf_config import Config
 from ..checkpoints.huggingface import hf_name, read_file
 from ..checkpoints.schema import Stored, is_rotary, permute_rotary, shared_over, split_dim, tensor_shapes
@@ -120,7 +120,7 @@ def plain_number(value: float) -> float:
 
 def write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     try:
-        with unfinished_directory(directory) as unfinished:
+        with make_unfinished_directory(directory) as unfinished:
             save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
             write_json(unfinished / CONFIG, config)
             (directory / CONFIG).unlink(missing_ok=True)  # without it, nobody reads what is half replaced

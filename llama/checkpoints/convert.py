@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .._util.files import read_json, unfinished_directory, write_json
+from .._util.files import make_unfinished_directory, read_json, write_json
 from ..accelerate.quantization import BITS, Quantization, bits_of
 from ..errors import LlamaError, to_one_line
 from .checkpoint import Checkpoint, CheckpointFormat, Export
@@ -75,7 +75,7 @@ def write(
     export = Export(checkpoint, mp_size, dtype, quantization, read_source_config(checkpoint))
     config = format.make_config(export)
     check_target(checkpoint, target, force)
-    with unfinished_directory(target) as unfinished:
+    with make_unfinished_directory(target) as unfinished:
         sizes = file_bytes(export)
         total = sum(sizes.values())
         check_space(total + format.largest_file(total, mp_size), unfinished)

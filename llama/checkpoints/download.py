@@ -12,8 +12,7 @@ from types import ModuleType
 from typing import IO, Any
 from urllib.parse import quote
 
-from tqdm import tqdm
-
+from .._util.console import ProgressBar, progress_bar
 from .._util.files import cache_home, write_whole
 from ..errors import LlamaError
 
@@ -47,7 +46,7 @@ def copy_to_cache(url: str, cache: Path | None = None) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(target).free):
             raise LlamaError(f"{url} has {size / 1e9:.2f} GB to copy, and {target} has {free / 1e9:.2f} GB free")
-        with tqdm(desc="copying", total=size, unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar("copying", size, "B") as bar:
             for source, path, stat in stale:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with blobfile.BlobFile(source, "rb") as reader:
@@ -60,7 +59,7 @@ def copy_to_cache(url: str, cache: Path | None = None) -> Path:
     return target
 
 
-def _copy_chunks(reader: IO[bytes], bar: tqdm, writer: IO[bytes]) -> None:
+def _copy_chunks(reader: IO[bytes], bar: ProgressBar, writer: IO[bytes]) -> None:
     while chunk := reader.read(CHUNK_BYTES):
         bar.update(writer.write(chunk))
 

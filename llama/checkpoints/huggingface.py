@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from .._util.console import progress_bar
 from .._util.files import describe_content, read_json, unreadable, write_json
 from ..errors import LlamaError
 from ..tokenization.export import write_tokenizer_json
@@ -186,7 +186,7 @@ def write_files(export: Export, config: Mapping[str, Any], sizes: Mapping[str, i
     files = list(split_files(sizes))
     places: dict[str, str] = {}
     total = 0
-    with tqdm(desc="writing", total=len(sizes), unit=" tensors", disable=None) as bar:
+    with progress_bar("writing", len(sizes), " tensors") as bar:
         for number, file_names in enumerate(files, start=1):
             file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
             tensors: dict[str, Tensor] = {}

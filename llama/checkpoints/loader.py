@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
 from .. import parallel
-from .._util.ranks import is_main_process
+from .._util.console import progress_bar
 from ..accelerate.accelerator import Acceleration, Accelerator
 from ..accelerate.quantization import QuantizedMatrix, bits_of
 from ..errors import LlamaError
@@ -31,7 +30,6 @@ from .formats import FORMATS
 from .hf_head import find_head_problems
 from .schema import check_sizes, memory_needed, part_sizes, tensor_shapes
 
-SECONDS_BEFORE_BAR = 2
 LISTED_NAMES = 12  # of a directory, in messages
 PackWeight = Callable[[Transformer, str, QuantizedMatrix | None], None]
 
@@ -243,10 +241,7 @@ def load_model(
         model = build_on_meta(args)
         sizes = part_sizes(args, place.mp_size)
         total = sum(sizes.values()) * place.dtype.itemsize
-        silent = not is_main_process() or None  # None: unless on a terminal
-        with tqdm(
-            desc="loading", total=total, unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR, disable=silent
-        ) as bar:
+        with progress_bar("loading", total, "B", delayed=True) as bar:
             for name in tensor_shapes(args):  # one by one: at most one tensor is held twice
                 quantized = None
                 if pack_weight is not None and checkpoint.is_quantized(name):

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from .._util.console import progress_bar
 from .._util.files import describe_content, read_json, unreadable, write_json, write_whole
 from ..errors import LlamaError
 from ..model import ModelArgs
@@ -262,7 +262,7 @@ def write_shards(export: Export, config: Mapping[str, Any], sizes: Mapping[str, 
     """Write `consolidated.NN.pth` for each rank, and the model's config.json, for what `params.json` can't say."""
     checkpoint, args = export.checkpoint, export.checkpoint.sizes
     new = partial(allocate_on_disk, directory)
-    with tqdm(desc="writing", total=export.mp_size * len(sizes), unit=" tensors", disable=None) as bar:
+    with progress_bar("writing", export.mp_size * len(sizes), " tensors") as bar:
         for rank in range(export.mp_size):
             tensors = {}
             for name in sizes:

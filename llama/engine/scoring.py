@@ -10,9 +10,9 @@ from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import parallel
+from .._util.console import progress_bar
 from .._util.validate import check_texts, is_integer
 from ..errors import LlamaError, shorten
 from ..model import Transformer
@@ -21,7 +21,6 @@ from .engine import Engine
 from .scheduler import compute_logprobs, prefill, run_passes
 
 T = TypeVar("T")
-SECONDS_BEFORE_BAR = 2
 Pooling = Literal["last", "mean"]
 
 
@@ -166,10 +165,7 @@ def split_windows(text: int, length: int, size: int, stride: int) -> Iterator[Sc
 def batch_by_length(items: Sequence[T], length: Callable[[T], int], size: int, doing: str) -> Iterator[list[T]]:
     """Batches of `size` items, the longest first, under a progress bar that counts tokens at a terminal."""
     items = sorted(items, key=length, reverse=True)
-    silent = not parallel.is_main_process() or None  # None: unless on a terminal
-    with tqdm(
-        desc=doing, total=sum(map(length, items)), unit=" tokens", delay=SECONDS_BEFORE_BAR, disable=silent
-    ) as bar:
+    with progress_bar(doing, sum(map(length, items)), " tokens", delayed=True) as bar:
         for i in range(0, len(items), size):
             batch = items[i : i + size]
             yield batch

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import parallel
-from .._util.files import unfinished_directory
+from .._util.files import make_unfinished_directory
 from .._util.validate import check_count
 from ..adapters.lora import LoraLinear
 from ..adapters.peft import load_adapter
@@ -146,7 +146,7 @@ class TaskModel:
     def _places(self, target: Path) -> dict[str, list[Tensor]]:
         """Where all ranks' parts of each tensor go, in the order of the ranks: in files without names."""
         own, new = dict(self.model.named_parameters()), not target.exists()
-        with unfinished_directory(target) as unfinished:
+        with make_unfinished_directory(target) as unfinished:
             places = {
                 name: [
                     allocate_on_disk(unfinished, own[name].shape, own[name].dtype)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._util.files import unreadable
-from .._util.json_lines import parsed
+from .._util.json_lines import parse_object
 from .._util.validate import is_integer, is_number
 from ..checkpoints.task_spec import ProblemType, Task
 from ..errors import LlamaError, describe, pluralize, shorten
@@ -43,7 +43,7 @@ def read_records(path: str | Path, task: Task) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = Record(number, parsed(line))
+            record = Record(number, parse_object(line))
             CHECKS[task](record.given)
             records.append(record)
         except LlamaError as e:

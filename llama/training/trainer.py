@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_data_parallel_world_size
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import parallel
-from .._util.console import say
+from .._util.console import ProgressBar, progress_bar, say
 from ..adapters.lora import add_lora
 from ..adapters.peft import Task as PeftTask
 from ..adapters.peft import save_adapter
@@ -127,8 +126,7 @@ class Training:
         if self.progress.step > 0:
             self.keeper.restore(self.resume)
             say(f"{self.keeper.directory}: going on after step {self.progress.step}")
-        silent = not parallel.is_main_process() or None  # None: unless on a terminal
-        with tqdm(desc="training", total=self.steps, initial=self.progress.step, unit=" steps", disable=silent) as bar:
+        with progress_bar("training", self.steps, " steps", done=self.progress.step) as bar:
             while self.progress.step < self.steps and not self.progress.ended:
                 self.progress.losses.append(self.step())
                 self.progress.step += 1
@@ -190,7 +188,7 @@ class Training:
 
     # --- between the steps ------------------------------------------------------------------------------------------
 
-    def pause(self, bar: tqdm) -> None:
+    def pause(self, bar: ProgressBar) -> None:
         """Measure, keep the best model, and let a run that is killed from now on go on from here."""
         progress, plan = self.progress, self.plan
         told: dict[str, float] = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch}

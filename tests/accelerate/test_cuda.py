@@ -13,7 +13,7 @@ from llama import Llama
 from llama.accelerate.kernels import cpu
 from llama.accelerate.kernels import dispatch as kernels
 from llama.accelerate.quantization import QuantizedMatrix
-from llama.bench.measure import Bandwidth
+from llama.bench.measure import BandwidthMeter
 from llama.model import Attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -160,7 +160,7 @@ def test_attention_copies_no_keys(place: object, triton: bool) -> None:
 
 
 def test_bandwidth_is_that_of_a_gpu() -> None:
-    assert Bandwidth(torch.device("cuda")).measure() > 50e9
+    assert BandwidthMeter(torch.device("cuda")).measure() > 50e9
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

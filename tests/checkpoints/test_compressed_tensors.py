@@ -18,7 +18,7 @@ from torch import Tensor
 from llama import Llama, LlamaError
 from llama.accelerate.layers import packed_weight
 from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, QuantizedRows, bits_of
-from llama.bench.runner import quantization_of
+from llama.bench.runner import find_quantization
 from llama.checkpoints.convert import convert
 from llama.checkpoints.huggingface import SINGLE
 from llama.checkpoints.inspect import report_on
@@ -110,8 +110,8 @@ def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quant
     assert len(all_quantized(rounded)) == 7 * SIZES.n_layers + 1
     assert same_quantized(loaded, rounded)
     assert same_quantized(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
-    assert quantization_of(loaded.model) == quantization_of(rounded.model) == quantization
-    assert quantization_of(Llama.build(source, **OPTIONS).model) is None
+    assert find_quantization(loaded.model) == find_quantization(rounded.model) == quantization
+    assert find_quantization(Llama.build(source, **OPTIONS).model) is None
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), rounded.model(tokens))

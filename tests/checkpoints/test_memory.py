@@ -128,8 +128,8 @@ def test_converting_takes_next_to_no_memory(
     program.write_text(
         "import sys\n"
         "from llama.checkpoints.convert import convert\n"
-        "from llama.bench.measure import Peak\n"
-        "with Peak() as peak:\n"
+        "from llama.bench.measure import PeakMemory\n"
+        "with PeakMemory() as peak:\n"
         "    convert(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))\n"
         "print(peak.private)\n"
     )

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from llama import LlamaError, TaskModel
 from llama.checkpoints.convert import convert
-from llama.cli.finetune import add_finetune
+from llama.cli.finetune import add_options
 from llama.training.config import TrainingConfig
 from llama.training.trainer import finetune
 
@@ -87,7 +87,7 @@ def test_who_has_no_head_says_so(made: Path) -> None:
 @pytest.mark.parametrize("option", [["--adapter_only"], ["--lora_alpha", "2"], ["--lora_targets", "wq"]])
 def test_options_of_adapters_without_one(option: list[str]) -> None:
     command = argparse.ArgumentParser()
-    add_finetune(command)
+    add_options(command)
     options = command.parse_args(["--task", "tag", "--data", "a", "--output", "b", *option])
     with pytest.raises(LlamaError, match=f"{option[0]} was given without --lora_r"):
         options.run(options)

@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama import LlamaError, TaskModel
 from llama.adapters.lora import TARGETS, Lora
-from llama.cli.finetune import add_finetune, train
+from llama.cli import finetune as finetune_command
 from llama.training import trainer as training
 from llama.training.preprocessing import Example
 from llama.training.trainer import Training, TrainingConfig, finetune
@@ -804,9 +804,9 @@ def test_options_that_do_not_go_together(
     more: list[str], message: str, ckpt: Path, files: dict, tmp_path: Path
 ) -> None:
     parser = argparse.ArgumentParser()
-    add_finetune(parser)
+    finetune_command.add_options(parser)
     with pytest.raises(LlamaError, match=message):
-        train(parser.parse_args(command(ckpt, files["tag"], tmp_path / "out", *more)[3:]))
+        finetune_command.run(parser.parse_args(command(ckpt, files["tag"], tmp_path / "out", *more)[3:]))
     assert not (tmp_path / "out").exists()
 
 
