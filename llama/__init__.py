@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from .engine.outputs import ChatPrediction, Completion, CompletionPrediction
     from .engine.scoring import Score
     from .engine.sequence import Step
-    from .engine.session import Session
     from .errors import LlamaError
     from .generation import Llama
     from .model import ModelArgs, Transformer
+    from .session import Session
     from .settings import Settings
     from .tasks.model import TaskModel
     from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
@@ -31,7 +31,7 @@ PLACES = {
     "engine.outputs": ("ChatPrediction", "Completion", "CompletionPrediction"),
     "engine.scoring": ("Score",),
     "engine.sequence": ("Step",),
-    "engine.session": ("Session",),
+    "session": ("Session",),
     "errors": ("LlamaError",),
     "generation": ("Llama",),
     "model": ("ModelArgs", "Transformer"),
