@@ -24,6 +24,7 @@ from tqdm import tqdm
 from demo.corpus import Document, training_documents
 from demo.evaluate import evaluate
 from llama import LlamaError, parallel
+from llama._util.device import choose_dtype
 from llama._util.files import write_whole
 from llama.checkpoints.meta import save_checkpoint
 from llama.cli.program import run
@@ -153,7 +154,7 @@ def train_network(chat: ChatFormat, steps: int, seed: int, device: torch.device)
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    half = parallel.choose_dtype(None, device)
+    half = choose_dtype(None, device)
     stream = batches(seed, chat)
     bar = tqdm(range(steps), unit="step", desc="training", mininterval=1)
     for step in bar:

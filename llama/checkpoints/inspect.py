@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from .._util.device import DTYPES, parse_dtype
 from .._util.validate import check_count
 from ..accelerate.quantization import BITS, GROUP, Quantization, bits_of
 from ..errors import LlamaError, make_printable, pluralize
 from ..model import ModelArgs
-from ..parallel import DTYPES, parse_dtype
 from ..tokenization.hf_tokenizer import open_tokenizer
 from ..tokenizer import Tokenizer
 from .checkpoint import Checkpoint

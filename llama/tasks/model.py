@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import parallel
+from .._util.device import choose_dtype
 from .._util.files import make_unfinished_directory
 from .._util.validate import check_count
 from ..adapters.lora import LoraLinear
@@ -131,7 +132,7 @@ class TaskModel:
         """
         with parallel.long_timeout_group() as ranks:
             with parallel.raise_together(ranks), written(directory):
-                kept = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
+                kept = choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
                 target = as_local_path(directory)
                 if parallel.is_main_process():
                     check_target(self.checkpoint, target, force)
