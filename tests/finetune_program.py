@@ -3,11 +3,11 @@ imported what takes seconds.
 
     python tests/finetune_program.py JOBS.json
 
-JOBS.json is a list of {"ranks", "plan", "ckpt_dir", "model_parallel_size", "kills"}. Neighbouring jobs of as many ranks
-share their processes, as under torchrun. With "kills", a seed, a job of one process is killed at a moment that chance
-chooses, and begun again, until it comes to its end. For each such group, JOBS.json then holds the reports of its ranks,
-each a list of what came of the jobs: the error that was raised, the steps that were made, how many more files are open
-at the last than at the second; or how often it was killed.
+JOBS.json is a list of {"ranks", "config", "ckpt_dir", "model_parallel_size", "kills"}. Neighbouring jobs with the same
+"ranks" run in the same processes, as under torchrun. With a seed as "kills", a job of one process is killed at a random
+moment and begun again, until it ends. Afterwards JOBS.json holds, for each such group, the reports of its ranks. A
+report is a list with an entry a job: the error that was raised, the steps that were made, and how many more files are
+open at the last step than at the second; or how often it was killed.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from llama.training import trainer as training
 from llama.training.trainer import Training, TrainingConfig, finetune
 
 
-def plan_of(given: dict[str, Any]) -> TrainingConfig:
+def read_config(given: dict[str, Any]) -> TrainingConfig:
     return TrainingConfig(**{**given, "lora": Lora(**given["lora"]) if given.get("lora") else None})
 
 
@@ -51,7 +51,9 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         fs_init.destroy_model_parallel()
     Training.step, error = count_steps, None  # type: ignore[method-assign]
     try:
-        finetune(plan_of(job["plan"]), job["ckpt_dir"], None, job["model_parallel_size"], device="cpu", dtype="float32")
+        finetune(
+            read_config(job["config"]), job["ckpt_dir"], None, job["model_parallel_size"], device="cpu", dtype="float32"
+        )
     except LlamaError as e:
         error = str(e)
     Training.step = step  # type: ignore[method-assign]
@@ -149,7 +151,7 @@ def on_ranks(jobs: list[dict[str, Any]], path: str, count: int) -> list[list[dic
 
 
 def main(path: str) -> None:
-    training.draw = draw
+    training.draw_curves = draw
     reports: list[list[dict[str, Any]]] = []
     for count, group in groupby(json.loads(Path(path).read_text()), lambda job: job["ranks"]):
         jobs = list(group)
