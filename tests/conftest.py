@@ -15,6 +15,7 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rank_pool import RankPool
 from torch import Tensor
 from vocabulary import BASE, SPECIALS, TOKENS, lines_of, write
 
@@ -33,6 +34,14 @@ def place() -> Iterator[Place]:
     yield initialize(device="cpu", dtype=torch.float32)
     if not existed:
         leave()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Runs functions on several ranks."""
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture
