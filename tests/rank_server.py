@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch._dynamo  # optimizers import it, at a second each
-
 from llama import parallel
 
 SECONDS_AFTER_A_FAILURE = 5  # for the other ranks to say what they have seen

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_close, hidden_size, neighbours, to_meta
-from family_program import LENGTH, PROMPTS, SHORT, SIZES, STEPS
-from tiny import run_program
+from family_program import LENGTH, PROMPTS, SHORT, SIZES, STEPS, compute
+from rank_pool import RankPool
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -238,7 +237,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("families")
     rows = torch.randint(1, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     directories = {name: root / name.replace(" ", "-") for name in (*KINDS, *METAS)}
@@ -253,21 +252,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         return expected_logits(models.get(name) or read_hf(directories[name]), rows)
 
     @cache
-    def run(ranks: int) -> CompletedProcess:
+    def run(ranks: int) -> dict[str, Logits]:
+        names = list(METAS if ranks == 8 else directories)
         jobs = [
-            {"directory": str(directories[n]), "output": f"{directories[n]}.{ranks}", "rows": rows.tolist()}
+            {"directory": str(directories[n])}
             | {"ways": WAYS if n in KINDS else WAYS[:1] if n in METAS else CONVERTED_WAYS}
             | {"fast": FAST_WAYS.get(ranks, ()) if n in KINDS else ()}
-            for n in (METAS if ranks == 8 else directories)
+            for n in names
         ]
-        (root / "jobs.json").write_text(json.dumps(jobs))
-        program = ("tests/family_program.py", str(root / "jobs.json"))
-        return run_program(*program, ranks=ranks if ranks > 1 else 0, timeout=600)
+        done = pool.run(compute, rows, jobs, ranks=ranks if ranks > 1 else 0, timeout=600)
+        return dict(zip(names, done.results[0], strict=True))
 
     def found(name: str, ranks: int) -> Logits:
-        done = run(ranks)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{directories[name]}.{ranks}")
+        return run(ranks)[name]
 
     return World(rows, directories, expected, found)
 

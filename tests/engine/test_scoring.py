@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close, make_twin
-from tiny import PROMPTS, ROOT, environment, launched, run_program, write_tokenizer
+from rank_pool import RankPool
+from scoring_program import compute
+from tiny import PROMPTS, ROOT, environment, launched, write_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -283,13 +285,12 @@ def test_a_score() -> None:
 # --- ranks, and terminals --------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_are_one(world: World, tmp_path: Path) -> None:
+def test_two_ranks_are_one(pool: RankPool, world: World) -> None:
     found = []
     for ranks in (0, 2):
-        done = run_program("tests/scoring_program.py", str(world.directory), str(tmp_path / str(ranks)), ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        done = pool.run(compute, str(world.directory), ranks=ranks)
         assert "scoring" not in done.stdout + done.stderr, "no bar in a pipe"
-        found += [torch.load(tmp_path / f"{ranks}.{rank}") for rank in range(max(ranks, 1))]
+        found += done.results
     one, *two = found
     for other in two:
         for mine, theirs in zip(other["scores"], one["scores"], strict=True):
@@ -308,7 +309,8 @@ def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -
     program = tmp_path / "bar.py"
     program.write_text(
         "import sys\n"
-        "from llama import Llama, scoring\n"
+        "from llama import Llama\n"
+        "from llama.engine import scoring\n"
         "scoring.SECONDS_BEFORE_BAR = 0\n"
         "llama = Llama.build(sys.argv[1], device='cpu', max_batch_size=1)\n"
         "scoring.score(llama, ['a', 'bc', 'def'])\n"

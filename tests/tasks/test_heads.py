@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from head_program import compute
+from rank_pool import RankPool
 from safetensors.torch import load_file
-from tiny import run_program, write_tokenizer
+from tiny import write_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -104,7 +106,7 @@ CASES = [(family, task, side) for family in FAMILIES for task in ENDINGS for sid
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """All cases on some ranks: one start of them each."""
     root = tmp_path_factory.mktemp("heads")
     for family in FAMILIES:
@@ -123,9 +125,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
             }
             for family, task, side in CASES
         ]
-        (root / f"jobs{ranks}.json").write_text(json.dumps(jobs))
-        done = run_program("tests/head_program.py", str(root / f"jobs{ranks}.json"), ranks=0 if ranks == 1 else ranks)
-        assert done.returncode == 0, done.stderr
+        pool.run(compute, jobs, ranks=0 if ranks == 1 else ranks)
         return root / f"{ranks}"
 
     return on
