@@ -470,9 +470,9 @@ def test_a_damaged_file_is_made_again(home: Path, damage: str) -> None:
     }
     os.unlink(library)  # this process has it mapped
     library.write_bytes(damaged.get(damage, bytes(other)))
-    assert not kernels.is_integer(library), "loading it would end this process"
+    assert not kernels.is_complete(library), "loading it would end this process"
     assert library_anew() is not None
-    assert kernels.is_integer(library) and made(home) == [library]
+    assert kernels.is_complete(library) and made(home) == [library]
 
 
 @compiled

@@ -181,6 +181,7 @@ def given(args: ModelArgs, weights: dict[str, Tensor]) -> Iterator[tuple[str, Te
     return ((name, weights[name]) for name in tensor_shapes(args))
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize(
     "changes",
     [
@@ -213,6 +214,7 @@ def test_llama_cpp_makes_the_models_own_logits_and_tokens(place: Place, changes:
     assert list(peer.run(prompts[1:], 20)) == [step[1:] for step in steps], "nothing is left of an earlier run"
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize(
     ("dtype", "quantization", "share", "bits"),
     [
@@ -237,6 +239,7 @@ def test_llama_cpp_computes_the_model_in_shorter_numbers(
         assert_close(torch.from_numpy(logits), model(torch.tensor([[5, 3, 8, 60]]), 0)[0, -1], share)
 
 
+@pytest.mark.llama_cpp
 def test_the_command_compares_with_llama_cpp(bench: Command) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
     options = ["--device", "cpu", "--prompt", "8", "--gen", "4", "--repeats", "1", "--compare", "llama.cpp", "--ragged"]

@@ -320,11 +320,11 @@ def test_memory_is_checked_by_what_it_takes(
 ) -> None:
     memory = report_on(survey(stored), max_seq_len=64).memory
     assert memory is not None
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda device: memory.weights + memory.kv_cache)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda device: memory.weights + memory.kv_cache)
     Llama.build(stored, **OPTIONS)
     with pytest.raises(LlamaError, match="do not fit"):
         Llama.build(source, **OPTIONS)
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda device: memory.weights + memory.kv_cache - 1)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda device: memory.weights + memory.kv_cache - 1)
     with pytest.raises(LlamaError, match="do not fit"):
         Llama.build(stored, **OPTIONS)
 

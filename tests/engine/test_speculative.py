@@ -247,10 +247,10 @@ def test_another_vocabulary_is_refused_before_anything_is_loaded(
 def test_memory_of_both_is_counted(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = Llama.build(directory, **OPTIONS).model.params
     needed = sum(memory_needed(args, 1, torch.float32))
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda _: 2 * needed - 1)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 2 * needed - 1)
     with pytest.raises(LlamaError, match=r"GB of KV cache .* \+ .* GB of the draft model"):
         Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda _: 2 * needed)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 2 * needed)
     Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
 
 

@@ -311,7 +311,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(made: Path, monkeypatc
     model = TaskModel.build(made / "tag", **OPTIONS).model
     numbers = sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr("llama.tasks.model.load_model", None)
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda _: 4 * numbers - 1)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 4 * numbers - 1)
     with pytest.raises(LlamaError, match=r"of 4 bytes each, 1 x on cpu = .* do not fit its .*: choose a smaller dtype"):
         TaskModel.build(made / "tag", **OPTIONS)
 
@@ -319,7 +319,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(made: Path, monkeypatc
 def test_training_needs_more(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "ab", "spans": []}\n{"text": "ab", "spans": []}\n')
     numbers = sum(parameter.numel() for parameter in TaskModel.build(made / "tag", **OPTIONS).model.parameters())
-    monkeypatch.setattr("llama._util.checks.available_memory", lambda _: 15 * numbers)
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 15 * numbers)
     plan = TrainingConfig("tag", str(tmp_path / "data.jsonl"), str(tmp_path / "out"))
     with pytest.raises(LlamaError, match=r"of 16 bytes each, .*: train with lora, or use more ranks"):
         finetune(plan, made / "tag", **OPTIONS)

@@ -20,6 +20,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from finetune_program import finetune_all, finetune_until_done
+from rank_pool import RankPool
 from safetensors.torch import load_file
 from test_dataset import GOOD, write
 from test_heads import ENDINGS, make
@@ -233,7 +235,6 @@ def rank_jobs(root: Path, files: dict[str, str], output: Path, sizes: tuple[int,
             "plan": {**shared, **more, "task": task, "data": files[task], "output": str(output / f"{task} {size}")},
             "ckpt_dir": str(root / task),
             "model_parallel_size": size,
-            "ranks": max(sizes),
         }
         for size in sizes
         for task, more in RANKED.items()
@@ -271,7 +272,6 @@ def failing_jobs(root: Path, files: dict[str, str], spoiled: Path, output: Path)
             },
             "ckpt_dir": str(root / task),
             "model_parallel_size": size,
-            "ranks": 2,
         }
         for size in (2, 1)
         for task, path in data.items()
@@ -288,21 +288,18 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def ranks(ckpt: Path, heads: Path, files: dict, spoiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """In one start: what one rank does too, what ends in errors, and a command's job that nobody kills."""
+def ranks(
+    pool: RankPool, ckpt: Path, heads: Path, files: dict, spoiled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Ranks:
+    """What one rank does too, what ends in errors, and a command's job that nobody kills."""
     output = tmp_path_factory.mktemp("ranks")
     whole = {"task": "tag", "data": files["tag"], "eval": files["tag"], "output": str(output / "whole"), "every": 1}
     whole |= {"epochs": 3, "batch_size": 4, "max_seq_len": 64, "learning_rate": 1e-2}
     jobs = rank_jobs(heads, files, output / "two", (2, 1)) + failing_jobs(heads, files, spoiled, output)
-    jobs.append({"plan": whole, "ckpt_dir": str(ckpt), "model_parallel_size": None, "ranks": 2})
-    return Ranks(output, *run_jobs(jobs + rank_jobs(heads, files, output / "four", (4, 2)), output))
-
-
-def run_jobs(jobs: list[dict[str, Any]], output: Path) -> list[list[list[dict[str, Any]]]]:
-    (output / "jobs.json").write_text(json.dumps(jobs))
-    done = run_program("tests/finetune_program.py", str(output / "jobs.json"))
-    assert done.returncode == 0, done.stderr
-    return json.loads((output / "jobs.json").read_text())
+    jobs.append({"plan": whole, "ckpt_dir": str(ckpt), "model_parallel_size": None})
+    two = pool.run(finetune_all, jobs, ranks=2).results
+    four = pool.run(finetune_all, rank_jobs(heads, files, output / "four", (4, 2)), ranks=4).results
+    return Ranks(output, two, four)
 
 
 def check_same(reports: list[list[dict[str, Any]]], output: Path, alone: Path, sizes: tuple[int, ...]) -> None:
@@ -363,7 +360,7 @@ def names_in(output: Path) -> set[str]:
     return {str(path.relative_to(output)) for path in output.rglob("*")}
 
 
-def test_killed_at_any_moment_it_comes_to_the_same(ckpt: Path, files: dict, tmp_path: Path) -> None:
+def test_killed_at_any_moment_it_comes_to_the_same(pool: RankPool, ckpt: Path, files: dict, tmp_path: Path) -> None:
     """Dropout too, of a new head and of an adapter."""
     evaluated = {"epochs": 3, "batch_size": 3, "learning_rate": 5e-3, "every": 2}
     plans = {
@@ -374,13 +371,12 @@ def test_killed_at_any_moment_it_comes_to_the_same(ckpt: Path, files: dict, tmp_
     plans["adapter"] |= {"lora": {"r": 2, "alpha": 4, "dropout": 0.3}}
     seeds = (None, 1, 2)
     jobs = [
-        {"plan": {**plan, "output": str(tmp_path / f"{name} {seed}")}, "ckpt_dir": str(ckpt), "ranks": 1}
+        {"plan": {**plan, "output": str(tmp_path / f"{name} {seed}")}, "ckpt_dir": str(ckpt)}
         | {"model_parallel_size": 1, "kills": seed and f"{name} {seed}"}
         for name, plan in plans.items()
         for seed in seeds
     ]
-    ((found,),) = run_jobs(jobs, tmp_path)
-    kills = [one["kills"] for one in found]
+    kills = [pool.run(finetune_until_done, job).results[0] for job in jobs]
     assert kills[:: len(seeds)] == [0] * len(plans) and sum(kills) > 8, kills
     for name in plans:
         whole = tmp_path / f"{name} None"
