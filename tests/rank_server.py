@@ -17,6 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Collectives, optimizers and tokenizers import these when they are first used, which takes each rank two seconds.
+import blobfile  # noqa: F401
+import torch._dynamo
+import torch._inductor.utils
+import torch.distributed.nn
+import torch.distributed.tensor  # noqa: F401
+
 from llama import parallel
 
 SECONDS_AFTER_A_FAILURE = 5  # for the other ranks to say what they have seen
@@ -96,7 +103,7 @@ def serve() -> None:
         try:
             call = pickle.load(calls)
         except EOFError:
-            return
+            os._exit(0)  # at once, without seconds of tearing down
         try:
             outcome = run(*call)
         except Exception:
