@@ -346,6 +346,7 @@ def test_the_table_of_a_checkpoint(bench: Command) -> None:
     assert all("GB/s" not in line and line.endswith("%") for line in rows[:3])
 
 
+@pytest.mark.slow
 def test_on_two_ranks_each_reads_its_share_and_the_picture_shows_both(
     bench: Command, tmp_path: Path, place: Place
 ) -> None:

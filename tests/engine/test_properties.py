@@ -319,7 +319,7 @@ def drawn(llamas: dict[str, Llama], directory: Path) -> list[tuple[dict[str, Any
     return [(case, answered(llamas, case)) for case in found]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_is_one(
     pool: RankPool, directory: Path, drawn: list[tuple[dict[str, Any], Any]], ranks: int
 ) -> None:

@@ -806,6 +806,7 @@ def test_options_that_do_not_go_together(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_they_go_on(ckpt: Path, files: dict, tmp_path: Path, ranks: Ranks) -> None:
     """On two ranks, with dropout: to the bytes of a run that wasn't killed."""
     given = command(ckpt, files["tag"], tmp_path / "out", "--eval", files["tag"], "--every", "1")
