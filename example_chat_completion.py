@@ -28,18 +28,18 @@ def main(
     """Answer the example dialogs.
 
     Args:
-        ckpt_dir: directory of the checkpoint; the demo model where not given.
-        tokenizer_path: the tokenizer's file; tokenizer.model in ckpt_dir where not given.
-        temperature: 0 takes the likeliest token; higher is more varied.
-        top_p: draw from the likeliest tokens that make up this mass, in (0, 1].
-        max_seq_len: longest prompt and answer together, in tokens.
-        max_batch_size: most dialogs answered at once.
-        max_gen_len: longest answer, in tokens; what fits in max_seq_len where not given.
-        device: cpu, cuda or mps; the best there is where not given.
-        dtype: bfloat16, float16 or float32; the best for the device where not given.
+        ckpt_dir: directory of the checkpoint (default: the demo model).
+        tokenizer_path: the tokenizer's file (default: the one in ckpt_dir).
+        temperature: 0 takes the likeliest token; higher values vary more.
+        top_p: draw from the likeliest tokens of this mass, in (0, 1].
+        max_seq_len: most tokens of a prompt and its answer.
+        max_batch_size: most dialogs at a time.
+        max_gen_len: most tokens of an answer (default: as max_seq_len allows).
+        device: cpu, cuda or mps (default: the best there is).
+        dtype: bfloat16, float16 or float32 (default: the best for the device).
         seed: the same seed gives the same answers.
-        compile: let torch.compile make the decoding steps before the first answer.
-        quantization: int8 or int4 rounds matrices as they are loaded; none where not given.
+        compile: compile or capture decoding steps before the first answer.
+        quantization: int8 or int4 rounds matrices while loading (default: none).
     """
     llama = Llama.build(
         ckpt_dir=checkpoint_or_demo(ckpt_dir),

@@ -1,4 +1,4 @@
-"""Goes on from four prompts with a pretrained model: the demo model, or a checkpoint of yours.
+"""Continues four prompts with a pretrained model: the demo model, or a checkpoint of yours.
 
 python example_text_completion.py
 torchrun --nproc_per_node 1 example_text_completion.py --ckpt_dir DIR --tokenizer_path DIR/tokenizer.model
@@ -28,18 +28,18 @@ def main(
     """Complete the example prompts.
 
     Args:
-        ckpt_dir: directory of the checkpoint; the demo model where not given.
-        tokenizer_path: the tokenizer's file; tokenizer.model in ckpt_dir where not given.
-        temperature: 0 takes the likeliest token; higher is more varied.
-        top_p: draw from the likeliest tokens that make up this mass, in (0, 1].
-        max_seq_len: longest prompt and completion together, in tokens.
-        max_gen_len: longest completion, in tokens.
-        max_batch_size: most prompts completed at once.
-        device: cpu, cuda or mps; the best there is where not given.
-        dtype: bfloat16, float16 or float32; the best for the device where not given.
+        ckpt_dir: directory of the checkpoint (default: the demo model).
+        tokenizer_path: the tokenizer's file (default: the one in ckpt_dir).
+        temperature: 0 takes the likeliest token; higher values vary more.
+        top_p: draw from the likeliest tokens of this mass, in (0, 1].
+        max_seq_len: most tokens of a prompt and its completion.
+        max_gen_len: most tokens of a completion.
+        max_batch_size: most prompts at a time.
+        device: cpu, cuda or mps (default: the best there is).
+        dtype: bfloat16, float16 or float32 (default: the best for the device).
         seed: the same seed gives the same text.
-        compile: let torch.compile make the decoding steps before the first answer.
-        quantization: int8 or int4 rounds matrices as they are loaded; none where not given.
+        compile: compile or capture decoding steps before the first answer.
+        quantization: int8 or int4 rounds matrices while loading (default: none).
     """
     llama = Llama.build(
         ckpt_dir=checkpoint_or_demo(ckpt_dir),

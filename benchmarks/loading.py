@@ -1,9 +1,9 @@
-"""How fast a checkpoint of 2.5 GB is loaded, the first and the second time, and the private memory that it takes.
+"""Measures how fast a checkpoint of 2.5 GB is loaded, the first and the second time, and how much memory that takes.
 
-    python -m benchmarks.loading [--directory DIR]      2.5 GB of disk there, for as long as it runs
+    python -m benchmarks.loading [--directory DIR]      needs 2.5 GB of disk there while it runs
 
-Prints a table: layouts and dtypes by seconds and peak private memory of one process. "mapped" is a load that leaves the
-weights in the file, where the kernel reads them as they are used; a first use reads them from disk.
+Prints a table: for each format and dtype, seconds and the peak private memory of one process. In the dtype of the files
+the weights stay mapped: loading is quick and takes no private memory, and their first use reads them from disk.
 """
 
 import argparse
@@ -30,8 +30,8 @@ ARGS = ModelArgs(
 PROGRAM = Path(__file__).resolve().parent.parent / "tests" / "memory_program.py"
 
 
-def write(root: Path, layout: str) -> Path:
-    """A checkpoint of the sizes of Llama 3.2 1B, its output layer not tied: random numbers in bfloat16."""
+def write_checkpoint(root: Path, layout: str) -> Path:
+    """Write random weights in bfloat16, with the sizes of Llama 3.2 1B but an output layer of its own."""
     directory = root / layout
     directory.mkdir()
     tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_() for name, shape in tensor_shapes(ARGS).items()}
@@ -46,8 +46,8 @@ def write(root: Path, layout: str) -> Path:
     return directory
 
 
-def load(directory: Path, dtype: str) -> dict[str, float]:
-    """Load it in a process of its own, which says seconds and bytes."""
+def measure_load(directory: Path, dtype: str) -> dict[str, float]:
+    """Load a checkpoint in a new process: its "seconds", and the "peak" of its private memory in bytes."""
     with tempfile.TemporaryDirectory() as out:
         environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)}
         program = (str(PROGRAM), f"{out}/r", "plain", dtype, str(directory))
@@ -56,7 +56,7 @@ def load(directory: Path, dtype: str) -> dict[str, float]:
 
 
 def drop_from_cache(directory: Path) -> None:
-    """Ask the kernel to forget the files, so that the next load is a first one."""
+    """Ask the kernel to drop the files from its cache, so that the next load reads the disk."""
     for path in directory.iterdir():
         with path.open("rb") as f:
             os.fsync(f.fileno())
@@ -73,11 +73,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.directory) as root:
         print(f"{'layout':8}{'dtype':10}{'file':>9}{'first load':>12}{'second load':>13}{'peak private':>14}")
         for layout in ("meta", "hf"):
-            directory = write(Path(root), layout)
+            directory = write_checkpoint(Path(root), layout)
             size = sum(path.stat().st_size for path in directory.iterdir())
             for dtype in ("bfloat16", "float32"):
                 drop_from_cache(directory)
-                first, second = load(directory, dtype), load(directory, dtype)
+                first, second = measure_load(directory, dtype), measure_load(directory, dtype)
                 print(
                     f"{layout:8}{dtype:10}{size / 1e9:6.2f} GB{first['seconds']:10.2f} s{second['seconds']:11.2f} s"
                     f"{second['peak'] / 1e9:11.2f} GB",

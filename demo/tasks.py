@@ -19,7 +19,7 @@ from demo.topics import topic
 from llama import LlamaError
 from llama._util.files import write_whole
 from llama.cli.program import run
-from llama.errors import kind_of
+from llama.errors import describe
 
 EVALUATED = 400
 
@@ -49,7 +49,7 @@ def examples(name: str, seed: int = 1) -> tuple[list[dict], list[dict]]:
     if name not in TASKS:
         raise LlamaError(f"there is no task {name!r}: choose one of {', '.join(TASKS)}")
     if type(seed) is not int or seed < 0:
-        raise LlamaError(f"seed is {kind_of(seed)}, expected a whole number from 0 on")
+        raise LlamaError(f"seed is {describe(seed)}, expected a whole number from 0 on")
     task, rng = TASKS[name], Random(seed)
     made = different(task, rng)
     trained = [made(SEEN) for _ in range(task.trained)]

@@ -1,14 +1,47 @@
-"""The public names."""
+"""The public names. Each is imported when it is first asked for: `import llama` alone takes no time."""
 
-from .engine.outputs import ChatPrediction, Completion, CompletionPrediction
-from .engine.scoring import Score
-from .engine.sequence import Step
-from .errors import LlamaError
-from .generation import Llama
-from .model import ModelArgs, Transformer
-from .settings import Settings
-from .tasks.model import TaskModel
-from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters.lora import Lora
+    from .adapters.peft import load_adapter, save_adapter
+    from .checkpoints.convert import convert
+    from .checkpoints.inspect import inspect
+    from .engine.attention_weights import attention_weights
+    from .engine.outputs import ChatPrediction, Completion, CompletionPrediction
+    from .engine.scoring import Score
+    from .engine.sequence import Step
+    from .engine.session import Session
+    from .errors import LlamaError
+    from .generation import Llama
+    from .model import ModelArgs, Transformer
+    from .settings import Settings
+    from .tasks.model import TaskModel
+    from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
+    from .training.config import TrainingConfig
+    from .training.trainer import finetune
+
+PLACES = {
+    "adapters.lora": ("Lora",),
+    "adapters.peft": ("load_adapter", "save_adapter"),
+    "checkpoints.convert": ("convert",),
+    "checkpoints.inspect": ("inspect",),
+    "engine.attention_weights": ("attention_weights",),
+    "engine.outputs": ("ChatPrediction", "Completion", "CompletionPrediction"),
+    "engine.scoring": ("Score",),
+    "engine.sequence": ("Step",),
+    "engine.session": ("Session",),
+    "errors": ("LlamaError",),
+    "generation": ("Llama",),
+    "model": ("ModelArgs", "Transformer"),
+    "settings": ("Settings",),
+    "tasks.model": ("TaskModel",),
+    "tokenizer": ("ChatFormat", "Dialog", "Message", "StreamDecoder", "Tokenizer"),
+    "training.config": ("TrainingConfig",),
+    "training.trainer": ("finetune",),
+}
+MODULES = {name: module for module, names in PLACES.items() for name in names}
 
 __all__ = [
     "ChatFormat",
@@ -18,13 +51,34 @@ __all__ = [
     "Dialog",
     "Llama",
     "LlamaError",
+    "Lora",
     "Message",
     "ModelArgs",
     "Score",
+    "Session",
     "Settings",
     "Step",
     "StreamDecoder",
     "TaskModel",
     "Tokenizer",
+    "TrainingConfig",
     "Transformer",
+    "attention_weights",
+    "convert",
+    "finetune",
+    "inspect",
+    "load_adapter",
+    "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

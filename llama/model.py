@@ -1,11 +1,12 @@
 """The network: the decoder-only transformer of the Llama papers, split over model-parallel ranks by fairscale's layers.
 
-Knows no files, no devices and no sampling. The shape of a tensor stands in a trailing comment wherever it changes:
+Knows no files, no kernels and no sampling. The shape of a tensor stands in a trailing comment wherever it changes:
 B rows of a batch, T tokens a row, S cached positions, H query heads and KV key/value heads *of this rank*, D head size.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import fairscale.nn.model_parallel.initialize as fs_init
 import torch
@@ -14,16 +15,15 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallel
 from torch import Tensor, nn
 
 from .errors import LlamaError
-from .rotary import RopeScaling, frequencies, grown_theta, powers
+from .kv_cache import Pass, StartPos, copy_row, first_and_last, reorder_rows, update
+from .rotary import RopeScaling, compute_dynamic_freqs_cis, precompute_freqs_cis
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
-StartPos = int | Tensor  # where a row's first token stands: one position for all rows, or (B,) of them
-Inputs = tuple[Tensor, StartPos | None, Tensor, Tensor | None, Tensor | None]  # what `Transformer.run` takes
 
 
 @dataclass
 class ModelArgs:
-    """The sizes that make a model. Those of a checkpoint are its `params.json`; two, max_*, size the KV cache."""
+    """The sizes that make a model: those of a checkpoint's `params.json`, and of the KV cache."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -38,14 +38,14 @@ class ModelArgs:
     max_batch_size: int = 32
     max_seq_len: int = 2048
 
-    # What Meta's first reference had not comes after what it had: this is what tells the families apart.
+    # What Meta's first reference did not have. These fields tell the families apart.
     rope_scaling: RopeScaling | None = None
     head_dim: int | None = None  # None: dim / n_heads
     qkv_bias: bool = False
     wo_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMS norm of each head's query and key, before they are rotated
-    tied_embeddings: bool = False  # the output layer is the matrix of the embedding
+    qk_norm: bool = False  # an RMS norm of each head's query and key, before they are rotated
+    tied_embeddings: bool = False  # the output layer uses the embedding's matrix
     sliding_window: int | None = None  # positions that a query sees, its own included; None: all
     sliding_layers: tuple[int, ...] | None = None  # the layers with that window; None: all
 
@@ -70,16 +70,6 @@ def feed_forward_size(hidden_dim: int, multiple_of: int, ffn_dim_multiplier: flo
     return multiple_of * math.ceil(hidden_dim / multiple_of)
 
 
-def first_and_last(start_pos: StartPos, bsz: int) -> tuple[int, int]:
-    """The smallest and the largest start position. Raises LlamaError unless there is one for all rows, or one a row."""
-    if isinstance(start_pos, int):
-        return start_pos, start_pos
-    if not isinstance(start_pos, Tensor) or start_pos.is_floating_point() or start_pos.shape != (bsz,):
-        raise LlamaError(f"start_pos is {start_pos!r}, expected an int, or a tensor of one for each of {bsz} rows")
-    first, last = torch.stack(start_pos.aminmax()).tolist()
-    return first, last
-
-
 def divide(name: str, total: int, by: str, parts: int) -> int:
     """`total / parts`. Raises LlamaError, naming both, when that leaves a remainder."""
     if parts < 1 or total < 1 or total % parts:
@@ -87,17 +77,17 @@ def divide(name: str, total: int, by: str, parts: int) -> int:
     return total // parts
 
 
-def attention_mask(positions: Tensor, end: int, window: int | None = None) -> Tensor:
-    """Which of the first `end` positions queries at `positions` see, (T) or (B, T): bool (1 or B, 1, T, end).
+class FastForm(Protocol):
+    """The fast form of a Transformer, made by `llama.accelerate`: the same results from packed weights."""
 
-    All up to their own; with a window, the last `window` of those.
-    """
-    seen = torch.arange(end, device=positions.device)  # (S)
-    own = positions[..., None]  # (T, 1) or (B, T, 1)
-    mask = seen <= own
-    if window is not None:
-        mask &= seen > own - window
-    return mask.view(-1, 1, *mask.shape[-2:])
+    device: torch.device
+    dtype: torch.dtype
+
+    def refresh(self, trains: bool = False) -> None: ...  # take over what was edited in the model since the last call
+    def is_usable(self) -> bool: ...  # whether passes may run in the fast form now
+    def forward(self, one: Pass) -> Tensor: ...  # logits, as `Transformer.forward`
+    def hidden_states(self, one: Pass) -> Tensor: ...  # as `Transformer.run`
+    def logits(self, h: Tensor) -> Tensor: ...  # as `Transformer.logits`
 
 
 class RMSNorm(nn.Module):
@@ -113,17 +103,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._norm(x.float()).type_as(x) * self.weight
-
-
-def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
-    """Rotary angles (arXiv:2104.09864) as complex numbers: complex64 of shape (end, dim / 2).
-
-    Row t holds exp(i * t * theta^(-2j / dim)) for j in 0..dim/2, or what `scaling` makes of it. Built on torch's
-    current default device.
-    """
-    freqs, length = frequencies(dim, theta, scaling)  # (dim / 2)
-    angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs)  # (end, dim / 2)
-    return torch.polar(torch.full_like(angles, length), angles)
 
 
 def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
@@ -148,8 +127,8 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
     """Give every query head its own key or value: (B, S, KV, D) -> (B, S, KV * n_rep, D).
 
-    What grouped-query attention means (arXiv:2305.13245), spelled out. `Attention` leaves it to torch's kernels, which
-    read each key head once for its whole group instead of copying it.
+    The definition of grouped-query attention (arXiv:2305.13245). `Attention` leaves it to torch's kernels, which read
+    each key head once for its whole group.
     """
     return x if n_rep == 1 else torch.repeat_interleave(x, n_rep, dim=2)
 
@@ -183,13 +162,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, eps=args.norm_eps) if args.qk_norm else nn.Identity()
 
         self.cache_shape = (args.max_batch_size, self.n_local_kv_heads, args.max_seq_len, self.head_dim)
-        self.cache_k: Tensor | None  # (max_batch_size, max_seq_len, KV, D) from the first use of a position on
+        self.cache_k: Tensor | None  # (max_batch_size, max_seq_len, KV, D) from the first use on
         self.cache_v: Tensor | None
         self.register_buffer("cache_k", None, persistent=False)
         self.register_buffer("cache_v", None, persistent=False)
 
     def caches(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The caches of keys and values, made at first use. In memory, one head's positions stand side by side."""
+        """The caches of keys and values, made at first use. In memory they lie as (rows, KV, S, D)."""
         if self.cache_k is None or self.cache_v is None:
             with torch.inference_mode(False):  # usable in and out of inference mode, whatever came first
                 self.cache_k, self.cache_v = (
@@ -198,23 +177,12 @@ class Attention(nn.Module):
                 )
         return self.cache_k, self.cache_v
 
-    def update_cache(self, xk: Tensor, xv: Tensor, start_pos: StartPos, end: int) -> tuple[Tensor, Tensor]:
-        """Write xk and xv (B, T, KV, D) at their rows' positions; returns the first `end` positions, (B, S, KV, D)."""
-        cache_k, cache_v = self.caches(xk)
-        bsz, seqlen = xk.shape[:2]
-        if isinstance(start_pos, int):
-            cache_k[:bsz, start_pos:end] = xk
-            cache_v[:bsz, start_pos:end] = xv
-        else:
-            rows = torch.arange(bsz, device=xk.device)[:, None]  # (B, 1)
-            columns = start_pos[:, None] + torch.arange(seqlen, device=xk.device)  # (B, T)
-            cache_k[rows, columns] = xk
-            cache_v[rows, columns] = xv
-        return cache_k[:bsz, :end], cache_v[:bsz, :end]
-
     def forward(self, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, dim). start_pos None: no cache. mask: bool (B, 1, T, S), True where a query may look. None says
-        that this goes without saying: T = 1 looks at all that is cached, or T tokens start at 0 and look back."""
+        """x: (B, T, dim). start_pos: None is no cache.
+
+        mask: bool (B, 1, T, S), True where a query sees a key, or numbers that are added to the scores. None: one token
+        sees all that is cached, and several tokens, which start at position 0, see those before them.
+        """
         bsz, seqlen, _ = x.shape
         xq = self.wq(x).view(bsz, seqlen, self.n_local_heads, self.head_dim)  # (B, T, H, D)
         xk = self.wk(x).view(bsz, seqlen, self.n_local_kv_heads, self.head_dim)  # (B, T, KV, D)
@@ -225,19 +193,19 @@ class Attention(nn.Module):
     def attend(
         self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Rotate, cache, and let the queries look: (B, T, H, D)."""
+        """Rotate queries and keys, write the cache, attend: (B, T, H, D)."""
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
         if start_pos is not None:
             end = mask.shape[-1] if mask is not None else int(start_pos) + xq.shape[1]
-            xk, xv = self.update_cache(xk, xv, start_pos, end)  # (B, S, KV, D)
-        return self.look(xq, xk, xv, mask)
+            xk, xv = update(*self.caches(xk), xk, xv, start_pos, end)  # (B, S, KV, D)
+        return self.weigh(xq, xk, xv, mask)
 
-    def look(self, xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
+    def weigh(self, xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(Q K^T / sqrt(D)) V of queries (B, T, H, D), and of keys and values (B, S, KV, D): (B, T, H, D)."""
         bsz, seqlen, *heads = xq.shape
         xq, xk, xv = (x.transpose(1, 2) for x in (xq, xk, xv))  # (B, H, T, D), (B, KV, S, D) twice
         is_causal = mask is None and seqlen > 1
-        if not is_causal:  # queries that share a key head are read as so many tokens of it: no kernel then copies heads
+        if not is_causal:  # queries that share a key head become tokens of that head, so that no kernel copies heads
             xq = xq.reshape(bsz, self.n_local_kv_heads, -1, self.head_dim)  # (B, KV, H / KV * T, D)
             mask = mask.repeat(1, 1, self.n_rep, 1) if mask is not None and seqlen > 1 else mask
         output = F.scaled_dot_product_attention(
@@ -307,6 +275,15 @@ class Transformer(nn.Module):
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False)
         self.tie_embeddings()
         self.freqs_cis: Tensor | None = None  # no buffer: a model cast to bfloat16 keeps its angles complex64
+        self.fast: FastForm | None = None  # set by `llama.accelerate`
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device if self.fast is None else self.fast.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype if self.fast is None else self.fast.dtype
 
     def forward(
         self, tokens: Tensor, start_pos: StartPos | None = None, *, return_hidden: bool = False
@@ -314,106 +291,87 @@ class Transformer(nn.Module):
         """Logits of every position: float32 (B, T, vocab_size).
 
         tokens: integers (B, T). With `start_pos`, an int or a (B,) tensor of them, row b's first token stands at
-        position start_pos[b] and looks at what the KV cache holds before it; no gradient flows. Without, the tokens
-        are all there is, nothing is cached, and the result is differentiable.
-        return_hidden: (logits, what transformers calls hidden_states), the latter n_layers + 1 of (B, T, dim): the
-        embeddings, what each layer but the last gives, and what the last gives, normed.
+        position start_pos[b] and attends to what the KV cache holds before it; no gradient flows. Without it, nothing
+        is cached, and the result is differentiable.
+        return_hidden: return (logits, hidden states) too. The hidden states are transformers' `hidden_states`: n_layers
+        + 1 tensors (B, T, dim), the embeddings, the output of each layer but the last, and the normed last output.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            if not return_hidden:
-                return self.logits(self.hidden_states(tokens, start_pos))
+        differentiable = torch.is_grad_enabled() and start_pos is None
+        self.refresh(trains=differentiable and self.training)
+        with torch.set_grad_enabled(differentiable):
+            one = self.prepare(tokens, start_pos)
+            if not return_hidden and self.fast is not None and self.fast.is_usable():
+                return self.fast.forward(one)
             hidden: list[Tensor] = []
-            h = Transformer.run(self, *self._prepared(tokens, start_pos), hidden)  # never steps that were recorded
-            return self.logits(h), (*hidden, h)
+            h = self.run(one, hidden if return_hidden else None)
+            logits = self.output(h).float()
+            return (logits, (*hidden, h)) if return_hidden else logits
 
-    def logits(self, h: Tensor) -> Tensor:
-        """Hidden states (..., dim) of the positions that are wanted -> their logits, float32 (..., vocab_size)."""
-        return self.output(h).float()
-
-    def tie_embeddings(self) -> None:
-        """Make the output layer's matrix the embedding's, in models where they are one."""
-        if self.params.tied_embeddings:
-            self.output.weight = self.tok_embeddings.weight
+    def refresh(self, trains: bool = False) -> None:
+        """Let the fast form, if there is one, take over what was edited in the weights and layers."""
+        if self.fast is not None:
+            self.fast.refresh(trains)
 
     def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None, lengths: Tensor | None = None) -> Tensor:
         """What `forward` computes before the output layer: (B, T, dim), normed.
 
-        start_pos: may be on the CPU wherever the model is, so that nobody waits for another device to tell its numbers.
-        lengths: (B,) how many of each row's tokens are no padding; None: all; (B, T) how many had come with each token.
-        Only `dynamic` rotary scaling asks.
+        start_pos: may be on the CPU wherever the model is, so that no other device is waited for.
+        lengths: (B) tokens of each row without padding, None is all; or (B, T) how many came up to each token. Only
+        `dynamic` rotary scaling uses it.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            return self.run(*self._prepared(tokens, start_pos, lengths))
+            one = self.prepare(tokens, start_pos, lengths)
+            return self.fast.hidden_states(one) if self.fast is not None and self.fast.is_usable() else self.run(one)
 
-    def _prepared(self, tokens: Tensor, start_pos: StartPos | None, lengths: Tensor | None = None) -> Inputs:
-        """What `run` takes. Raises LlamaError for what has no place in the cache."""
+    def logits(self, h: Tensor) -> Tensor:
+        """Hidden states (..., dim) -> float32 (..., vocab_size)."""
+        if self.fast is not None and self.fast.is_usable():
+            return self.fast.logits(h)
+        return self.output(h).float()
+
+    def run(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
+        """The layers, one after the other: (B, T) -> (B, T, dim), normed.
+
+        hidden: a list that gets the input of each layer, (B, T, dim).
+        """
+        mask, window_mask = one.mask(), one.mask(self.params.sliding_window)
+        h = self.tok_embeddings(one.tokens)  # (B, T, dim)
+        for layer in self.layers:
+            if hidden is not None:
+                hidden.append(h)
+            h = layer(h, one.start_pos, one.freqs_cis, mask if layer.window is None else window_mask)
+        return self.norm(h)
+
+    def tie_embeddings(self) -> None:
+        """Make the output layer use the embedding's matrix, in models where they are one."""
+        if self.params.tied_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def prepare(self, tokens: Tensor, start_pos: StartPos | None, lengths: Tensor | None = None) -> Pass:
+        """Check where the tokens stand, and compute their angles. Raises LlamaError for what the cache cannot hold."""
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise LlamaError(
                 f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), at least one of each"
             )
-        seqlen, device, first, last = tokens.shape[1], tokens.device, 0, 0
+        (bsz, seqlen), device, first, last = tokens.shape, tokens.device, 0, 0
         if start_pos is not None:
-            first, last = first_and_last(start_pos, tokens.shape[0])
-            self._check_room(tokens.shape[0], seqlen, first, last)
+            first, last = first_and_last(start_pos, bsz)
+            if bsz > self.params.max_batch_size or first < 0 or last + seqlen > self.params.max_seq_len:
+                raise LlamaError(
+                    f"{bsz} rows at positions {first} to {last + seqlen - 1} do not fit the KV cache of max_batch_size="
+                    f"{self.params.max_batch_size} rows and max_seq_len={self.params.max_seq_len} positions"
+                )
         if isinstance(start_pos, Tensor):
             start_pos = first if first == last else start_pos.to(device, non_blocking=start_pos.is_pinned())
         starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
         positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
-        freqs_cis = self._rotary(positions, last + seqlen, lengths)
-        return tokens, start_pos, freqs_cis, *self.masks(start_pos, positions, first, last)
-
-    def _check_room(self, bsz: int, seqlen: int, first: int, last: int) -> None:
-        if bsz > self.params.max_batch_size or first < 0 or last + seqlen > self.params.max_seq_len:
-            raise LlamaError(
-                f"{bsz} rows at positions {first} to {last + seqlen - 1} do not fit the KV cache of max_batch_size="
-                f"{self.params.max_batch_size} rows and max_seq_len={self.params.max_seq_len} positions"
-            )
-
-    def masks(
-        self, start_pos: StartPos | None, positions: Tensor, first: int, last: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """What tokens at `positions`, (T) or (B, T), look at in layers without a window, and in those with one.
-
-        first, last: of the rows' starts. Both masks are as `Attention.forward` takes them, (1 or B, 1, T, S) or None.
-        """
-        mask, seqlen, window = None, positions.shape[-1], self.params.sliding_window
-        if first < last or (first > 0 and seqlen > 1):  # not all of the cache is every query's past
-            mask = attention_mask(positions, last + seqlen)
-        if window is None or last + seqlen <= window:
-            return mask, mask
-        return mask, attention_mask(positions, last + seqlen, window)
-
-    def run(
-        self,
-        tokens: Tensor,
-        start_pos: StartPos | None,
-        freqs_cis: Tensor,
-        mask: Tensor | None,
-        window_mask: Tensor | None,
-        hidden: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The network itself, of which all else is preparation: (B, T) -> (B, T, dim), normed.
-
-        hidden: to be filled with what each layer is given, (B, T, dim).
-        """
-        h = self.tok_embeddings(tokens)  # (B, T, dim)
-        for layer in self.layers:
-            if hidden is not None:
-                hidden.append(h)
-            h = layer(h, start_pos, freqs_cis, mask if layer.window is None else window_mask)
-        return self.norm(h)
+        return Pass(tokens, start_pos, positions, first, last, self._rotary(positions, last + seqlen, lengths))
 
     def _rotary(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:
-        """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2).
-
-        lengths: as in `hidden_states`.
-        """
+        """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2)."""
         args, device = self.params, positions.device
         if args.rope_scaling is not None and args.rope_scaling.type == "dynamic":
-            ends = positions[..., -1:] + 1 if lengths is None else positions[..., :1] + lengths.view(len(lengths), -1)
-            theta = grown_theta(args.head_size, args.rope_theta, args.rope_scaling, ends)  # ([B], 1 or T, 1)
-            angles = positions[..., None] * powers(args.head_size, theta)  # ([B], T, D/2)
-            return torch.polar(torch.ones_like(angles), angles)
+            return compute_dynamic_freqs_cis(args.head_size, positions, lengths, args.rope_theta, args.rope_scaling)
         if self.freqs_cis is None or self.freqs_cis.shape[0] < end:
             end = max(end, args.max_seq_len)
             with torch.inference_mode(False), torch.device("cpu"):
@@ -422,19 +380,14 @@ class Transformer(nn.Module):
         return self.freqs_cis[positions]
 
     def copy_cache_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` cached positions of row `source` over those of row `target`, in every layer."""
-        for name, cache in self.named_buffers():
-            if name.endswith(("cache_k", "cache_v")):
-                cache[target, :length] = cache[source, :length]
+        """Copy the first `length` cached positions of row `source` to row `target`, in every layer."""
+        copy_row(self._caches(), source, target, length)
 
     def reorder_cache_rows(self, sources: Tensor, length: int) -> None:
-        """Make the first `length` cached positions of row i what those of row sources[i] were, in every layer.
+        """Give row i the first `length` cached positions of row sources[i], in every layer; see `kv_cache`."""
+        reorder_rows(self._caches(), sources, length)
 
-        sources: integers (B,), on the CPU; a row may be the source of several. Rows that stay are not touched.
-        """
-        targets = (sources != torch.arange(len(sources))).nonzero().flatten()
-        device = self.norm.weight.device
-        moved, targets = sources[targets].to(device), targets.to(device)
-        for name, cache in self.named_buffers():
-            if len(targets) > 0 and name.endswith(("cache_k", "cache_v")):
-                cache[targets, :length] = cache[moved, :length]  # all are read before one is written
+    def _caches(self) -> list[Tensor]:
+        """Those that were used: (max_batch_size, max_seq_len, KV, D) each."""
+        attentions = [cast(Attention, layer.attention) for layer in self.layers]
+        return [cache for a in attentions for cache in (a.cache_k, a.cache_v) if cache is not None]

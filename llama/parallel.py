@@ -1,6 +1,6 @@
-"""Where we run: device, dtype, process group, model-parallel group, and "am I the one who prints".
+"""Where this process runs: its device, dtype and process groups, and how ranks share values and errors.
 
-Knows no model and no files. Changes nothing global but torch.distributed's process groups, which are what it is for.
+Knows no model and no files. The only global state that it changes is torch.distributed's process groups.
 """
 
 import atexit
@@ -23,7 +23,7 @@ from .errors import LlamaError
 
 T = TypeVar("T")
 
-DTYPES = {
+DTYPES = {  # by the names that users may give
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
     "float16": torch.float16,
@@ -35,17 +35,20 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Place:
-    """What one rank needs to know of where it runs."""
+    """Where one rank runs."""
 
     device: torch.device
     dtype: torch.dtype
-    world_size: int
-    mp_rank: int
-    mp_size: int
+    world_size: int  # all processes
+    mp_rank: int  # this rank's number in its model-parallel group
+    mp_size: int  # ranks of a model-parallel group
 
 
 def choose_device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:
-    """The device asked for, or the best there is: CUDA (one a rank), then MPS (one process only), then the CPU."""
+    """The device asked for, or the best there is: CUDA (one for each rank), MPS (one process only), or the CPU.
+
+    Raises LlamaError for a device that is unknown, missing, or can't serve all ranks.
+    """
     if device is None:
         if torch.cuda.is_available():
             device = "cuda"
@@ -63,7 +66,7 @@ def choose_device(device: str | torch.device | None, local_rank: int, world_size
         raise LlamaError(f"device 'mps' runs one process, not {world_size}: use --device cpu, or no torchrun")
     if chosen.type == "cuda":
         if chosen.index is not None and world_size > 1:
-            raise LlamaError(f"device {device!r} would put {world_size} ranks on one GPU: say cuda, for one each")
+            raise LlamaError(f"device {device!r} would put {world_size} ranks on one GPU: use cuda, for one each")
         count = torch.cuda.device_count()
         index = local_rank if chosen.index is None else chosen.index
         if index >= count:
@@ -72,23 +75,23 @@ def choose_device(device: str | torch.device | None, local_rank: int, world_size
     return chosen
 
 
-def named_dtype(name: str) -> torch.dtype:
-    """The dtype of this name, as torch or as the papers write it."""
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a name such as "bfloat16", "bf16" or "torch.bfloat16". Raises LlamaError."""
     if str(name).removeprefix("torch.") not in DTYPES:
         raise LlamaError(f"dtype {name!r} is not known: expected bfloat16, float16 or float32")
     return DTYPES[str(name).removeprefix("torch.")]
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or bfloat16 where `device` computes in it, else float16 (CUDA, MPS) or float32 (CPU)."""
+    """The dtype asked for, or the best for `device`: bfloat16 if it computes in it, else float16, on a CPU float32."""
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
             raise LlamaError(f"dtype {dtype} is not supported: expected bfloat16, float16 or float32")
         return dtype
     if dtype is not None:
-        return named_dtype(dtype)
+        return parse_dtype(dtype)
     if device.type == "cuda":
-        # Cards before Ampere only emulate bfloat16.
+        # GPUs before Ampere only emulate bfloat16.
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "mps":
         return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
@@ -101,11 +104,12 @@ def initialize(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Place:
-    """Join the process groups (or use those that are there) and say where this rank stands.
+    """Join the process groups, or use those that exist, and return where this rank runs.
 
-    Under torchrun the world is torchrun's; otherwise it is this process alone, over a store in its own memory: no
-    port to choose, no environment variable. `model_parallel_size` defaults to the world size; a larger world is divided
-    into data-parallel copies of the model-parallel group. Raises LlamaError where numbers or device don't fit.
+    Under torchrun the world is torchrun's. Otherwise it is this process alone, with a store in its own memory: there is
+    no port to choose and no environment variable to set. `model_parallel_size` defaults to the world size; a larger
+    world is divided into data-parallel copies of the model-parallel group. Raises LlamaError where numbers or device
+    don't fit.
     """
     _, world_size, local_rank = env_rank()
     if dist.is_initialized():
@@ -120,18 +124,18 @@ def initialize(
             f"start with torchrun --nproc_per_node {mp_size}"
         )
     if not dist.is_initialized():
-        if fs_init.model_parallel_is_initialized():  # of a world that was since destroyed
+        if fs_init.model_parallel_is_initialized():  # left over from a world that was destroyed
             fs_init.destroy_model_parallel()
         if world_size == 1:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         elif chosen.type == "cuda":
-            # Tensors travel by nccl and objects, such as error messages, by gloo: no rank needs a current device.
+            # Tensors travel by nccl, and objects such as error messages by gloo, so no rank needs a current device.
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
         else:
             dist.init_process_group("gloo")
         atexit.register(leave)
     if not fs_init.model_parallel_is_initialized():
-        with contextlib.redirect_stdout(io.StringIO()):  # for a moment: fairscale prints three lines here
+        with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
             fs_init.initialize_model_parallel(mp_size)
     elif fs_init.get_model_parallel_world_size() != mp_size:
         raise LlamaError(
@@ -142,34 +146,34 @@ def initialize(
 
 
 def leave() -> None:
-    """Leave the process groups at the program's end: threads of theirs that outlive the interpreter may abort it.
+    """Leave the process groups at the program's end, since threads that outlive the interpreter may abort it.
 
-    After an error nobody caught they are left alone, since the other ranks may not come to leave them too.
+    After an uncaught error this does nothing: the other ranks may not leave their groups, and this rank would wait.
     """
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
-        fs_init.destroy_model_parallel()  # which lets go of the groups; else they outlive the next line
+        fs_init.destroy_model_parallel()  # drops its references to the groups; else they outlive the next line
         dist.destroy_process_group()
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a program may hope to get on `device`: what is free on a GPU, all that a CPU's machine has."""
+    """Bytes that a program can get on `device`: of a GPU the free memory, of a CPU all of the machine's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def leads_group() -> bool:
-    """Whether this rank is the first of its model-parallel group: the one that samples for all of it."""
+def is_group_leader() -> bool:
+    """Whether this rank is the first of its model-parallel group, which samples for the whole group."""
     return fs_init.get_model_parallel_rank() == 0
 
 
-def leads_machine() -> bool:
-    """Whether this rank is the first of those on this machine: the one that fetches files for all of them."""
+def is_machine_leader() -> bool:
+    """Whether this rank is the first on this machine, which downloads files for all ranks on it."""
     return env_rank()[2] == 0
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """Overwrite `tensor`, on every rank of a model-parallel group, with that of the group's first rank."""
+    """Overwrite `tensor` on every rank of the model-parallel group with the first rank's, and return it."""
     group = fs_init.get_model_parallel_group()
     if group.size() > 1:
         dist.broadcast(tensor, fs_init.get_model_parallel_src_rank(), group=group)
@@ -177,19 +181,23 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def group() -> dist.ProcessGroup:
-    """The ranks that share one model with this one."""
+    """The model-parallel group: the ranks that share one model with this one."""
     return fs_init.get_model_parallel_group()
 
 
-def patient_group() -> dist.ProcessGroup | None:
-    """All ranks, in a group that waits for days: for a person at a keyboard, whom other groups take for a dead rank."""
+def new_long_timeout_group() -> dist.ProcessGroup | None:
+    """A group of all ranks that waits for 30 days; None where there is one rank.
+
+    It is for steps that take long on one rank, such as waiting for a person who types. Other groups give up after
+    minutes, as if the rank were dead.
+    """
     return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.get_world_size() > 1 else None
 
 
 @contextlib.contextmanager
-def patience() -> Iterator[dist.ProcessGroup | None]:
-    """A `patient_group` for a while: each of them holds sockets and threads."""
-    ranks = patient_group()
+def long_timeout_group() -> Iterator[dist.ProcessGroup | None]:
+    """A `new_long_timeout_group` that is destroyed afterwards, since each holds sockets and threads."""
+    ranks = new_long_timeout_group()
     try:
         yield ranks
     finally:
@@ -198,7 +206,7 @@ def patience() -> Iterator[dist.ProcessGroup | None]:
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
-    """The `value` that the first rank of a group has, on every rank of it; None: of the whole world."""
+    """The first rank's `value`, on every rank of a group (None: of the whole world)."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -207,11 +215,11 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 @contextlib.contextmanager
-def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """A step that may fail on one rank alone: if it fails on any, all of them raise LlamaError with that message.
+def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """A context for a step that may fail on one rank alone: if it fails on any, all raise LlamaError with its message.
 
-    group: the ranks that take this step; None: the whole world. Without this, the others would wait in their next
-    collective for a rank that has gone.
+    group: the ranks that take this step; None: the whole world. Without this context, the other ranks would wait in
+    their next collective for a rank that has gone. An error that is no LlamaError is raised as it is where it occurred.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         yield
@@ -222,13 +230,15 @@ def together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     except Exception as e:
         error = e
     messages: list[str | None] = [None] * dist.get_world_size(group)
-    own = error if error is None or isinstance(error, LlamaError) else f"{type(error).__name__}: {error}"
-    dist.all_gather_object(messages, None if own is None else str(own), group=group)
+    message = (
+        None if error is None else str(error) if isinstance(error, LlamaError) else f"{type(error).__name__}: {error}"
+    )
+    dist.all_gather_object(messages, message, group=group)
     if error is not None and not isinstance(error, LlamaError):
         raise error
     for rank, message in enumerate(messages):
         if message is not None:
-            alike = all(m == message for m in messages)
-            shared = LlamaError(message if alike else f"rank {rank}: {message}")
+            on_all_ranks = all(m == message for m in messages)
+            shared = LlamaError(message if on_all_ranks else f"rank {rank}: {message}")
             shared.everywhere = True
             raise shared from error

@@ -1,6 +1,6 @@
-"""How fast each pair of a head turns with position, and how that is stretched for texts longer than those trained on.
+"""The frequencies of rotary embeddings (arXiv:2104.09864), and how they are scaled for texts longer than in training.
 
-Knows numbers only. `model.precompute_freqs_cis` makes its table of angles from what `frequencies` returns.
+Knows numbers only.
 """
 
 import math
@@ -12,31 +12,32 @@ from torch import Tensor
 
 from .errors import LlamaError
 
-SMALLEST, LARGEST = 1e-6, 2**31  # of any number in a configuration
-LENGTHS = ("factor", "original_max_position_embeddings")  # which are 1 at least
+SMALLEST, LARGEST = 1e-6, 2**31  # bounds of any number in a configuration
+LENGTHS = ("factor", "original_max_position_embeddings")  # fields that are at least 1
 NUMBERS = (*LENGTHS, "low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast", "attention_factor")
 ScalingType = Literal["linear", "dynamic", "llama3", "yarn"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A published way to stretch rotary embeddings; fields that a type doesn't name are not used by it.
+    """A published method of scaling rotary embeddings. Raises LlamaError for another type, or for values out of range.
 
-    linear: positions divided by `factor` (arXiv:2306.15595). dynamic: the base grows with the row's length once that is
-    past the original one (`grown_theta`). llama3: pairs that turn slowly are stretched by `factor`, fast ones are not,
-    those between in part (arXiv:2407.21783). yarn: likewise, in a straight line from pair to pair, and attention is
-    sharpened (arXiv:2309.00071). Raises LlamaError for another type, or a value that it can't have.
+    linear: positions are divided by `factor` (arXiv:2306.15595).
+    dynamic: the base grows with a row that is longer than the original length, see `grow_theta`.
+    llama3: the frequencies of slow pairs are divided by `factor`, those of fast pairs are kept, and those between are
+    interpolated by frequency (arXiv:2407.21783).
+    yarn: the same, interpolated by the index of the pair, and attention is sharpened (arXiv:2309.00071).
     """
 
     type: ScalingType
-    factor: float
-    original_max_position_embeddings: int = 8192
-    low_freq_factor: float = 1.0  # llama3: pairs that turn less often than this in the original length are slow ...
-    high_freq_factor: float = 4.0  # ... and more often than this, fast
+    factor: float  # by which texts get longer
+    original_max_position_embeddings: int = 8192  # the length in training; not of linear
+    low_freq_factor: float = 1.0  # llama3: slow pairs turn less often than this in the original length ...
+    high_freq_factor: float = 4.0  # ... and fast pairs more often than this
     beta_slow: float = 1.0  # yarn: the same two bounds
     beta_fast: float = 32.0
     attention_factor: float | None = None  # yarn: multiplies the rotated queries and keys; None: 0.1 ln(factor) + 1
-    truncate: bool = True  # yarn: the bounds are moved outwards to whole pairs
+    truncate: bool = True  # yarn: round the bounds outwards to whole pairs
 
     def __post_init__(self) -> None:
         if self.type not in get_args(ScalingType):
@@ -51,21 +52,20 @@ class RopeScaling:
                 raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least {least}")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
-                found = f"{low} {getattr(self, low)} and {high} {getattr(self, high)}"
-                raise LlamaError(f"rope scaling has {found}, expected the first below the second")
+                bounds = f"{low} {getattr(self, low)} and {high} {getattr(self, high)}"
+                raise LlamaError(f"rope scaling has {bounds}, expected the first below the second")
 
 
 def powers(dim: int, theta: float | Tensor) -> Tensor:
-    """Angles a position, in radians, fastest pair first: theta^(-2j / dim), float32 (dim / 2), or (..., dim / 2) of
-    bases (..., 1)."""
+    """Radians per position of each pair, theta^(-2j / dim): float32 (dim / 2), or (..., dim / 2) for bases (..., 1)."""
     exponents = torch.arange(0, dim, 2)[: dim // 2].float() / dim  # (dim / 2)
     return 1.0 / theta ** (exponents.to(theta.device) if isinstance(theta, Tensor) else exponents)
 
 
 def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, float]:
-    """`powers`, stretched: float32 (dim / 2); and what multiplies queries and keys.
+    """(`powers` after scaling, float32 (dim / 2); the factor of the rotated queries and keys).
 
-    dim: head size. theta: the base. Those of `dynamic` are for rows within the original length, which it leaves alone.
+    dim: head size. theta: the base. For `dynamic`, the result is for rows within the original length.
     """
     plain = powers(dim, theta)
     if scaling is None or scaling.type == "dynamic":
@@ -77,24 +77,47 @@ def frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> t
         turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)  # in the original length
         fast = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         return torch.lerp(stretched, plain, fast.clamp(0, 1)), 1.0
-    slow = _yarn_slowness(dim, theta, scaling)
+    slow = _yarn_ramp(dim, theta, scaling)
     attention = 0.1 * math.log(scaling.factor) + 1 if scaling.attention_factor is None else scaling.attention_factor
     return torch.lerp(plain, stretched, slow), attention
 
 
-def grown_theta(dim: int, theta: float, scaling: RopeScaling, lengths: Tensor) -> Tensor:
-    """The base of `dynamic` for rows of `lengths` tokens, (...) -> (..., 1): theta, more past the original length.
+def precompute_freqs_cis(dim: int, end: int, theta: float = 10000.0, scaling: RopeScaling | None = None) -> Tensor:
+    """Rotary angles (arXiv:2104.09864) as complex numbers: complex64 of shape (end, dim / 2).
 
-    As a row grows its later tokens are rotated by larger bases than its cached ones, as in `transformers`.
+    Row t holds exp(i * t * theta^(-2j / dim)) for j in 0..dim/2, changed by `scaling`. Built on torch's current default
+    device.
+    """
+    freqs, length = frequencies(dim, theta, scaling)  # (dim / 2)
+    angles = torch.outer(torch.arange(end, dtype=torch.float32), freqs)  # (end, dim / 2)
+    return torch.polar(torch.full_like(angles, length), angles)
+
+
+def compute_dynamic_freqs_cis(
+    dim: int, positions: Tensor, lengths: Tensor | None, theta: float, scaling: RopeScaling
+) -> Tensor:
+    """Angles of `dynamic` at positions (T) or (B, T), as complex numbers: complex64 (T, dim / 2) or (B, T, dim / 2).
+
+    lengths: tokens of each row without padding, (B); or up to each token, (B, T). None: rows have no padding.
+    """
+    ends = positions[..., -1:] + 1 if lengths is None else positions[..., :1] + lengths.view(len(lengths), -1)
+    angles = positions[..., None] * powers(dim, grow_theta(dim, theta, scaling, ends))  # ([B], T, dim / 2)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def grow_theta(dim: int, theta: float, scaling: RopeScaling, lengths: Tensor) -> Tensor:
+    """The base of `dynamic` for rows of `lengths` tokens, (...) -> (..., 1): theta, or more past the original length.
+
+    As a row grows, its new tokens are rotated by larger bases than those in the cache, as in `transformers`.
     """
     if dim <= 2:
         raise LlamaError(f"rope scaling 'dynamic' needs a head_dim of at least 4, found {dim}")
-    past = lengths.clamp(min=scaling.original_max_position_embeddings) / scaling.original_max_position_embeddings
-    return (theta * (scaling.factor * past - (scaling.factor - 1)) ** (dim / (dim - 2)))[..., None]
+    growth = lengths.clamp(min=scaling.original_max_position_embeddings) / scaling.original_max_position_embeddings
+    return (theta * (scaling.factor * growth - (scaling.factor - 1)) ** (dim / (dim - 2)))[..., None]
 
 
-def _yarn_slowness(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """For each pair 0 (fast: left alone) to 1 (slow: stretched), in a straight line between whole pairs (dim / 2)."""
+def _yarn_ramp(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """For each pair 0 (fast: kept) to 1 (slow: scaled), linear between the two bounds: (dim / 2)."""
 
     def pair_that_turns(times: float) -> float:
         return dim * math.log(scaling.original_max_position_embeddings / (times * 2 * math.pi)) / (2 * math.log(theta))

@@ -1,68 +1,48 @@
-"""How a row is to be continued: all that a caller may set for it, and what values each setting may have.
+"""How a sequence is continued: what a caller may set for it, which values each setting may have, and where it acts.
 
-Knows numbers and strings; knows no tensors and no model.
+Each field of `Settings` is described once, by its metadata (`Setting`). The checks, the names that calls and files may
+use, and the command line's options follow from it. What a setting of the stages "logits" and "narrowing" does is the
+function in `sampling.py` that is registered under its name. Knows numbers and strings; knows no tensors and no model.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
 from ._util.validate import is_integer, is_number
-from .errors import LlamaError, shortened
+from .errors import LlamaError, shorten
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+Stage = Literal["logits", "narrowing", "stopping", "length", "randomness"]
 LARGEST_PENALTY = 2.0  # of presence and frequency, in both directions, as the OpenAI API has them
 
 
 class Options(TypedDict, total=False):
-    """The fields of `Settings` that calls take by name."""
+    """What `Llama.generate`, `text_completion` and `chat_completion` take by name, beside the arguments they list."""
 
-    top_k: int | None
-    min_p: float
+    # Settings of all sequences; `Settings` describes them.
+    logit_bias: Mapping[int, float]
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
-    logit_bias: Mapping[int, float]
-    min_gen_len: int
     no_repeat_ngram_size: int
+    min_gen_len: int
     logits_processor: LogitsProcessor | None
+    top_k: int | None
+    min_p: float
     stop: str | Sequence[str]
     stop_token_ids: Sequence[int]
     seed: int | None
-
-
-class RowOptions(Options, total=False):
-    """What may differ from row to row."""
-
-    max_gen_len: int | None
-    temperature: float
-    top_p: float
-
-
-class Speculation(TypedDict, total=False):
-    """How tokens are proposed, which changes no text."""
-
+    # Arguments of `Llama.stream`.
+    top_logprobs: int
+    rows: Sequence[Mapping[str, Any] | None] | None
     lookup_ngram: int | None
     speculate_k: int
-
-
-class TurnOptions(RowOptions, Speculation, total=False):
-    """What `Session.stream` takes."""
-
-
-class Streamed(Options, Speculation, total=False):
-    """What `Llama.complete` passes on to `Llama.stream`."""
-
-    top_logprobs: int
-    rows: Sequence[RowOptions | None] | None
-
-
-class Wanted(Streamed, total=False):
-    """What `Llama.complete` takes by name."""
-
+    # Arguments of `Llama.complete`.
     n: int
     best_of: int | None
     prompt_logprobs: bool
@@ -73,122 +53,183 @@ class Wanted(Streamed, total=False):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Of one row. What changes logits is in the order in which it does, which is that of transformers.
+class Values:
+    """The values that a setting may have."""
 
-    logit_bias: what is added to the logits of these token ids. repetition_penalty: see `sampling.repetition_penalty`,
-    over prompt and answer; 1 is none. presence_penalty, frequency_penalty: see `sampling.count_penalties`, over the
-    answer; 0 is none. no_repeat_ngram_size: no sequence of so many tokens occurs twice in prompt and answer; 0 is off.
-    min_gen_len: tokens before which no stop token is chosen. logits_processor: a function of the tokens so far, prompt
-    and answer, and the row's logits, float32 (vocab_size), that returns them as they shall be.
-    temperature: what logits are divided by; 0 takes the likeliest token. top_k: the likeliest tokens that may be drawn;
-    None: all. top_p: the mass of those. min_p: the least probability, as a share of the likeliest one's.
-    max_gen_len: tokens a row gets at most; None: what fits in max_seq_len. stop: texts that end the answer before them.
-    stop_token_ids: tokens that do so, beside the tokenizer's own. seed: the row's own source of chance; None: from the
-    seed of `Llama.build`, the prompt, and how often that was asked.
+    description: str  # for error messages, after "expected"
+    include: Callable[[Any], bool]
+    parse: Callable[[str], Any] = str  # from a word of the command line
 
-    Raises LlamaError, naming option, value and range, for what can't be.
+
+def numbers(least: float = -math.inf, most: float = math.inf, *, whole: bool = False, above: bool = False) -> Values:
+    """The finite numbers from `least` to `most`; above: without `least` itself; whole: the integers among them."""
+    is_kind: Callable[[Any], bool] = is_integer if whole else is_number
+    description = "a whole number" if whole else "a number"
+    if most < math.inf:
+        description += f" in {'(' if above else '['}{least:g}, {most:g}]"
+    elif least > -math.inf:
+        description += f" above {least:g}" if above else f" of at least {least:g}"
+
+    def include(value: Any) -> bool:
+        return is_kind(value) and (least < value if above else least <= value) and value <= most
+
+    return Values(description, include, int if whole else float)
+
+
+def is_text_or_texts(value: object) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return isinstance(texts, Sequence) and all(isinstance(text, str) and text for text in texts)
+
+
+def is_list_of_ids(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(is_integer(i, 0) for i in value)
+
+
+def is_bias_by_id(value: object) -> bool:
+    return isinstance(value, Mapping) and all(is_integer(k, 0) and is_number(v) for k, v in value.items())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of one field of `Settings`: its metadata.
+
+    Stages, in the order of their work. "logits": changes the logits of one sequence, looking at its tokens so far.
+    "narrowing": changes the distribution that a token is drawn from. "stopping": says where an answer ends. "length":
+    says how long it gets. "randomness": says where the draws come from.
     """
 
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    no_repeat_ngram_size: int = 0
-    min_gen_len: int = 0
-    logits_processor: LogitsProcessor | None = None
-    temperature: float = 0.6
-    top_k: int | None = None
-    top_p: float = 0.9
-    min_p: float = 0.0
-    max_gen_len: int | None = None
-    stop: Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    seed: int | None = None
+    stage: Stage
+    values: Values  # and None, where it is the default
+    help: str  # X, N or TEXT stands for the value
+    idle: Any = None  # the value with which it does nothing, in the stages "logits" and "narrowing"
+    on_command_line: bool = False  # whether commands have it as an option
+
+
+def setting(default: Any, stage: Stage, values: Values, help: str, idle: Any = None, option: bool = False) -> Any:
+    """A field of `Settings`. default: a value, or a type to call for one. The rest becomes its `Setting`."""
+    kind = "default_factory" if isinstance(default, type) else "default"
+    return field(**{kind: default}, metadata={"setting": Setting(stage, values, help, idle, option)})
+
+
+PENALTIES = numbers(-LARGEST_PENALTY, LARGEST_PENALTY)
+COUNTS, COUNTS_FROM_1 = numbers(0, whole=True), numbers(1, whole=True)
+BIASES = Values("numbers by token id", is_bias_by_id)
+PROCESSORS = Values("a function of tokens and logits, or None", callable)
+TEXTS = Values("a text or a list of texts, none of them empty", is_text_or_texts)
+TOKEN_IDS = Values("a list of token ids", is_list_of_ids)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one sequence. Those of a stage act in the order of the fields, which is that of transformers.
+
+    Raises LlamaError, with the setting's name, its value and the values it may have, for any other value.
+    """
+
+    logit_bias: Mapping[int, float] = setting(
+        dict, "logits", BIASES, "what to add to the logits of these token ids", idle={}
+    )
+    repetition_penalty: float = setting(
+        1.0, "logits", numbers(0, above=True), "above 1, repeated tokens get less likely", idle=1, option=True
+    )
+    presence_penalty: float = setting(
+        0.0, "logits", PENALTIES, "take X off the logit of each token that the answer has", idle=0
+    )
+    frequency_penalty: float = setting(
+        0.0, "logits", PENALTIES, "take X off a token's logit for each time that the answer has it", idle=0
+    )
+    no_repeat_ngram_size: int = setting(
+        0, "logits", COUNTS, "no N tokens in a row occur twice in prompt and answer (0: any may)", idle=0
+    )
+    min_gen_len: int = setting(0, "logits", COUNTS, "choose no stop token before the answer has N tokens", idle=0)
+    logits_processor: LogitsProcessor | None = setting(  # noqa: RUF009
+        None,
+        "logits",
+        PROCESSORS,
+        "a function of the tokens so far and the logits, float32 (vocab_size), that returns the logits to use",
+    )
+    temperature: float = setting(
+        0.6, "narrowing", numbers(0), "divide logits by X; 0 takes the likeliest token", option=True
+    )
+    top_k: int | None = setting(
+        None, "narrowing", COUNTS_FROM_1, "draw from the N likeliest tokens (default: all)", option=True
+    )
+    top_p: float = setting(
+        0.9, "narrowing", numbers(0, 1, above=True), "draw from the likeliest tokens of mass X", idle=1, option=True
+    )
+    min_p: float = setting(
+        0.0, "narrowing", numbers(0, 1), "drop tokens less than X times as likely as the likeliest", idle=0, option=True
+    )
+    max_gen_len: int | None = setting(
+        None, "length", COUNTS_FROM_1, "most tokens of an answer (default: as max_seq_len allows)", option=True
+    )
+    stop: Sequence[str] = setting((), "stopping", TEXTS, "end an answer before TEXT; may be repeated", option=True)
+    stop_token_ids: Sequence[int] = setting(
+        (), "stopping", TOKEN_IDS, "tokens that end an answer, beside the tokenizer's own"
+    )
+    seed: int | None = setting(
+        None,
+        "randomness",
+        numbers(whole=True),
+        "of this sequence (default: made from Llama.build's seed, the prompt, and how often it was given)",
+    )
 
     def __post_init__(self) -> None:
-        self._check_numbers()
-        if self.logits_processor is not None and not callable(self.logits_processor):
-            self._refuse("logits_processor", "a function of tokens and logits, or None")
-        bias = self.logit_bias
-        if not isinstance(bias, Mapping) or not all(is_integer(k, 0) and is_number(v) for k, v in bias.items()):
-            self._refuse("logit_bias", "numbers by token id")
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, Sequence) or not all(isinstance(text, str) and text for text in stop):
-            self._refuse("stop", "a text or a list of texts, none of them empty")
-        object.__setattr__(self, "stop", tuple(stop))
-        ids = self.stop_token_ids
-        if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(is_integer(i, 0) for i in ids):
-            self._refuse("stop_token_ids", "a list of token ids")
+        for f in fields(self):
+            value, values = getattr(self, f.name), f.metadata["setting"].values
+            if not (value is None and f.default is None) and not values.include(value):
+                raise LlamaError(f"{f.name} is {shorten(value)}, expected {values.description}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.max_gen_len is not None and self.min_gen_len > self.max_gen_len:
-            found = f"min_gen_len is {self.min_gen_len} and max_gen_len {self.max_gen_len}"
-            raise LlamaError(f"{found}: lower the one or raise the other")
+            raise LlamaError(
+                f"min_gen_len is {self.min_gen_len} and max_gen_len {self.max_gen_len}: "
+                "lower the one or raise the other"
+            )
 
-    def _check_numbers(self) -> None:
-        for name, least in (("max_gen_len", 1), ("top_k", 1)):
-            if (value := getattr(self, name)) is not None and not is_integer(value, least):
-                self._refuse(name, f"a whole number of at least {least}")
-        for name in ("min_gen_len", "no_repeat_ngram_size"):
-            if not is_integer(getattr(self, name), 0):
-                self._refuse(name, "a whole number of at least 0")
-        if self.seed is not None and not is_integer(self.seed):
-            self._refuse("seed", "a whole number")
-        if not is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            self._refuse("temperature", "a number of at least 0")
-        if not is_number(self.top_p) or not 0 < self.top_p <= 1:
-            self._refuse("top_p", "a number in (0, 1]")
-        if not is_number(self.min_p) or not 0 <= self.min_p <= 1:
-            self._refuse("min_p", "a number in [0, 1]")
-        if not is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
-            self._refuse("repetition_penalty", "a number above 0")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if not is_number(value) or not -LARGEST_PENALTY <= value <= LARGEST_PENALTY:
-                self._refuse(name, f"a number in [-{LARGEST_PENALTY:.0f}, {LARGEST_PENALTY:.0f}]")
+    def active(self, stage: Stage) -> dict[str, Any]:
+        """The settings of a stage that do something, by name, in the order in which they act."""
+        values = {name: getattr(self, name) for name, one in SETTINGS.items() if one.stage == stage}
+        return {name: value for name, value in values.items() if value != SETTINGS[name].idle}
 
-    def _refuse(self, name: str, expected: str) -> None:
-        raise LlamaError(f"{name} is {shortened(getattr(self, name))}, expected {expected}")
-
-    @property
+    @cached_property
     def changes_logits(self) -> bool:
-        """Whether anything but temperature, top_k, top_p and min_p does."""
-        return bool(
-            self.logit_bias
-            or self.repetition_penalty != 1
-            or self.presence_penalty
-            or self.frequency_penalty
-            or self.no_repeat_ngram_size
-            or self.min_gen_len
-            or self.logits_processor
-        )
+        """Whether any setting of the stage "logits" does something."""
+        return bool(self.active("logits"))
 
-    @property
-    def narrowing(self) -> tuple[float, int | None, float, float]:
-        """What a distribution is narrowed by: rows that have this in common are sampled together."""
-        return self.temperature, self.top_k, self.top_p, self.min_p
+    @cached_property
+    def narrowing(self) -> tuple[tuple[str, Any], ...]:
+        """The active settings of the stage "narrowing": sequences that share them are sampled together."""
+        return tuple(self.active("narrowing").items())
 
 
-NAMES = frozenset(f.name for f in fields(Settings))
+SETTINGS: Mapping[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Settings)}
+NAMES = frozenset(SETTINGS)
 
 
 def settings_of_rows(
     count: int, shared: Mapping[str, Any], rows: Sequence[Mapping[str, Any] | None] | None
 ) -> list[Settings]:
-    """The settings of each of `count` rows: those of all, and over them the row's own. Raises LlamaError."""
+    """The settings of each of `count` prompts: its own entry of `rows`, and `shared` for what that doesn't set.
+
+    Raises LlamaError.
+    """
     if rows is None:
         rows = [None] * count
     if not isinstance(rows, list | tuple) or len(rows) != count:
-        found = f"{len(rows)} entries" if isinstance(rows, list | tuple) else f"a {type(rows).__name__}"
-        raise LlamaError(f"rows has {found}, expected a list of {count}: a dict of settings, or None, for each prompt")
-    found_settings = []
-    for i, own in enumerate(rows):
-        if own is not None and not isinstance(own, Mapping):
-            raise LlamaError(f"rows[{i}] is a {type(own).__name__}, expected a dict of settings or None")
-        given = {**shared, **(own or {})}
-        try:
-            if unknown := sorted(map(str, given.keys() - NAMES)):
-                raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}")
-            found_settings.append(Settings(**given))
-        except LlamaError as e:
-            raise LlamaError(f"rows[{i}]: {e}") if own else e from None
-    return found_settings
+        content = f"{len(rows)} entries" if isinstance(rows, list | tuple) else f"a {type(rows).__name__}"
+        raise LlamaError(
+            f"rows has {content}, expected a list of {count}: a dict of settings, or None, for each prompt"
+        )
+    return [_merge(i, shared, row) for i, row in enumerate(rows)]
+
+
+def _merge(index: int, shared: Mapping[str, Any], row: Mapping[str, Any] | None) -> Settings:
+    if row is not None and not isinstance(row, Mapping):
+        raise LlamaError(f"rows[{index}] is a {type(row).__name__}, expected a dict of settings or None")
+    values = {**shared, **(row or {})}
+    try:
+        if unknown := sorted(map(str, values.keys() - NAMES)):
+            raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}")
+        return Settings(**values)
+    except LlamaError as e:
+        raise LlamaError(f"rows[{index}]: {e}") if row else e from None

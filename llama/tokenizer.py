@@ -1,12 +1,11 @@
 """Text to token ids and back: Llama 3's tokenizer and its chat format.
 
-`Tokenizer` is byte-pair encoding (by tiktoken) over a vocabulary file of "base64 rank" lines. `ChatFormat` writes a
-dialog as the ids the chat models were trained on. `StreamDecoder` turns ids that come one at a time into text.
+`Tokenizer` is byte-pair encoding (by tiktoken) over a vocabulary file of "base64 rank" lines. `ChatFormat` encodes a
+dialog as the chat models were trained on it. `StreamDecoder` turns ids that come one at a time into text.
 
 Knows no tensors, no model and no sampling.
 """
 
-import base64
 import codecs
 import os
 import re
@@ -15,7 +14,8 @@ from typing import ClassVar, Literal, TypedDict, get_args
 
 import tiktoken
 
-from .errors import LlamaError, kind_of, shortened
+from ._util.vocabulary_file import read_vocabulary
+from .errors import LlamaError, describe, shorten
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[str, ...] = get_args(Role)
@@ -30,20 +30,16 @@ class Message(TypedDict):
 
 Dialog = Sequence[Message]
 
-# tiktoken's regular expression gives up on long texts and on long runs, so longer ones are encoded in pieces. The
-# places of the cuts show in the ids: these two numbers belong to the format.
+# tiktoken's regular expression gives up on long texts and on long runs, so longer ones are encoded in pieces. The ids
+# depend on where the text is cut: these two numbers belong to the format.
 MAX_TEXT_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")
-
-_EXPECTED = (
-    "expected Llama 3's tokenizer.model, a text file of 'base64 rank' lines, or a tokenizer.json (not Llama 2's "
-    "tokenizer.model)"
-)
+END_OF_TURN = "<|eot_id|>"  # the control token after each message of a dialog
 
 
 def _special_names(count: int) -> list[str]:
-    """The names of the `count` control tokens in the order of their ids; the unused ones fill the gaps."""
+    """The names of the `count` control tokens in the order of their ids, unused ones included."""
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(count - 5)]
     return [
         "<|begin_of_text|>",
@@ -52,23 +48,21 @@ def _special_names(count: int) -> list[str]:
         "<|start_header_id|>",
         "<|end_header_id|>",
         reserved[4],
-        "<|eot_id|>",
+        END_OF_TURN,
         *reserved[5:],
     ]
 
 
 class Tokenizer:
-    """Byte-pair encoding with Llama 3's split pattern and its 256 control tokens.
+    """Byte-pair encoding with Llama 3's split pattern and its 256 control tokens."""
 
-    Attributes:
-        model: the tiktoken Encoding.
-        n_words: how many ids there are, control tokens included; ids are 0 .. n_words - 1.
-        special_tokens: name -> id of each control token; their ids follow the vocabulary file's.
-        bos_id, eos_id: ids of <|begin_of_text|> and <|end_of_text|>.
-        pad_id: -1, which is no token.
-        stop_tokens: the ids that end a generation.
-    """
-
+    model: tiktoken.Encoding
+    n_words: int  # how many ids there are, control tokens included: 0 .. n_words - 1
+    special_tokens: dict[str, int]  # name -> id of each control token; their ids follow the vocabulary file's
+    bos_id: int  # of <|begin_of_text|>
+    eos_id: int  # of <|end_of_text|>
+    pad_id: int  # -1, which is no token
+    stop_tokens: set[int]  # the ids that end a generation
     num_reserved_special_tokens: ClassVar[int] = 256
     pat_str: ClassVar[str] = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -82,20 +76,20 @@ class Tokenizer:
             LlamaError: the file can't be read, or isn't such a vocabulary.
         """
         path = os.fspath(model_path)
-        ranks = _parse_vocabulary(path, _read(path))
+        ranks = read_vocabulary(path)
         names = _special_names(self.num_reserved_special_tokens)
-        self.special_tokens: dict[str, int] = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.special_tokens = {name: len(ranks) + i for i, name in enumerate(names)}
         self.model = tiktoken.Encoding(
             name=os.path.basename(path),
             pat_str=self.pat_str,
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
-        self.n_words: int = len(ranks) + len(names)
-        self.bos_id: int = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id: int = self.special_tokens["<|end_of_text|>"]
-        self.pad_id: int = -1
-        self.stop_tokens: set[int] = {self.eos_id, self.special_tokens["<|eot_id|>"]}
+        self.n_words = len(ranks) + len(names)
+        self.bos_id = self.special_tokens["<|begin_of_text|>"]
+        self.eos_id = self.special_tokens["<|end_of_text|>"]
+        self.pad_id = -1
+        self.stop_tokens = {self.eos_id, self.special_tokens[END_OF_TURN]}
 
     def encode(
         self,
@@ -117,8 +111,8 @@ class Tokenizer:
         Raises:
             LlamaError: `s` isn't a str or contains a disallowed name.
         """
-        allowed = checked_names(s, self.special_tokens.keys(), allowed_special, disallowed_special)
-        # Control tokens are taken out before the text is cut, lest a cut go through one.
+        allowed = check_special(s, self.special_tokens.keys(), allowed_special, disallowed_special)
+        # The text is split at control tokens before it is cut in pieces, so that no cut goes through one.
         tokens = [self.bos_id] if bos else []
         start = 0
         for special in _occurrences(allowed, s):
@@ -148,7 +142,7 @@ class Tokenizer:
         return self.model.decode_single_token_bytes(token)
 
     def stream_decoder(self) -> "StreamDecoder":
-        """What turns ids that come one at a time into text."""
+        """A decoder for ids that come one at a time."""
         return StreamDecoder(self)
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -156,10 +150,10 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Ids to text, one id at a time; a character split over several ids comes out whole, with the last of them.
+    """Ids to text, one id at a time. A character that is split over several ids comes out whole, with the last of them.
 
-    What `push` and then `flush` return, put together, is `tokenizer.decode` of the ids pushed. After `flush` the
-    decoder is as new.
+    All that `push` and then `flush` return, joined, is `tokenizer.decode` of the ids. After `flush` the decoder is as
+    new.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -167,7 +161,7 @@ class StreamDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        """The text that `token` makes complete, maybe none. Raises LlamaError if it is no id of the vocabulary."""
+        """The text that `token` completes, which may be none. Raises LlamaError if the vocabulary hasn't this id."""
         return self._utf8.decode(self.tokenizer.decode_bytes(token))
 
     def flush(self) -> str:
@@ -176,20 +170,32 @@ class StreamDecoder:
 
 
 class ChatFormat:
-    """Dialogs as the chat models were trained on them.
+    """Dialogs as Llama 3's chat models were trained on them. No other code knows this format.
 
     A message is <|start_header_id|> role <|end_header_id|> "\\n\\n" content <|eot_id|>. Role and content are encoded
     as plain text: nothing that a user writes can become a control token.
     """
 
+    template: ClassVar[str] = (  # the same in Jinja, for Hugging Face's files
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
+        "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
+
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    @property
+    def end_of_turn(self) -> int:
+        """The id that ends a message."""
+        return self.tokenizer.special_tokens[END_OF_TURN]
+
     def encode_header(self, message: Message) -> list[int]:
-        """The ids that open `message`, of which only the role is read. Raises LlamaError if it isn't one of ROLES."""
-        role = field_of(message, "role")
+        """The ids before the content of `message`. Raises LlamaError if its role isn't one of ROLES."""
+        role = get_field(message, "role")
         if role not in ROLES:
-            raise LlamaError(f"unknown role {shortened(role)}; known roles are {', '.join(ROLES)}")
+            raise LlamaError(f"unknown role {shorten(role)}; known roles are {', '.join(ROLES)}")
         special = self.tokenizer.special_tokens
         return [
             special["<|start_header_id|>"],
@@ -199,19 +205,19 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message) -> list[int]:
-        """The ids of `message`, its content stripped of the white space around it, from header to <|eot_id|>.
+        """The ids of `message`, from header to <|eot_id|>, without white space around the content.
 
         Raises:
             LlamaError: an unknown role, no role or content, or one that isn't a str.
         """
         return [
             *self.encode_header(message),
-            *self.tokenizer.encode(field_of(message, "content").strip(), bos=False, eos=False),
-            self.tokenizer.special_tokens["<|eot_id|>"],
+            *self.tokenizer.encode(get_field(message, "content").strip(), bos=False, eos=False),
+            self.end_of_turn,
         ]
 
     def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """The ids of `dialog`, from <|begin_of_text|> to the open header of the assistant's answer.
+        """The ids of `dialog`, from <|begin_of_text|> to the header of the assistant's answer.
 
         Raises:
             LlamaError: the dialog is empty, or a message is refused by `encode_message`; it says which.
@@ -227,15 +233,15 @@ class ChatFormat:
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
 
-def checked_names(
+def check_special(
     s: str,
     known: Set[str],
     allowed_special: Literal["all"] | Collection[str],
     disallowed_special: Literal["all"] | Collection[str],
 ) -> Set[str]:
-    """Which of the `known` control tokens may stand in `s`. Raises LlamaError as `Tokenizer.encode` says."""
+    """The names among `known` that become control tokens in `s`. Arguments and errors as `Tokenizer.encode`."""
     if not isinstance(s, str):
-        raise LlamaError(f"text to encode is {kind_of(s)}; expected str")
+        raise LlamaError(f"text to encode is {describe(s)}; expected str")
     allowed, disallowed = (
         _set_of_names(names, known, argument)
         for names, argument in ((allowed_special, "allowed_special"), (disallowed_special, "disallowed_special"))
@@ -243,9 +249,9 @@ def checked_names(
     allowed &= known
     if disallowed_special == "all":
         disallowed -= allowed
-    if found := next(_occurrences(disallowed, s), None):
+    if match := next(_occurrences(disallowed, s), None):
         raise LlamaError(
-            f"text contains the control token {found[0]!r} at character {found.start()}, which "
+            f"text contains the control token {match[0]!r} at character {match.start()}, which "
             "disallowed_special forbids; remove it from the text, or put it in allowed_special"
         )
     return allowed
@@ -259,24 +265,25 @@ def _set_of_names(names: Literal["all"] | Collection[str], known: Set[str], argu
     return frozenset(names)
 
 
-def field_of(message: object, name: str) -> str:
+def get_field(message: object, name: str) -> str:
+    """The text of this field of a message. Raises LlamaError where there is none."""
     if not isinstance(message, Mapping):
-        raise LlamaError(f"a message is {kind_of(message)}; expected a dict with 'role' and 'content'")
+        raise LlamaError(f"a message is {describe(message)}; expected a dict with 'role' and 'content'")
     if name not in message:
         raise LlamaError(f"no {name!r}, only {sorted(map(str, message))}; expected 'role' and 'content'")
     value = message[name]
     if not isinstance(value, str):
-        raise LlamaError(f"{name!r} is {kind_of(value)}; expected str")
+        raise LlamaError(f"{name!r} is {describe(value)}; expected str")
     return value
 
 
 def _occurrences(names: Set[str], text: str) -> Iterator[re.Match[str]]:
-    """Where any of `names` stands in `text`, from left to right."""
+    """The matches of any of `names` in `text`, from left to right."""
     return re.finditer("|".join(map(re.escape, sorted(names))), text) if names else iter(())
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut `text` into what tiktoken takes at once: MAX_TEXT_CHARS, no run of (non-)spaces over MAX_RUN_CHARS."""
+    """Cut `text` into pieces of MAX_TEXT_CHARS, in which no run of (non-)spaces is longer than MAX_RUN_CHARS."""
     for begin in range(0, len(text), MAX_TEXT_CHARS):
         part = text[begin : begin + MAX_TEXT_CHARS]
         start = 0
@@ -286,88 +293,3 @@ def _pieces(text: str) -> Iterator[str]:
                     yield part[start:cut]
                     start = cut
         yield part[start:]
-
-
-def _read(path: str) -> bytes:
-    """The file's bytes as they are now: tiktoken's own loader would cache them by path."""
-    import blobfile  # here, since it takes longer to import than all else in this file
-
-    try:
-        return blobfile.read_bytes(path)
-    except IsADirectoryError:
-        raise LlamaError(f"{path}: found a directory; give the path of the tokenizer.model in it") from None
-    except FileNotFoundError:
-        raise LlamaError(f"{path}: no such file; {_EXPECTED}") from None
-    except (OSError, ValueError, blobfile.Error) as error:
-        reason = " ".join(str(error).split())
-        raise LlamaError(f"{path}: the tokenizer can't be read ({reason}); {_EXPECTED}") from error
-
-
-def _parse_vocabulary(path: str, data: bytes) -> dict[bytes, int]:
-    """Token -> rank from lines of "base64 rank", in any order.
-
-    Raises:
-        LlamaError: the ranks aren't 0 .. n - 1, each once, or the tokens aren't distinct or lack a single byte.
-    """
-    if not data.strip():
-        raise LlamaError(f"{path}: the file is empty; {_EXPECTED}")
-    if data.lstrip().startswith(b"<"):
-        raise LlamaError(f"{path}: found a web page (it starts with '<'), not a download of the file; {_EXPECTED}")
-    if data.startswith(b"version https://git-lfs"):
-        raise LlamaError(f"{path}: found a Git LFS pointer, not the file; fetch the file with `git lfs pull`")
-    if _is_sentencepiece(data):
-        raise LlamaError(
-            f"{path}: found a SentencePiece model, as Llama 2's tokenizer.model is, which isn't read here; pass the "
-            "tokenizer.json of the same model as tokenizer_path"
-        )
-
-    ranks: dict[bytes, int] = {}
-    line_of_rank: dict[int, int] = {}
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            token, rank = _parse_line(line)
-            if token in ranks:
-                raise LlamaError(f"the token {shortened(token)} already has line {line_of_rank[ranks[token]]}")
-            if rank in line_of_rank:
-                raise LlamaError(f"the rank {rank} already has line {line_of_rank[rank]}")
-        except LlamaError as error:
-            raise LlamaError(f"{path}, line {number}: {error}; {_EXPECTED}") from None
-        ranks[token] = rank
-        line_of_rank[rank] = number
-
-    gap = next((rank for rank in range(len(ranks)) if rank not in line_of_rank), None)
-    if gap is not None:
-        raise LlamaError(
-            f"{path}: {len(ranks)} tokens, but no rank {gap}; expected the ranks 0..{len(ranks) - 1}: get the file anew"
-        )
-    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
-    if missing:
-        raise LlamaError(
-            f"{path}: {len(missing)} of the 256 single bytes are no tokens, the first 0x{missing[0]:02x}; "
-            "expected all, so that any text can be encoded: get the file anew"
-        )
-    return ranks
-
-
-def _is_sentencepiece(data: bytes) -> bool:
-    """Whether `data` begins with one whole piece (a message of text and score) and another: protocol buffers' form."""
-    match list(data[:4]):
-        case [0x0A, length, 0x0A, text_length]:
-            score, following = 4 + text_length, 2 + length
-            return data[score : score + 1] == b"\x15" and data[following : following + 1] == b"\n"
-    return False
-
-
-def _parse_line(line: bytes) -> tuple[bytes, int]:
-    fields = line.split()
-    if len(fields) != 2:
-        raise LlamaError(f"found {shortened(line)}, {len(fields)} field(s) and not 2")
-    try:
-        token = base64.b64decode(fields[0], validate=True)
-    except ValueError as error:
-        raise LlamaError(f"found {shortened(fields[0])}, which isn't base64 ({error})") from None
-    if not (fields[1].isdigit() and len(fields[1]) < 10):
-        raise LlamaError(f"found the rank {shortened(fields[1])}, which isn't a number from 0 up")
-    return token, int(fields[1])

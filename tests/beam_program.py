@@ -4,11 +4,11 @@ from torch import Tensor
 
 from llama import Llama, LlamaError
 from llama.engine.beam_search import Beam, Beams, beam_search
-from llama.parallel import leads_group
+from llama.parallel import is_group_leader
 
 
 def fail_at_the_third_token(logprobs: Tensor, prompt: list[int], answer: list[int]) -> Tensor:
-    assert leads_group()
+    assert is_group_leader()
     if len(answer) == 2:
         raise LlamaError("the process says no")
     return logprobs

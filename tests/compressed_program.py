@@ -1,23 +1,24 @@
-"""What tests/checkpoints/test_compressed_tensors.py compares, also on ranks: matrices that loading rounds, and stored
-ones.
+"""What tests/checkpoints/test_compressed_tensors.py compares, also on ranks: matrices that loading quantizes, and
+stored ones.
 """
 
 import torch
 
 from llama import Llama
-from llama.accelerate.layers import PackedLinear
-from llama.accelerate.quantization import IntegerPanels, Rounded
+from llama.accelerate.layers import packed_weight
+from llama.accelerate.quantization import QuantizedMatrix, QuantizedRows
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
 
 
-def all_panels(llama: Llama) -> dict[str, Rounded]:
-    layers = {n: m.panels for n, m in llama.model.named_modules() if isinstance(m, PackedLinear)}
-    return {name: panels.by_rows() for name, panels in layers.items() if isinstance(panels, IntegerPanels)}
+def all_quantized(llama: Llama) -> dict[str, QuantizedRows]:
+    weights = {name: packed_weight(layer) for name, layer in llama.model.named_modules() if name != "tok_embeddings"}
+    matrices = {name: weight.packed for name, weight in weights.items() if weight is not None}
+    return {name: matrix.by_rows() for name, matrix in matrices.items() if isinstance(matrix, QuantizedMatrix)}
 
 
-def same_panels(a: Llama, b: Llama) -> bool:
-    found, expected = all_panels(a), all_panels(b)
+def same_quantized(a: Llama, b: Llama) -> bool:
+    found, expected = all_quantized(a), all_quantized(b)
     return found.keys() == expected.keys() and all(
         torch.equal(found[n].words, expected[n].words) and torch.equal(found[n].scales, expected[n].scales)
         for n in expected
@@ -27,7 +28,7 @@ def same_panels(a: Llama, b: Llama) -> bool:
 def check_same(plain: str, stored: str, quantization: str) -> None:
     rounded = Llama.build(plain, **OPTIONS, quantization=quantization)
     loaded = Llama.build(stored, **OPTIONS)
-    assert all_panels(rounded) and same_panels(loaded, rounded)
+    assert all_quantized(rounded) and same_quantized(loaded, rounded)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), rounded.model(tokens))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.accelerate.layers import Form
+from llama.accelerate.accelerator import Accelerator
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.model import Transformer
 from llama.parallel import initialize
@@ -58,13 +58,13 @@ def compute(rows: Tensor, jobs: list[dict[str, Any]]) -> list[dict[str, Tensor]]
     place, results = initialize(device="cpu", dtype=torch.float32), []
     for job in jobs:
         checkpoint = open_checkpoint(job["directory"])
-        args, form = replace(checkpoint.sizes, **SIZES), Form()
+        args, accelerator = replace(checkpoint.sizes, **SIZES), Accelerator()
         model = load_model(checkpoint, args, place)
         with torch.no_grad():
             result = {way: WAYS[way](model, rows) for way in job["ways"]}
         if job["fast"]:
-            fast = load_model(checkpoint, args, place, form.take)
-            form.finish(fast)
+            fast = load_model(checkpoint, args, place, accelerator.pack_weight)
+            accelerator.finish(fast)
             with torch.no_grad():
                 result |= {f"{way}, fast": WAYS[way](fast, rows) for way in job["fast"]}
             assert_same(fast.state_dict(), model.state_dict())

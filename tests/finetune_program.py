@@ -28,13 +28,13 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
     """On the ranks that run, in any division of them."""
     opened, step = [], Training.step
 
-    def counted(self: Training) -> float:
+    def count_steps(self: Training) -> float:
         opened.append(len(os.listdir("/proc/self/fd")))
         return step(self)
 
     if fs_init.model_parallel_is_initialized():
         fs_init.destroy_model_parallel()
-    Training.step, error = counted, None  # type: ignore[method-assign]
+    Training.step, error = count_steps, None  # type: ignore[method-assign]
     try:
         finetune(plan_of(job["plan"]), job["ckpt_dir"], None, job["model_parallel_size"], device="cpu", dtype="float32")
     except LlamaError as e:

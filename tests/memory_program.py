@@ -14,11 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
+from torch import Tensor
 
 from llama import parallel
-from llama.accelerate.layers import Form
-from llama.bench.measure import Peak, status_bytes
+from llama.accelerate.accelerator import Accelerator
+from llama.accelerate.layers import packed_weight
+from llama.accelerate.quantization import PackedMatrix
+from llama.bench.measure import PeakMemory, status_bytes
 from llama.checkpoints.loader import load_model, open_checkpoint
+from llama.model import Transformer
 
 
 def main(output: str, form: str, dtype: str, *directories: str) -> None:
@@ -26,21 +30,29 @@ def main(output: str, form: str, dtype: str, *directories: str) -> None:
     results = []
     for directory in directories:
         started, before = time.perf_counter(), status_bytes("RssAnon")
-        with Peak() as peak:
+        with PeakMemory() as peak:
             checkpoint = open_checkpoint(directory)
             args = replace(checkpoint.sizes, max_seq_len=8, max_batch_size=1)
             if form == "plain":
                 model = load_model(checkpoint, args, place)
             else:
-                fast = Form()
-                model = load_model(checkpoint, args, place, fast.take)
-                fast.finish(model)
+                accelerator = Accelerator()
+                model = load_model(checkpoint, args, place, accelerator.pack_weight)
+                accelerator.finish(model)
         results.append({"seconds": time.perf_counter() - started, "before": before})
         results[-1] |= {"peak": peak.private, "resident": peak.resident}
-        results[-1]["shard"] = sum(p.nbytes for p in model.parameters())
+        results[-1]["shard"] = sum({id(t): t.nbytes for t in tensors_of(model)}.values())
         del model, checkpoint
         gc.collect()
     Path(f"{output}.{dist.get_rank()}").write_text(json.dumps(results))
+
+
+def tensors_of(model: Transformer) -> list[Tensor | PackedMatrix]:
+    """What a model holds: packed matrices, and the parameters that are no such."""
+    weights = [weight for module in model.modules() if (weight := packed_weight(module)) is not None]
+    places = [own for module in model.modules() for own in [module._parameters]]
+    plain = [value for own in places for value in dict.values(own) if isinstance(value, Tensor)]
+    return [*plain, *(weight.packed for weight in weights)]
 
 
 if __name__ == "__main__":

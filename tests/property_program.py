@@ -49,7 +49,7 @@ def fresh(llamas: Mapping[str, Llama], case: Mapping[str, Any]) -> Llama:
     one = llamas[case["model"]]
     chunk, draft = case["prefill_chunk"], one.draft if case.get("draft") else None
     llama = Llama(one.model, one.tokenizer, prefill_chunk=chunk, draft=draft)
-    llama.engine.ahead = case.get("ahead", False)
+    llama.engine.runner.ahead = case.get("ahead", False)
     return llama
 
 

@@ -9,8 +9,8 @@ from tiny import PROMPTS
 from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama, LlamaError, parallel
-from llama.accelerate import layers
-from llama.accelerate.kernels import dispatch
+from llama.accelerate import accelerator
+from llama.accelerate.kernels import cpu
 
 
 def compute(ckpt_dir: str, model_parallel_size: int | None = None) -> dict[str, Any]:
@@ -46,18 +46,18 @@ def unequal_work(ckpt_dir: str) -> list[str]:
 def collectives_of_two_steps(ckpt_dir: str, sockets: bool) -> dict[str, int]:
     """How often each collective is called, by its name."""
     if sockets:
-        layers.arrange = lambda: None
+        accelerator.share_memory = lambda: None
     llama = Llama.build(ckpt_dir, device="cpu", dtype="float32")
     stream = llama.stream([[1, 2, 3], [4]], 6, temperature=0)
     next(stream)
     calls: Counter[str] = Counter()
-    call = dispatch.call
+    call = cpu.call
 
     def counted(name: str, *rest: Any) -> Any:
         calls.update([name] if "of_ranks" in name and rest[-1] == 0 else [])  # and not one that waits on
         return call(name, *rest)
 
-    dispatch.call = counted
+    cpu.call = counted
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         next(stream), next(stream)
     calls.update({event.key: event.count for event in seen.key_averages() if "c10d::" in event.key})

@@ -10,7 +10,6 @@ from tiny import PROMPTS
 from llama import Llama, LlamaError
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.engine.attention_weights import attention_weights
-from llama.engine.scoring import embed, score
 from llama.parallel import initialize
 
 SIZES = {"max_seq_len": 24, "max_batch_size": 3}
@@ -23,14 +22,14 @@ def compute(ckpt_dir: str) -> dict[str, Any]:
     tokens = torch.arange(14).view(2, 7) * 5
     with torch.no_grad():
         result = {
-            "scores": [asdict(found) for found in score(llama, PROMPTS, stride=5)],
-            "embeddings": [embed(llama, PROMPTS[:2], pooling) for pooling in ("last", "mean")],
+            "scores": [asdict(found) for found in llama.score(PROMPTS, stride=5)],
+            "embeddings": [llama.embed(PROMPTS[:2], pooling) for pooling in ("last", "mean")],
             "attention": [attention_weights(model, tokens, at) for model in (plain, llama.model) for at in (None, 0)],
             "hidden": [model(tokens, at, return_hidden=True) for model in (plain, llama.model) for at in (None, 0)],
             "refused": "",
         }
     try:
-        score(llama, PROMPTS[:1] if rank == 0 else [""])
+        llama.score(PROMPTS[:1] if rank == 0 else [""])
     except LlamaError as e:
         result["refused"] = str(e)
     logits, weights = attention_weights(plain, tokens)

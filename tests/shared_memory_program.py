@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from llama import parallel
 from llama.accelerate import shared_memory
-from llama.accelerate.shared_memory import Meeting, arrange
+from llama.accelerate.shared_memory import SharedMemory, share_memory
 from llama.cli.program import errors_in_one_line
 
 SHAPES = [(1,), (3, 7), (2, 1, 5), (70, 1999), (3, 0), (1, 1, 64), (300_001,), (5, 90_000)]
 
 
-def begin() -> Meeting:
+def begin() -> SharedMemory:
     parallel.initialize(device="cpu", dtype="float32")
-    meeting = arrange()
-    assert meeting is not None
-    return meeting
+    shared = share_memory()
+    assert shared is not None
+    return shared
 
 
 def odd_numbers() -> torch.Tensor:
@@ -34,44 +34,44 @@ def odd_numbers() -> torch.Tensor:
 
 
 def check_sums_and_sequences() -> None:
-    meeting, rank, ranks = begin(), dist.get_rank(), dist.get_world_size()
+    shared, rank, ranks = begin(), dist.get_rank(), dist.get_world_size()
     numbers = torch.Generator().manual_seed(0)
     for shape in SHAPES * 3:
         for dtype in (torch.float32, torch.bfloat16):
             everybody = torch.randn(ranks, *shape, generator=numbers).to(dtype)
             own = everybody[rank].clone()
-            assert torch.equal(meeting.gather(own), torch.cat(list(everybody), dim=-1)), (shape, dtype)
+            assert torch.equal(shared.all_gather(own), torch.cat(list(everybody), dim=-1)), (shape, dtype)
             turned = torch.cat([x.mT if x.ndim > 1 else x for x in everybody], dim=-1)
-            assert torch.equal(meeting.gather(own.mT if own.ndim > 1 else own), turned), (shape, dtype)
+            assert torch.equal(shared.all_gather(own.mT if own.ndim > 1 else own), turned), (shape, dtype)
             total = everybody.float()[0]
             for x in everybody.float()[1:]:
                 total = total + x
-            assert torch.equal(meeting.sum(own), total.to(dtype)), (shape, dtype)
+            assert torch.equal(shared.all_reduce(own), total.to(dtype)), (shape, dtype)
     for dtype in (torch.float32, torch.bfloat16):
-        found = meeting.sum(odd_numbers().to(dtype, copy=True))
+        found = shared.all_reduce(odd_numbers().to(dtype, copy=True))
         assert found[0] == ranks and found[1].isnan() and found[2].isinf()
 
 
-def meetings_without(directory: Path) -> list[bool]:
+def shares_memory_without(directory: Path) -> list[bool]:
     """Whether ranks meet where shared memory is missing on none of them, on either, and on both."""
     parallel.initialize(device="cpu", dtype="float32")
-    mapped, meetings = shared_memory.mapped, []
+    map_memory, shared = shared_memory.map_memory, []
     for missing in ([], [0], [1], [0, 1]):
         own = directory / "none" if dist.get_rank() in missing else Path("/dev/shm")
         shared_memory.SHARED = own
-        shared_memory.mapped = lambda path, *rest, own=own: mapped(own / path.name, *rest)
-        meetings.append(arrange() is not None)
-    return meetings
+        shared_memory.map_memory = lambda path, *rest, own=own: map_memory(own / path.name, *rest)
+        shared.append(share_memory() is not None)
+    return shared
 
 
 def wait_for_each_other(directory: str) -> None:
-    meeting, rank = begin(), dist.get_rank()
+    shared, rank = begin(), dist.get_rank()
     Path(f"{directory}/pid.{rank}").write_text(str(os.getpid()))
     with errors_in_one_line():
         while True:
             if rank == 1:
                 time.sleep(1000)
-            meeting.sum(odd_numbers())
+            shared.all_reduce(odd_numbers())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from llama import LlamaError, TaskModel, parallel
-from llama.checkpoints import convert
+from llama.checkpoints import huggingface
 from llama.tasks import losses
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -54,7 +54,7 @@ def failures(directory: Path) -> dict[str, Any]:
         found["parts"] = refusal(lambda: built.save(directory / "new" / "parts"))
     with mock.patch.object(shutil, "copyfile", full):
         found["files"] = refusal(lambda: built.save(directory / "new" / "files"))
-    with mock.patch.object(convert, "save_file", full):
+    with mock.patch.object(huggingface, "save_file", full):
         found["again"] = refusal(lambda: built.save(directory / "old", force=True))
     return found
 

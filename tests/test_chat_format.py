@@ -1,4 +1,4 @@
-"""Dialogs as Llama 3 was trained on them, against published ids; and user text that tries to be more than text."""
+"""Llama 3's chat format, against published ids; and user text that tries to make control tokens."""
 
 from typing import Any
 

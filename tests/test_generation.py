@@ -46,7 +46,7 @@ def tiny_dir(directories: dict[bool, Path], every_form: str) -> Path:
 
 @pytest.fixture(params=FORMS, autouse=True)
 def every_form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test here is run on each form that a model may have."""
+    """Every test here runs with each form of the model."""
     monkeypatch.setattr(sys.modules[__name__], "form", FORMS[request.param])
     return request.param
 
@@ -58,19 +58,19 @@ def build(directory: Path, seed: int = 1, **options: object) -> Llama:
 
 @cache
 def kept_model(directory: Path, options: str) -> Transformer:
-    """Made once: to compile takes seconds."""
+    """Each form is made once, since compiling takes seconds."""
     given = {"max_seq_len": 96, "device": "cpu", "dtype": "float32", **json.loads(options)}
     return Llama.build(directory, **given).model
 
 
 def tolerance() -> float:
-    """Of logprobs. Where activations are rounded, a last bit that differs may become a step of theirs."""
+    """How much logprobs may differ. Where activations are rounded, a last bit may become a whole step of theirs."""
     return 0.05 if "quantization" in form else 1e-4
 
 
 @torch.no_grad()
 def full_forward(llama: Llama, tokens: list[int]) -> torch.Tensor:
-    """Logprobs of all that may follow each token, without a cache."""
+    """Logprobs of the whole vocabulary after each token, computed without a cache."""
     return torch.log_softmax(llama.model(torch.tensor([tokens]))[0], -1)
 
 
@@ -156,7 +156,7 @@ def test_asking_again_draws_again(llama: Llama) -> None:
 
 
 def test_chance_is_the_rows_own_and_global_state_stays(tiny_dir: Path) -> None:
-    """Neighbours, the order in the batch, and torch's generator have no part in a row's text."""
+    """A row's text doesn't depend on its neighbours, its place in the batch, or torch's global generator."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     in_order = build(tiny_dir).text_completion(PROMPTS, temperature=1.0)
@@ -180,7 +180,7 @@ def test_logprobs_are_log_softmax_of_a_full_forward(llama: Llama) -> None:
 
 
 def test_long_prompts_have_logprobs_too(tiny_dir: Path) -> None:
-    """Longer than the number of positions whose logits are held at once."""
+    """A prompt longer than LOGPROB_CHUNK, the positions whose logits are held at once."""
     llama = build(tiny_dir, max_seq_len=700)
     prompt = [1 + i % 200 for i in range(690)]
     _, chances = llama.generate([prompt, prompt[:300]], 1, logprobs=True, echo=True)
@@ -318,7 +318,7 @@ def test_logits_that_are_not_finite_are_named(llama: Llama) -> None:
 
 
 def test_a_newer_call_ends_an_open_stream(llama: Llama) -> None:
-    """And leaves the newer one's cache alone: also where the next thing it would do is to move its rows together."""
+    """The older stream leaves the newer one's cache alone, also where it was about to move its slots."""
     llama.tokenizer.stop_tokens = set()
     expected = greedy_by_hand(llama, [9, 8, 7], 6)
     old = llama.stream([[1] * 96, [2] * 60], 4, temperature=0, echo=True)
@@ -352,7 +352,7 @@ def test_meta_programs_find_their_names(llama: Llama) -> None:
 
 @pytest.mark.parametrize("scaling", [{"type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 24}, None])
 def test_a_batch_equals_its_rows_where_positions_depend_on_the_length(tmp_path: Path, scaling: dict | None) -> None:
-    """Rotary scaling by each row's own length, not that of the padded batch; and a window that they exceed."""
+    """Rotary scaling depends on each row's own length, not on the padded batch; and rows exceed a sliding window."""
     args = replace(ARGS, rope_theta=100, rope_scaling=RopeScaling(**scaling) if scaling else None, sliding_window=20)
     llama = build(write_checkpoint(tmp_path, args, endless=True), max_batch_size=4)
     prompts = [[7] * 5, list(range(60)), list(range(30, 50)), list(range(25))]

@@ -1,4 +1,4 @@
-"""What changes logits before a token is drawn, against transformers' processors of the same names, and by hand."""
+"""Functions that change logits before a token is drawn, against those of transformers, and by hand."""
 
 from typing import Any
 
@@ -10,17 +10,19 @@ from torch import Tensor
 
 from llama import LlamaError
 from llama.sampling import (
-    count_penalties,
+    Context,
+    add_bias,
+    apply_logits_processors,
     forbid,
-    logit_bias,
-    min_p,
-    narrowed,
-    no_repeat_ngrams,
-    processed,
-    repetition_penalty,
+    forbid_repeated_ngrams,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    narrow,
+    penalize_frequency,
+    penalize_presence,
+    penalize_repetition,
     sample,
-    top_k,
-    top_p,
 )
 from llama.settings import Settings, settings_of_rows
 
@@ -46,7 +48,7 @@ def theirs(name: str, *arguments: Any) -> Any:
 @given(tokens=tokens_of_text, penalty=st.floats(0.3, 3), seed=st.integers(0, 99))
 def test_repetition_penalty(tokens: list[int], penalty: float, seed: int) -> None:
     expected = theirs("RepetitionPenaltyLogitsProcessor", penalty)(row(seed), tokens)
-    assert torch.equal(repetition_penalty(row(seed), tokens, penalty), expected)
+    assert torch.equal(penalize_repetition(row(seed), penalty, Context(tokens)), expected)
 
 
 @few
@@ -54,49 +56,50 @@ def test_repetition_penalty(tokens: list[int], penalty: float, seed: int) -> Non
 def test_no_repeat_ngrams(tokens: list[int], size: int, seed: int) -> None:
     few_words = [token % 4 for token in tokens]  # so that some repeat
     expected = theirs("NoRepeatNGramLogitsProcessor", size)(row(seed), few_words)
-    assert torch.equal(no_repeat_ngrams(row(seed), few_words, size), expected)
+    assert torch.equal(forbid_repeated_ngrams(row(seed), size, Context(few_words)), expected)
 
 
 @few
 @given(bias=st.dictionaries(st.integers(0, VOCABULARY - 1), st.floats(-100, 100), min_size=1), seed=st.integers(0, 99))
 def test_logit_bias(bias: dict[int, float], seed: int) -> None:
     expected = theirs("SequenceBiasLogitsProcessor", {(token,): value for token, value in bias.items()})(row(seed), [0])
-    assert torch.allclose(logit_bias(row(seed), bias), expected)
+    assert torch.allclose(add_bias(row(seed), bias, Context([0])), expected)
 
 
 def test_min_gen_len() -> None:
     process = theirs("MinNewTokensLengthLogitsProcessor", 3, 4, [5, 9])
     for made in range(6):
         expected = process(row(1), [1] * (3 + made))
-        found = processed(row(1), [1] * 3, [1] * made, Settings(min_gen_len=4), {5, 9})
-        assert torch.equal(found, expected)
+        logits = apply_logits_processors(row(1), Settings(min_gen_len=4), Context([1] * 3, [1] * made, {5, 9}))
+        assert torch.equal(logits, expected)
 
 
 @few
 @given(tokens=st.lists(st.integers(0, VOCABULARY - 1), max_size=30), a=st.floats(-2, 2), b=st.floats(-2, 2))
-def test_count_penalties(tokens: list[int], a: float, b: float) -> None:
-    found = count_penalties(row(0), tokens, a, b)
+def test_penalties_of_the_answer(tokens: list[int], a: float, b: float) -> None:
+    context = Context([], tokens)
+    logits = penalize_frequency(penalize_presence(row(0), a, context), b, context)
     for token, logit in enumerate(row(0).tolist()):
         count = tokens.count(token)
-        assert found[token].item() == pytest.approx(logit - b * count - a * (count > 0), abs=1e-5)
+        assert logits[token].item() == pytest.approx(logit - b * count - a * (count > 0), abs=1e-5)
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 23, 50])
 def test_top_k(k: int) -> None:
     for seed in range(20):
-        assert torch.equal(top_k(row(seed), k), theirs("TopKLogitsWarper", k)(row(seed), [0]))
+        assert torch.equal(keep_top_k(row(seed), k), theirs("TopKLogitsWarper", k)(row(seed), [0]))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.5, 0.9, 0.999])
 def test_top_p(p: float) -> None:
     for seed in range(20):
-        assert torch.equal(top_p(row(seed), p), theirs("TopPLogitsWarper", p)(row(seed), [0]))
+        assert torch.equal(keep_top_p(row(seed), p), theirs("TopPLogitsWarper", p)(row(seed), [0]))
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 1.0])
 def test_min_p(p: float) -> None:
     for seed in range(20):
-        assert torch.equal(min_p(row(seed), p), theirs("MinPLogitsWarper", p)(row(seed), [0]))
+        assert torch.equal(keep_min_p(row(seed), p), theirs("MinPLogitsWarper", p)(row(seed), [0]))
 
 
 @few
@@ -126,26 +129,26 @@ def test_all_together_in_their_order(
     expected = expected if k is None else theirs("TopKLogitsWarper", k)(expected, tokens)
     expected = expected if p == 1 else theirs("TopPLogitsWarper", p)(expected, tokens)
     expected = theirs("MinPLogitsWarper", least)(expected, tokens)
-    found = narrowed(processed(row(seed), tokens[:1], tokens[1:], given, set()), given)
-    assert torch.allclose(torch.softmax(found, -1), torch.softmax(expected, -1), atol=1e-5)
+    logits = narrow(apply_logits_processors(row(seed), given, Context(tokens[:1], tokens[1:])), given.narrowing)
+    assert torch.allclose(torch.softmax(logits, -1), torch.softmax(expected, -1), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     "given", [Settings(top_k=4, top_p=0.8), Settings(top_p=0.7, min_p=0.2), Settings(min_p=0.1, top_k=9)]
 )
 def test_what_is_drawn_is_what_is_left(given: Settings) -> None:
-    """Each token for the share of quantiles that is its probability."""
+    """Over evenly spread uniform numbers, each token is drawn as often as its probability says."""
     logits, steps = row(5), 20_000
     uniform = (torch.arange(steps) / steps)[:, None]
     drawn = torch.bincount(sample(logits.expand(steps, -1), given, uniform), minlength=VOCABULARY) / steps
-    assert torch.allclose(drawn, torch.softmax(narrowed(logits, given), -1), atol=2 / steps)
+    assert torch.allclose(drawn, torch.softmax(narrow(logits, given.narrowing), -1), atol=2 / steps)
 
 
 def test_what_is_given_is_left_alone() -> None:
     logits = row(1)
     before = logits.clone()
     every = Settings({1: 1.0}, 1.5, 1.0, 1.0, 2, 3, None, 0.5, 3, 0.5, 0.1)
-    narrowed(processed(logits, [1, 2], [1, 2], every, {3}), every)
+    narrow(apply_logits_processors(logits, every, Context([1, 2], [1, 2], {3})), every.narrowing)
     forbid(logits, [1])
     assert torch.equal(logits, before)
 
@@ -153,7 +156,7 @@ def test_what_is_given_is_left_alone() -> None:
 @pytest.mark.parametrize("bad", ["a string", torch.zeros(3), torch.zeros(VOCABULARY, dtype=torch.long)])
 def test_what_a_processor_returns_is_looked_at(bad: Any) -> None:
     with pytest.raises(LlamaError, match=r"logits_processor returned .*, expected a float tensor of shape"):
-        processed(row(1), [1], [], Settings(logits_processor=lambda *_: bad), set())
+        apply_logits_processors(row(1), Settings(logits_processor=lambda *_: bad), Context([1]))
 
 
 @pytest.mark.parametrize(

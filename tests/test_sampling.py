@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama.generation import sample_top_p as sample_top_p_of_generation
-from llama.sampling import sample, sample_top_p, token_logprobs, top_p
+from llama.sampling import keep_top_p, sample, sample_top_p, token_logprobs
 from llama.settings import Settings
 
 UNIT = 4096  # probabilities are whole numbers over this
@@ -36,7 +36,7 @@ def whole_rows(draw: st.DrawFn, size: int | None = None) -> list[int]:
 
 
 def nucleus(row: list[int], steps: int) -> list[int]:
-    """Ids of what top-p = steps / STEPS keeps, likeliest first, equals by id. Zeros are never kept."""
+    """The tokens that top-p = steps / STEPS keeps, the likeliest first, equal ones by id. Zeros are never kept."""
     kept, before = [], 0
     for token in sorted(range(len(row)), key=lambda i: (-row[i], i)):
         if row[token] and before * STEPS <= steps * UNIT:
@@ -207,7 +207,7 @@ def test_frequencies_follow_the_renormalised_nucleus(steps: int, own_numbers: bo
 
 
 def test_the_statistic_would_notice_a_sampler_that_does_not_renormalise_right() -> None:
-    """The same statistic, of draws from probabilities a tenth off: the tests above can fail."""
+    """The tests above can fail: the same statistic refuses draws from probabilities that are a tenth off."""
     expected = np.array([0.5, 0.25, 0.15, 0.1])
     wrong = np.random.default_rng(0).choice(4, size=40000, p=[0.48, 0.25, 0.16, 0.11])
     assert chi_square(np.bincount(wrong), expected) > CHI_SQUARE_999[3]
@@ -225,7 +225,7 @@ def test_temperature_zero_is_argmax(rows: list[list[float]]) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37, 1e-38, 1e-45, 1e-300])
 def test_a_temperature_near_zero_is_argmax_too(temperature: float) -> None:
-    """A quotient past float32's largest number must not make NaN of the row."""
+    """A logit whose quotient overflows float32 must not make the row NaN."""
     logits = torch.tensor([[1.0, 5.0, 20.0], [3.0, 4.0, -20.0]])
     assert sample(logits, Settings(temperature=temperature), torch.tensor([[0.5], [0.5]])).tolist() == [2, 1]
 
@@ -281,13 +281,13 @@ def test_token_logprobs_of_an_impossible_token_and_of_a_certain_one() -> None:
 @settings(deadline=None, max_examples=40)
 @given(rows=st.lists(whole_rows(12), min_size=1, max_size=4), steps=st.integers(1, STEPS), u=st.integers(0, STEPS - 1))
 def test_the_few_likeliest_are_enough(heads: tuple[int, ...], rows: list[list[int]], steps: int, u: int) -> None:
-    """Where only some are sorted, equals among them, the same is kept and drawn."""
+    """Sorting only the likeliest, with equal ones among them, keeps and draws the same as sorting all."""
     probs, uniform = torch.tensor(rows) / UNIT, torch.full((len(rows), 1), u / STEPS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llama.sampling.HEADS", heads)
-        few = sample_top_p(probs, steps / STEPS, uniform=uniform), top_p(probs.log(), steps / STEPS)
+        few = sample_top_p(probs, steps / STEPS, uniform=uniform), keep_top_p(probs.log(), steps / STEPS)
         patch.setattr("llama.sampling.HEADS", ())
-        every = sample_top_p(probs, steps / STEPS, uniform=uniform), top_p(probs.log(), steps / STEPS)
+        every = sample_top_p(probs, steps / STEPS, uniform=uniform), keep_top_p(probs.log(), steps / STEPS)
     assert torch.equal(few[0], every[0]) and torch.equal(few[1], every[1])
 
 

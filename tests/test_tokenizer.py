@@ -136,7 +136,7 @@ def test_surrogates_become_replacement_characters(small: Tokenizer) -> None:
 
 
 def pieces_one_character_at_a_time(text: str, max_text: int, max_run: int) -> list[str]:
-    """The rule of the cuts, said another way: walk, count, cut."""
+    """The rule by which texts are cut, implemented in another way."""
     pieces = []
     for begin in range(0, len(text), max_text):
         piece, run = "", 0

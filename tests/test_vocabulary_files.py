@@ -1,4 +1,4 @@
-"""What is read as a vocabulary, from where, and what is refused instead, in one line."""
+"""Vocabulary files: which are read, from where, and which are refused, with a message of one line."""
 
 import ast
 import base64
@@ -10,6 +10,7 @@ import pytest
 from vocabulary import BASE, TOKENS, lines_of, write
 
 import llama.tokenizer as tokenizer_module
+from llama._util import vocabulary_file
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer
 
@@ -95,8 +96,17 @@ def test_the_vocabulary_is_read_through_blobfile(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_tokenizer_knows_no_tensors_and_no_other_room() -> None:
-    """blobfile is missing too: it is imported where it is used, to start faster."""
-    tree = ast.parse(Path(tokenizer_module.__file__).read_text())
-    imported = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {"." * node.level + (node.module or "") for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"tiktoken", ".errors", "collections.abc"}
+    """blobfile too isn't imported: it is imported where it is used, to start faster."""
+    imported: set[str] = set()
+    for module in (tokenizer_module, vocabulary_file):
+        tree = ast.parse(Path(module.__file__).read_text())
+        imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+        origins = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+        imported |= {"." * node.level + (node.module or "") for node in origins}
+    assert imported - sys.stdlib_module_names == {
+        "tiktoken",
+        ".errors",
+        "..errors",
+        "._util.vocabulary_file",
+        "collections.abc",
+    }

@@ -1,4 +1,4 @@
-"""What a talk shows: answers on standard output, and asides, which are no part of them, apart.
+"""What a user sees: answers on standard output, notes beside them, and progress bars; all from the main process alone.
 
 Knows terminals and pipes; knows no dialog and no model.
 """
@@ -6,28 +6,51 @@ Knows terminals and pipes; knows no dialog and no model.
 import os
 import sys
 
+from tqdm import tqdm as ProgressBar
+
 from .ranks import is_main_process
 
 UNPRINTABLE = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+SECONDS_BEFORE_BAR = 2  # that a step must take before its bar appears, if the step is usually short
 
 
 def at_terminal() -> bool:
-    """Whether a person types here and reads what is shown, rather than a file or another program."""
+    """Whether standard input and output both are a terminal, so that a person types here and reads the answers."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print, on the one rank that does; a terminal gets no control characters that a model may have made up."""
+    """Print an answer. At a terminal, control characters, which a model may generate, are replaced."""
     if is_main_process() and sys.stdout is not None:
         print(text.translate(UNPRINTABLE) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def aside(text: str, dim: bool = True, end: str = "\n") -> None:
-    """Tell, on the one rank that does, what is no answer: dim at a terminal, else on standard error."""
+    """Print a note that is no part of an answer: dimmed at a terminal, on standard error otherwise.
+
+    dim: False for a note that shall be as bright as answers.
+    """
     stream = sys.stdout if at_terminal() else sys.stderr
     if not is_main_process() or stream is None:
         return
     text = text.translate(UNPRINTABLE)
-    coloured = dim and at_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    print(f"{DIM}{text}{PLAIN}" if coloured else text, end=end, file=stream, flush=True)
+    dimmed = dim and at_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    print(f"{DIM}{text}{PLAIN}" if dimmed else text, end=end, file=stream, flush=True)
+
+
+def progress_bar(label: str, total: int, unit: str, done: int = 0, delayed: bool = False) -> ProgressBar:
+    """A bar on standard error, shown only by the main process and only at a terminal; advance it with `update`.
+
+    total: the amount of work, in units. unit: such as " tokens"; "B" for bytes, which are shown as kB, MB, GB.
+    done: the part of `total` that earlier runs did. delayed: show the bar only after SECONDS_BEFORE_BAR.
+    """
+    return ProgressBar(
+        desc=label,
+        total=total,
+        initial=done,
+        unit=unit,
+        unit_scale=unit == "B",
+        delay=SECONDS_BEFORE_BAR if delayed else 0,
+        disable=None if is_main_process() else True,  # None: tqdm disables it where standard error is no terminal
+    )

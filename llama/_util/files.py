@@ -1,6 +1,6 @@
-"""Files of strangers, read with errors of one line; and files of our own, written whole or not at all.
+"""Reads files with errors of one line, and writes files and directories whole or not at all.
 
-Knows no formats of checkpoints.
+Knows JSON; knows no format of a checkpoint.
 """
 
 import contextlib
@@ -14,20 +14,21 @@ from typing import IO, Any
 
 from ..errors import LlamaError
 
-PARTIAL = ".partial-"
+PARTIAL = ".partial-"  # in the names of files and directories that are being written
 
 
 def cache_home() -> Path:
-    """What can be made again lies here."""
+    """The directory of files that can be downloaded or computed again."""
     return Path.home() / ".cache" / "llama"
 
 
 def unreadable(path: Path, e: OSError) -> LlamaError:
+    """The error to raise for a file that the system doesn't let us read."""
     return LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read")
 
 
 def describe_content(path: Path) -> str:
-    """What a file that isn't what its name says seems to be, for an error message."""
+    """For an error message: what a file seems to be that isn't in the format that its name says."""
     with path.open("rb") as f:
         head = f.read(256).lstrip()
     size = path.stat().st_size
@@ -41,12 +42,12 @@ def describe_content(path: Path) -> str:
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`, which holds `what`. Raises LlamaError for a file that holds anything else."""
+    """The JSON object in a file. what: what it describes. Raises LlamaError for a file that holds anything else."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:
         raise unreadable(path, e) from e
-    except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; brackets without end
+    except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; too many brackets
         raise LlamaError(f"{path} is not JSON ({e}): {describe_content(path)}; download it again") from None
     if not isinstance(value, dict):
         raise LlamaError(f"{path}: expected a JSON object of {what}, found a {type(value).__name__}")
@@ -54,7 +55,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object], mode: int = 0o644) -> None:
-    """Call `write(file)` on a temporary file beside `path` and rename it there: the file is whole or not at all."""
+    """Call `write(file)` on a temporary file beside `path`, and rename it to `path` if that succeeds.
+
+    mode: the file's permissions.
+    """
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + PARTIAL, delete=False) as f:
         try:
             write(f)
@@ -68,22 +72,25 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object], mode: int = 0o
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write `value` to `path`, whole or not at all."""
+    """Write `value` to `path` as JSON, whole or not at all."""
     text = json.dumps(value, indent=2) + "\n"
     write_whole(path, lambda f: f.write(text.encode()))
 
 
 @contextlib.contextmanager
-def unfinished_directory(target: Path) -> Iterator[Path]:
-    """A directory in `target` to write to. Whatever fails in this context leaves nothing of it, nor a new `target`."""
-    new = not target.exists()
+def make_unfinished_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory in `target` to write to, as a context. Whoever has written it moves its files into place.
+
+    If the context fails, the directory is removed, and so is `target` if it is new.
+    """
+    is_new = not target.exists()
     target.mkdir(parents=True, exist_ok=True)
     try:
-        for killed in target.glob(PARTIAL + "*"):  # which could not tidy up
-            shutil.rmtree(killed, ignore_errors=True)
+        for abandoned in target.glob(PARTIAL + "*"):  # by a process that was killed
+            shutil.rmtree(abandoned, ignore_errors=True)
         unfinished = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target))
         yield unfinished
     except BaseException:
-        for left in [target] if new else target.glob(PARTIAL + "*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for remnant in [target] if is_new else target.glob(PARTIAL + "*"):
+            shutil.rmtree(remnant, ignore_errors=True)
         raise

@@ -1,4 +1,4 @@
-"""Checks of what a caller gave, whatever it is for: each raises LlamaError with what was given and what was expected.
+"""Checks of arguments. Each raises LlamaError with the argument's name, its value and what was expected.
 
 Knows plain values; knows no sizes of a model, no tokens and no files.
 """
@@ -12,7 +12,7 @@ from ..errors import LlamaError
 
 
 def is_number(value: object) -> bool:
-    """A finite one: no nan, and no integer that is larger than floats."""
+    """Whether it is a finite number: no bool, no nan, and no integer that is too large for a float."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -20,6 +20,7 @@ def is_number(value: object) -> bool:
 
 
 def is_integer(value: object, least: float = -math.inf) -> bool:
+    """Whether it is a whole number of at least `least`; a bool isn't."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
@@ -39,9 +40,9 @@ def check_list(name: str, value: object) -> None:
 
 
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
-    """name: what the caller calls one of them."""
+    """Check that there is a list of texts, none of them empty. name: what to call one of them."""
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        found = repr(texts)
-        raise LlamaError(f"{name}s is {found[:60]}{'...' * (len(found) > 60)}, expected a list of strings")
+        shown = repr(texts)
+        raise LlamaError(f"{name}s is {shown[:60]}{'...' * (len(shown) > 60)}, expected a list of strings")
     if "" in texts:
         raise LlamaError(f"{name} {list(texts).index('')} is empty: give it at least one character")

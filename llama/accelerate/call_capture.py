@@ -1,8 +1,8 @@
-"""What a function computes, recorded to be computed again on the same memory without the Python that led to it.
+"""Captures of what a function computes, to be replayed on the same memory without the Python that led to it.
 
-On a GPU that is a CUDA graph, on the CPU a list of calls: of kernels, and of torch's operations.
+On a GPU a capture is a CUDA graph, on the CPU a list of calls: of kernels, and of torch's operations.
 
-Knows torch's operations and kernels.py; knows no model.
+Knows torch's operations and the kernels' calls; knows no model.
 """
 
 from collections.abc import Callable
@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .kernels.dispatch import NOTES, Note
+from .kernels.cpu import CAPTURED, Call
 
-RUNS_BEFORE = 2  # of what is recorded on a GPU: libraries and compilers do at first what no recording may have
-NO_WORK = ("new_empty", "empty", "empty_like", "empty_strided")  # operations that only find memory
+RUNS_BEFORE = 2  # of a function on a GPU: libraries and compilers do at first what no graph may have
+NO_WORK = ("new_empty", "empty", "empty_like", "empty_strided")  # operations that only take memory
 
 
 @dataclass(frozen=True)
-class Recording:
-    """To `replay` is to write `output` anew. kept: what it reads and writes, where nothing else keeps that."""
+class Capture:
+    """A captured function. To `replay` is to write `output` anew."""
 
     replay: Callable[[], object]
     output: Tensor
-    kept: object = None
+    kept: object = None  # the tensors that a replay uses, where nothing else keeps them
 
 
-Record = Callable[[Callable[[], Tensor]], Recording]  # which leaves in `output` what a replay would
+CaptureFunction = Callable[[Callable[[], Tensor]], Capture]  # leaves in `output` what a replay would
 
 
-class GraphRecorder:
-    """Records what a function launches on a GPU. All recordings share one pool of memory: one is replayed at a time."""
+class GraphCapture:
+    """Captures functions as CUDA graphs. All graphs share one pool of memory: one is replayed at a time."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Tensor]) -> Recording:
+    def __call__(self, function: Callable[[], Tensor]) -> Capture:
         with torch.cuda.device(self._device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -52,41 +52,41 @@ class GraphRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=aside, capture_error_mode="thread_local"):
                 output = function()
         graph.replay()
-        return Recording(graph.replay, output)
+        return Capture(graph.replay, output)
 
 
-def record_calls(function: Callable[[], Tensor]) -> Recording:
-    """Run a function, and note what it does. Where that can't be repeated by itself, all of the function is."""
-    notes: list[Note] = []
-    writer = Writer(notes)
-    token = NOTES.set(notes)
+def capture_calls(function: Callable[[], Tensor]) -> Capture:
+    """Run a function and record its calls. If one can't be repeated alone, a replay runs the whole function."""
+    calls: list[Call] = []
+    recorder = OperationRecorder(calls)
+    token = CAPTURED.set(calls)
     try:
-        with writer:
+        with recorder:
             output = function()
     finally:
-        NOTES.reset(token)
-    if not writer.complete:
-        return Recording(lambda: output.copy_(function()), output)
-    doings = [doing for doing, _ in notes]
+        CAPTURED.reset(token)
+    if not recorder.complete:
+        return Capture(lambda: output.copy_(function()), output)
+    bound = [call for call, _ in calls]
 
     def replay() -> None:
-        for doing in doings:
-            doing()
+        for call in bound:
+            call()
 
-    return Recording(replay, output, notes)
+    return Capture(replay, output, calls)
 
 
-class Writer(TorchDispatchMode):
-    """Notes torch's operations. `complete`: whether each of them can be noted."""
+class OperationRecorder(TorchDispatchMode):
+    """Records torch's operations as calls."""
 
-    def __init__(self, notes: list[Note]):
+    def __init__(self, calls: list[Call]):
         super().__init__()
-        self.complete = True
-        self._notes = notes
+        self.complete = True  # whether each operation could be recorded
+        self._calls = calls
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Torch would import its compiler to tell it to keep out of here, which takes a second."""
+        """Torch would import its compiler to keep it out of here, which takes a second."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,21 +95,21 @@ class Writer(TorchDispatchMode):
         if func.namespace != "aten" or depends_on_numbers(func, args):
             self.complete = False
         elif func._schema.is_mutable:
-            self._notes.append((partial(func, *args, **kwargs), ()))
+            self._calls.append((partial(func, *args, **kwargs), ()))
         elif not func.is_view and func.overloadpacket.__name__ not in NO_WORK:
-            self._notes.append((partial(again, output, func, args, kwargs), ()))
+            self._calls.append((partial(repeat, output, func, args, kwargs), ()))
         return output
 
 
 def depends_on_numbers(func: Any, args: Any) -> bool:
-    """Whether what an operation gives becomes of no tensor's memory, or of another shape where numbers are others."""
-    if func.overloadpacket is torch.ops.aten.index:  # by places that are listed, or by which are true
+    """Whether an operation's result is no tensor, or has a shape that depends on the numbers in its arguments."""
+    if func.overloadpacket is torch.ops.aten.index:  # by a list of places, or by which are true
         return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
     return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
-def again(output: Tensor | tuple[Tensor, ...], func: Any, args: Any, kwargs: Any) -> None:
-    """Write what the operation gives now over what it gave before."""
-    found = func(*args, **kwargs)
-    for old, new in zip(*((x,) if isinstance(x, Tensor) else x for x in (output, found)), strict=True):
+def repeat(output: Tensor | tuple[Tensor, ...], func: Any, args: Any, kwargs: Any) -> None:
+    """Write the operation's result of now over its earlier one."""
+    results = func(*args, **kwargs)
+    for old, new in zip(*((x,) if isinstance(x, Tensor) else x for x in (output, results)), strict=True):
         old.copy_(new)

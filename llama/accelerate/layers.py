@@ -1,12 +1,10 @@
-"""The fast form of a built model: layers for inference in the place of fairscale's, with the same shards and names.
+"""The network of the fast form: the same layers as functions on packed matrices, kernels and shared memory.
 
-Knows layers and kernels; knows no files and no generation. Where there are no kernels, and on a GPU unless they are
-rounded, matrices stay as they are.
+It reads the parts of a built model: sizes, norms, biases, KV caches, and the packed matrices that stand in them. Knows
+layers and kernels; knows no files and no generation. Without kernels a matrix, norm or attention is the model's.
 """
 
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -14,307 +12,202 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get_model_parallel_world_size
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from fairscale.nn.model_parallel.mappings import (
-    copy_to_model_parallel_region,
-    gather_from_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
 from torch import Tensor, nn
 
-from ..errors import LlamaError
-from ..model import Attention, FeedForward, RMSNorm, StartPos, Transformer, TransformerBlock
-from .cuda_graphs import make_steps
-from .kernels import dispatch as kernels
-from .memory_pages import trim
-from .quantization import BITS, FloatPanels, IntegerPanels, Panels, Quantization
-from .shared_memory import Meeting, arrange
+from ..kv_cache import StartPos
+from ..model import Attention, RMSNorm, Transformer, TransformerBlock
+from .kernels import cpu, dispatch
+from .plain_weights import LazyParameters, PackedWeight
+from .shared_memory import SharedMemory
 
-ALL = 1 << 60  # positions of a window that has no end
+NO_WINDOW = 1 << 60  # positions that a query sees in a layer without a window
+
+RunBlock = Callable[["FastBlock", Tensor, StartPos | None, Tensor, Tensor | None], Tensor]
 
 
-class PackedLinear(nn.Module):
-    """x W^T + b by this rank's part of W, packed; then what the layer that it replaces does over ranks.
+def packed_weight(layer: nn.Module) -> PackedWeight | None:
+    """What stands for the layer's weight, if that is packed."""
+    parameters = layer._parameters
+    return parameters.packed("weight") if isinstance(parameters, LazyParameters) else None
 
-    `weight` and the state dict have W itself, unpacked anew each time. `train()` makes W a parameter again, with its
-    gradients, and `eval()` packs it. Packed, gradients flow through W to x, and to b.
-    """
 
-    def __init__(
-        self,
-        layer: ColumnParallelLinear | RowParallelLinear,
-        pack: Callable[[Tensor], Panels | None],
-        panels: Panels | None = None,
-    ):
-        """panels: W, where that isn't in the layer."""
-        super().__init__()
-        self.by_rows = isinstance(layer, ColumnParallelLinear)
+class FastLinear:
+    """x W^T + b by this rank's part of W; then the exchange between ranks that the model's layer makes."""
+
+    def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, shared: SharedMemory | None):
+        self.is_column_parallel = isinstance(layer, ColumnParallelLinear)
         self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
         self.alone = get_model_parallel_world_size() == 1
-        self.rows = len(layer.weight)
-        self.bias = layer.bias
-        self.pack = pack
-        self.meeting: Meeting | None = None
-        self.panels: Panels | None = pack(layer.weight.detach()) if panels is None else panels
-        if self.panels is None:
-            self.weight = layer.weight
-        self.training = False
+        self.weight = packed_weight(layer)
+        self.plain: Tensor | None = layer._parameters["weight"] if self.weight is None else None
+        self.bias = cast(Tensor | None, layer._parameters["bias"])
+        self.shared = shared
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self.panels is not None:
-            return self.panels.unpacked()
-        return super().__getattr__(name)
+    @property
+    def nbytes(self) -> int:
+        return self.plain.nbytes if self.plain is not None else self.weight.packed.nbytes  # type: ignore[union-attr]
 
-    def train(self, mode: bool = True) -> "PackedLinear":
-        if mode and self.panels is not None:
-            weight, self.panels = self.panels.unpacked(), None
-            self.weight = nn.Parameter(weight)
-        elif not mode and self.panels is None:
-            self.panels = self.pack(self.weight.detach())
-            if self.panels is not None:
-                del self.weight
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
-        """To another dtype or device, where the matrix is packed anew, or can't be."""
-        packed, self.panels = self.panels, None
-        super()._apply(fn, recurse)
-        if packed is not None:
-            weight = fn(packed.unpacked())
-            self.panels = self.pack(weight)
-            if self.panels is None:
-                self.weight = nn.Parameter(weight)
-        return self
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state, prefix, *rest)
-        if self.panels is not None:
-            loaded_elsewhere(prefix + "weight", state, *rest)
-            own = self.panels.unpacked()
-            weight = state.get(prefix + "weight", own)
-            if weight.shape == own.shape:
-                self.panels = self.pack(weight.to(own))
-            else:
-                rest[-1].append(f"size mismatch for {prefix}weight: {tuple(weight.shape)} is not {tuple(own.shape)}")
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """x: (..., columns of W on this rank) -> (..., rows of W, on this rank or in all)."""
         if self.alone:
             return self.product(x, self.bias)
-        if self.by_rows:
-            y = self.product(copy_to_model_parallel_region(x) if torch.is_grad_enabled() else x, self.bias)
-            return gathered(y, self.meeting) if self.gathers else y
-        y = summed(self.product(x, None), self.meeting)
+        if self.is_column_parallel:
+            y = self.product(x, self.bias)
+            return all_gather(y, self.shared) if self.gathers else y
+        y = all_reduce(self.product(x), self.shared)
         return y if self.bias is None else y + self.bias
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.panels is None or (torch.is_grad_enabled() and (x.requires_grad or bias is not None)):
-            return F.linear(x, self.weight, bias)
-        y = self.panels.product(x)
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.plain is not None:
+            return F.linear(x, self.plain, bias)
+        y = self.weight.packed.product(x)  # type: ignore[union-attr]
         return y if bias is None else y + bias
 
-    def lookup(self, rows: Tensor) -> Tensor:
-        """Those rows of W: (...) -> (..., columns)."""
-        return F.embedding(rows, self.weight) if self.panels is None else self.panels.lookup(rows)
+
+class FastEmbedding:
+    """Rows of the embedding, of which this rank has some; of the packed output layer where both are one matrix."""
+
+    def __init__(self, layer: VocabParallelEmbedding, shared: SharedMemory | None):
+        self.first, self.rows = layer.vocab_start_index, layer.vocab_end_index - layer.vocab_start_index
+        self.alone = get_model_parallel_world_size() == 1
+        self.weight = packed_weight(layer)
+        self.plain: Tensor | None = layer._parameters["weight"] if self.weight is None else None
+        self.shared = shared
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens: (B, T) -> (B, T, dim). Zeros for those that no rank has."""
+        own = tokens - self.first
+        is_here = (own >= 0) & (own < self.rows)
+        rows = own.where(is_here, 0)
+        if self.weight is None or self.weight.packed is None:
+            h = F.embedding(rows, cast(Tensor, self.plain))
+        else:
+            h = self.weight.packed.lookup(rows)
+        h = h * is_here[..., None]
+        return h if self.alone else all_reduce(h, self.shared)
 
 
-class FastAttention(Attention):
-    """Attention over the cache as one kernel, where there is one for so many tokens: rotated, cached and looked at.
+class FastNorm:
+    """`model.RMSNorm`, or the identity that a layer has instead."""
 
-    Each row reads the positions that it has, whatever the longest row has. window: how many of them; None: all.
-    """
+    def __init__(self, layer: nn.Module, kernels: bool):
+        self.layer: Any = layer
+        self.kernels = kernels and isinstance(layer, RMSNorm)
+        self.weight = cast(Tensor, layer._parameters["weight"]) if self.kernels else None
+        self.eps = cast(float, layer.eps) if self.kernels else 0.0
 
-    window: int | None
-
-    def attend(
-        self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        bsz, seqlen, _, head_dim = xq.shape
-        if start_pos is None or not kernels.attends(xq, seqlen):
-            return super().attend(xq, xk, xv, start_pos, freqs_cis, mask)
-        cache_k, cache_v = self.caches(xk)
-        angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
-        angles = angles.reshape(-1, seqlen, head_dim)  # (1 or B, T, D)
-        starts = torch.full((bsz,), start_pos, device=xq.device) if isinstance(start_pos, int) else start_pos
-        return kernels.attention(xq, xk, xv, cache_k, cache_v, angles, starts, self.window or ALL)
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.weight is None or not dispatch.takes(x):
+            return self.layer(x)
+        return dispatch.rms_norm(x, self.weight, self.eps)
 
 
-class FastTransformer(Transformer):
-    """A model in which each layer's attention is FastAttention's kernel, which needs no mask."""
+class FastBlock:
+    """The parts of a TransformerBlock."""
 
-    def masks(
-        self, start_pos: StartPos | None, positions: Tensor, first: int, last: int
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if start_pos is None or not kernels.attends(self.norm.weight, positions.shape[-1]):
-            return super().masks(start_pos, positions, first, last)
-        return None, None
-
-
-def for_kernels(x: Tensor) -> bool:
-    """Whether kernels, which have no gradients, may compute with x."""
-    return kernels.takes(x) and not torch.is_grad_enabled()
-
-
-class FastNorm(RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps) if for_kernels(x) else super().forward(x)
+    def __init__(self, layer: TransformerBlock, kernels: bool, shared: SharedMemory | None):
+        self.attention = cast(Attention, layer.attention)
+        self.window = layer.window
+        self.kernels = kernels
+        self.attends = kernels and self.attention.head_dim % cpu.LANES == 0  # whether there is a kernel for such heads
+        parts = {**self.attention._modules, **layer.feed_forward._modules}
+        linear: dict[str, Any] = {
+            name: FastLinear(cast(Any, part), shared) for name, part in parts.items() if name.startswith("w")
+        }
+        self.wq, self.wk, self.wv, self.wo = (linear[name] for name in ("wq", "wk", "wv", "wo"))
+        self.w1, self.w2, self.w3 = (linear[name] for name in ("w1", "w2", "w3"))
+        self.q_norm, self.k_norm = (FastNorm(cast(nn.Module, parts[name]), kernels) for name in ("q_norm", "k_norm"))
+        self.attention_norm, self.ffn_norm = FastNorm(layer.attention_norm, kernels), FastNorm(layer.ffn_norm, kernels)
 
 
-class FastFeedForward(FeedForward):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(kernels.swiglu(self.w1(x), self.w3(x))) if for_kernels(x) else super().forward(x)
-
-
-class PackedEmbedding(nn.Module):
-    """The embedding of a model whose output layer is the same matrix: rows of what that layer has packed."""
-
-    def __init__(self, layer: VocabParallelEmbedding, output: PackedLinear):
-        super().__init__()
-        self.first = layer.vocab_start_index
-        self._output = (output,)  # in a tuple: no module of this one
-        self.training = False
-
-    def __getattr__(self, name: str) -> Any:
-        return self._output[0].weight if name == "weight" else super().__getattr__(name)
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
-        super()._load_from_state_dict(state, prefix, *rest)
-        loaded_elsewhere(prefix + "weight", state, *rest)  # by the output layer
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) -> (B, T, dim)."""
-        output = self._output[0]
-        return looked_up(tokens, output.lookup, self.first, output.rows, output.meeting)
-
-
-class FastEmbedding(VocabParallelEmbedding):
-    meeting: Meeting | None = None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """tokens: (B, T) -> (B, T, dim)."""
-        return looked_up(tokens, self.lookup, self.vocab_start_index, len(self.weight), self.meeting)
-
-    def lookup(self, rows: Tensor) -> Tensor:
-        return F.embedding(rows, self.weight)
-
-
-def looked_up(
-    tokens: Tensor, lookup: Callable[[Tensor], Tensor], first: int, count: int, meeting: Meeting | None
+def run_block(
+    block: FastBlock, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
 ) -> Tensor:
-    """Rows of a matrix of which this rank has `count`, from `first` on; zeros for those that no rank has."""
-    own = tokens - first
-    here = (own >= 0) & (own < count)
-    rows = lookup(own.where(here, 0)) * here[..., None]
-    return rows if get_model_parallel_world_size() == 1 else summed(rows, meeting)
+    """As `TransformerBlock.forward`. freqs_cis: complex, or the same numbers as pairs of real ones."""
+    h = x + run_attention(block, block.attention_norm(x), start_pos, freqs_cis, mask)
+    return h + run_feed_forward(block, block.ffn_norm(h))
 
 
-def loaded_elsewhere(
-    key: str,
-    state: dict[str, Tensor],
-    _: object,
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    *rest: object,
-) -> None:
-    """Tell torch's loading of a state that a tensor which isn't a parameter here has its use."""
-    if key in unexpected:
-        unexpected.remove(key)
-    if strict and key not in state:
-        missing.append(key)
+def run_attention(
+    block: FastBlock, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
+) -> Tensor:
+    """As `Attention.forward`. With a kernel, each row reads the positions that it has, and no mask is needed."""
+    layer, (bsz, seqlen, _) = block.attention, x.shape
+    xq = block.q_norm(block.wq(x).view(bsz, seqlen, layer.n_local_heads, layer.head_dim))  # (B, T, H, D)
+    xk = block.k_norm(block.wk(x).view(bsz, seqlen, layer.n_local_kv_heads, layer.head_dim))  # (B, T, KV, D)
+    xv = block.wv(x).view(bsz, seqlen, layer.n_local_kv_heads, layer.head_dim)  # (B, T, KV, D)
+    if start_pos is None or not block.attends or not dispatch.attends(xq, seqlen):
+        output = layer.attend(xq, xk, xv, start_pos, freqs_cis, mask)
+    else:
+        angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
+        angles = angles.reshape(-1, seqlen, layer.head_dim)  # (1 or B, T, D)
+        starts = torch.full((bsz,), start_pos, device=x.device) if isinstance(start_pos, int) else start_pos
+        output = dispatch.attention(xq, xk, xv, *layer.caches(xk), angles, starts, block.window or NO_WINDOW)
+    return block.wo(output.reshape(bsz, seqlen, -1))  # (B, T, dim)
 
 
-def can_meet(x: Tensor) -> bool:
-    """Whether ranks may exchange x where they meet: outside of what is compiled."""
-    return kernels.takes(x) and not torch.compiler.is_compiling()
+def run_feed_forward(block: FastBlock, x: Tensor) -> Tensor:
+    """As `FeedForward.forward`."""
+    gate, up = block.w1(x), block.w3(x)
+    return block.w2(dispatch.swiglu(gate, up) if block.kernels and dispatch.takes(x) else F.silu(gate) * up)
 
 
-def summed(x: Tensor, meeting: Meeting | None) -> Tensor:
-    """The sum of what the ranks have; without gradients in place, and so that it can be traced."""
-    if torch.is_grad_enabled():
-        return reduce_from_model_parallel_region(x)
-    if meeting is not None and can_meet(x):
-        return meeting.sum(x)
+class FastNetwork:
+    """The parts of a Transformer, in the order in which data meets them."""
+
+    def __init__(self, model: Transformer, shared: SharedMemory | None):
+        modules: dict[str, Any] = dict(dict.items(model._modules))
+        self.like: Tensor = modules["norm"]._parameters["weight"]  # of the model's dtype and device
+        self.kernels = dispatch.available(self.like)
+        self.embed = FastEmbedding(modules["tok_embeddings"], shared)
+        self.blocks = [FastBlock(layer, self.kernels, shared) for layer in modules["layers"]]
+        self.norm = FastNorm(modules["norm"], self.kernels)
+        self.output = FastLinear(modules["output"], shared)
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is a kernel, which needs no mask."""
+        return self.blocks[0].attends if self.blocks else False
+
+    @property
+    def linears(self) -> list[tuple[str, FastLinear]]:
+        """The linear layers of all blocks, by the last part of their names."""
+        names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+        return [(name, getattr(block, name)) for block in self.blocks for name in names]
+
+    def run(
+        self,
+        tokens: Tensor,
+        start_pos: StartPos | None,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        window_mask: Tensor | None,
+        run_block: RunBlock = run_block,
+    ) -> Tensor:
+        """tokens (B, T) -> (B, T, dim), normed."""
+        h = self.embed(tokens)
+        for block in self.blocks:
+            h = run_block(block, h, start_pos, freqs_cis, mask if block.window is None else window_mask)
+        return self.norm(h)
+
+
+def can_share(x: Tensor) -> bool:
+    """Whether ranks may exchange x through shared memory: outside of what is compiled."""
+    return dispatch.takes(x) and not torch.compiler.is_compiling()
+
+
+def all_reduce(x: Tensor, shared: SharedMemory | None) -> Tensor:
+    """The sum of what the ranks have; in place, so that it can be captured."""
+    if shared is not None and can_share(x):
+        return shared.all_reduce(x)
     dist.all_reduce(x, group=get_model_parallel_group())
     return x
 
 
-def gathered(x: Tensor, meeting: Meeting | None) -> Tensor:
+def all_gather(x: Tensor, shared: SharedMemory | None) -> Tensor:
     """What the ranks have, side by side: (..., N) -> (..., ranks x N)."""
-    if torch.is_grad_enabled():
-        return gather_from_model_parallel_region(x)
-    if meeting is not None and can_meet(x):
-        return meeting.gather(x)
+    if shared is not None and can_share(x):
+        return shared.all_gather(x)
     parts = [torch.empty_like(x) for _ in range(get_model_parallel_world_size())]
     dist.all_gather(parts, x, group=get_model_parallel_group())
     return torch.cat(parts, dim=-1)
-
-
-@dataclass(frozen=True)
-class Form:
-    """What becomes of a model as it is loaded: `take` goes to whoever loads it, `finish` comes after.
-
-    quantization: None keeps the matrices as they are. compile: see `graphs.make_steps`.
-    Raises LlamaError for what isn't known or can't be had.
-    """
-
-    quantization: Quantization | None = None
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if self.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-            raise LlamaError("compile=True needs a C++ compiler, and none is here: install g++ or leave compile out")
-        if self.quantization is not None and self.quantization not in BITS:
-            raise LlamaError(f"quantization is {self.quantization!r}, expected None or one of {', '.join(BITS)}")
-
-    def take(self, model: Transformer, name: str, panels: IntegerPanels | None = None) -> None:
-        """Give the layer whose tensor `name` was just loaded its fast form, before the next one is.
-
-        panels: of a matrix that was stored rounded, as this form rounds them.
-        """
-        owner_name, _, kind = name.rpartition(".")
-        layer = model.get_submodule(owner_name)
-        if kind != "weight":
-            return
-        trim()  # what the tensor before this one was made from
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
-            model.set_submodule(owner_name, PackedLinear(layer, self._pack, panels))
-        elif isinstance(layer, VocabParallelEmbedding) and model.params.tied_embeddings:
-            model.output = PackedLinear(model.output, self._pack)
-            model.tok_embeddings = PackedEmbedding(layer, model.output)
-        elif isinstance(layer, VocabParallelEmbedding):
-            layer.__class__ = FastEmbedding
-
-    def finish(self, model: Transformer) -> None:
-        """What is left to do when all tensors have come."""
-        if kernels.available(model.norm.weight):
-            kernels.register()
-            whole_vectors = model.params.head_size % kernels.LANES == 0
-            if whole_vectors:
-                model.__class__ = FastTransformer
-            for layer in model.modules():
-                if isinstance(layer, TransformerBlock) and whole_vectors:
-                    layer.attention.__class__ = FastAttention
-                    cast(FastAttention, layer.attention).window = layer.window
-                elif type(layer) in FASTER:
-                    layer.__class__ = FASTER[type(layer)]
-        meeting = arrange() if next(model.parameters()).device.type == "cpu" else None
-        for layer in model.modules():
-            if isinstance(layer, PackedLinear | FastEmbedding):
-                layer.meeting = meeting
-        model.eval()  # which packed layers are
-        make_steps(model, isinstance(model, FastTransformer), self.compile)
-
-    def _pack(self, weight: Tensor) -> Panels | None:
-        if self.quantization is not None:
-            return IntegerPanels(weight, BITS[self.quantization])
-        return FloatPanels(weight) if kernels.fit(weight) else None
-
-
-FASTER: dict[type[nn.Module], type[nn.Module]] = {RMSNorm: FastNorm, FeedForward: FastFeedForward}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import parallel
 from .._util.validate import check_count, check_seed, is_number
 from ..checkpoints.schema import Stored, is_linear, tensor_shapes
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 from ..model import ModelArgs, Transformer
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
@@ -48,7 +48,7 @@ class Lora:
             raise LlamaError(f"dropout is {self.dropout!r}, expected a number in [0, 1)")
         targets = self.targets
         if not isinstance(targets, list | tuple) or not targets or any(t not in TARGETS for t in targets):
-            raise LlamaError(f"targets is {shortened(targets)}, expected a list of some of {', '.join(TARGETS)}")
+            raise LlamaError(f"targets is {shorten(targets)}, expected a list of some of {', '.join(TARGETS)}")
         object.__setattr__(self, "targets", tuple(dict.fromkeys(targets)))
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .. import parallel
-from .._util.files import unfinished_directory, write_json
+from .._util.files import make_unfinished_directory, write_json
 from ..checkpoints.hf_config import Config
 from ..checkpoints.huggingface import hf_name, read_file
 from ..checkpoints.schema import Stored, is_rotary, permute_rotary, shared_over, split_dim, tensor_shapes
 from ..checkpoints.task_spec import Body
-from ..errors import LlamaError, counted, one_line, shortened
+from ..errors import LlamaError, pluralize, shorten, to_one_line
 from ..model import ModelArgs, Transformer
 from .lora import LoraLinear, attach, check_plain, fill, linear_modules, lora_layers, lora_parameters
 from .peft_config import adapter_dropout, adapter_size, read_adapter_config, targeted
@@ -55,7 +55,7 @@ def save_adapter(
     transformers' class calls the network below the head: "transformer" in its question answering, else "model".
     Raises LlamaError on all ranks where there is no adapter, or it can't be written.
     """
-    with parallel.together():
+    with parallel.raise_together():
         layers = lora_layers(model)
         for name, value, choices in (("task_type", task_type, Task), ("prefix", prefix, Body)):
             if value not in get_args(choices):
@@ -74,14 +74,14 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    with parallel.together():
+    with parallel.raise_together():
         if parallel.is_main_process():
             write(Path(directory), tensors, config)
 
 
 def check_head(name: str, tensor: Tensor) -> str:
     if not isinstance(tensor, Tensor) or not isinstance(name, str) or not re.fullmatch(r"[\w.]+\.(weight|bias)", name):
-        raise LlamaError(f"extra has {shortened(name)}: expected tensors by names such as score.weight")
+        raise LlamaError(f"extra has {shorten(name)}: expected tensors by names such as score.weight")
     return name
 
 
@@ -120,7 +120,7 @@ def plain_number(value: float) -> float:
 
 def write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     try:
-        with unfinished_directory(directory) as unfinished:
+        with make_unfinished_directory(directory) as unfinished:
             save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
             write_json(unfinished / CONFIG, config)
             (directory / CONFIG).unlink(missing_ok=True)  # without it, nobody reads what is half replaced
@@ -129,7 +129,7 @@ def write(directory: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -
                 os.replace(unfinished / name, directory / name)
             unfinished.rmdir()
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise LlamaError(f"{directory} can't be written ({one_line(e)}): expected a directory, or nothing") from e
+        raise LlamaError(f"{directory} can't be written ({to_one_line(e)}): expected a directory, or nothing") from e
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def load_adapter(model: Transformer, directory: str | os.PathLike) -> dict[str, 
     Raises LlamaError, and leaves the model as it was, for files that are missing or broken or of another model, for
     variants of LoRA that change more than A and B do, and for a model that has an adapter.
     """
-    with parallel.together():
+    with parallel.raise_together():
         adapter = read_adapter(Path(directory), model.params)
         check_plain(model, list(adapter.sizes))
         for name, stored in adapter.repeated.items():
@@ -209,7 +209,7 @@ def read_adapter(directory: Path, args: ModelArgs) -> Adapter:
     adapter = Adapter(adapter_dropout(config))
     problems = sort_tensors(adapter, read_file(directory / TENSORS), config, args)
     if problems:
-        more = f"; and {counted(len(problems) - 5, 'more problem')}" if len(problems) > 5 else ""
+        more = f"; and {pluralize(len(problems) - 5, 'more problem')}" if len(problems) > 5 else ""
         raise LlamaError(
             f"{directory / TENSORS} doesn't fit {CONFIG} and the model: {'; '.join(problems[:5])}{more}. Is it of this "
             "model?"
@@ -241,7 +241,7 @@ def sort_tensors(adapter: Adapter, found: Mapping[str, Tensor], config: Config, 
         elif "." in name and name.split(".")[0] in heads:
             adapter.extra[name] = tensor.clone()
         else:
-            problems.append(f"surplus {shortened(key, 120)}")
+            problems.append(f"surplus {shorten(key, 120)}")
     wanted = {*targeted(config, modules), *(hf_module(module, prefix) for module in adapter.sizes)}
     for owner in sorted(wanted):
         absent = [kind for kind in ("lora_A", "lora_B") if f"{modules[owner]}.{kind}" not in adapter.tensors]

@@ -11,7 +11,7 @@ from typing import Any
 from .._util.files import read_json
 from .._util.validate import is_integer, is_number
 from ..checkpoints.hf_config import Config
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 
 # Keys that say nothing of what the tensors mean, or nothing that the tensors don't. All that are not known here must be
 # null, false or empty: they are of features that change what is computed.
@@ -36,7 +36,7 @@ def read_adapter_config(path: Path) -> Config:
         raise config.error("init_lora_weights", start, "a start that leaves the base's weights alone")
     for key in sorted(config.values.keys() - READ - IGNORED):
         if config.value(key):
-            raise config.error(shortened(key), config.value(key), "null or false: only plain LoRA is read")
+            raise config.error(shorten(key), config.value(key), "null or false: only plain LoRA is read")
     for key, kind in (("modules_to_save", list), ("rank_pattern", dict), ("alpha_pattern", dict)):
         if not isinstance(config.value(key) or kind(), kind):
             raise config.error(key, config.value(key), f"a {kind.__name__} or null")
@@ -68,7 +68,7 @@ def patterned(config: Config, key: str, owner: str, default: Any) -> Any:
     """The value of the first pattern that is the layer's name, or its end; without one, the default."""
     for pattern, value in (config.value(key) or {}).items():
         if not re.fullmatch(r"\^?[\w.]+", pattern):
-            raise LlamaError(f"{config.path}: {key} has {shortened(pattern)}, expected names of layers and no patterns")
+            raise LlamaError(f"{config.path}: {key} has {shorten(pattern)}, expected names of layers and no patterns")
         if owner == pattern.removeprefix("^") or ends_with(owner, pattern):
             return value
     return default
@@ -88,7 +88,7 @@ def targeted(config: Config, modules: Iterable[str]) -> list[str]:
     for target in targets:
         if not any(ends_with(owner, target) for owner in [*inside, OUTPUT]):
             known = ", ".join(sorted({owner.rpartition(".")[2] for owner in modules}))
-            raise LlamaError(f"{config.path}: target_modules has {shortened(target)}, expected names such as {known}")
+            raise LlamaError(f"{config.path}: target_modules has {shorten(target)}, expected names such as {known}")
     has_output = config.value("task_type") in (None, "CAUSAL_LM")  # the others have a head instead
     owners = modules if has_output else inside
     return [owner for owner in owners if any(ends_with(owner, target) for target in targets)]

@@ -1,7 +1,7 @@
-"""llama.cpp as a peer: weights written to a GGUF file, which its own library reads and runs.
+"""llama.cpp as a peer: weights are written to a GGUF file, which llama.cpp's own library reads and runs.
 
-Knows GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and llama.cpp's C interface by the packages
-`gguf` and `llama_cpp`, which are imported only where the peer is made; knows no clock and no checkpoint.
+Knows GGUF (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) and llama.cpp's C interface through the packages
+`gguf` and `llama_cpp`, which are imported only when the peer is built; knows no clock and no checkpoint.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from ..errors import LlamaError
 from ..model import ModelArgs
 from ..rotary import frequencies
 
-KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}  # of numbers, as GGUF calls them
-ROUNDED: dict[Quantization, str] = {"int8": "Q8_0", "int4": "Q4_0"}
-GROUP = 32  # numbers that share a scale in both
-STATIC_SCALINGS = ("linear", "llama3")  # those that are a factor for each pair, whatever the length
-ROWS = 4096  # of a matrix that are rounded at a time
-LOGGED_ERROR = 4  # ggml.h's level
+GGUF_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+QUANTIZED_GGUF_TYPES: dict[Quantization, str] = {"int8": "Q8_0", "int4": "Q4_0"}
+GROUP = 32  # numbers that share a scale, in both quantized types
+STATIC_SCALINGS = ("linear", "llama3")  # rope scalings that don't depend on the length of the text
+ROWS = 4096  # of a matrix that are quantized at a time
+ERROR_LEVEL = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 
 
-class LlamaCpp:
-    """llama.cpp on the CPU, as its own benchmark of batches uses it: all rows together in passes of 512 tokens, flash
-    attention, a cache of float16 in which each row has its own part, logits of last tokens only.
+class LlamaCppSubject:
+    """llama.cpp on the CPU, with the settings of its own benchmark of batches.
 
-    In float32 the cache and attention are float32 too. Raises LlamaError for what isn't plain Llama, and where there is
-    no room for the file.
+    All rows go together in passes of 512 tokens, with flash attention, a cache of float16 that is divided between the
+    rows, and logits of the last tokens only. If the weights are float32, so are cache and attention.
     """
 
     name = "llama.cpp"
+    weight_bytes: int  # that a decoding step reads
 
     def __init__(
         self,
@@ -50,8 +50,11 @@ class LlamaCpp:
         quantization: Quantization | None,
         tensors: Iterable[tuple[str, Tensor]],
     ):
-        """tensors: by name, in the order of `tensor_shapes`, one at a time."""
-        import llama_cpp  # after torch, whose OpenMP it then shares
+        """tensors: (name, tensor) in the order of `tensor_shapes`; one at a time is held.
+
+        Raises LlamaError if the model isn't plain Llama, and if the disk has no room for the file.
+        """
+        import llama_cpp  # after torch, so that it shares torch's OpenMP
 
         check_architecture(args, quantization)
         log_errors_only()
@@ -60,30 +63,30 @@ class LlamaCpp:
             path = Path(directory) / "model.gguf"
             self.weight_bytes = write_gguf(path, args, dtype, quantization, tensors)
             self._model = self._load(path)
-        self._context = self._start(args, dtype)
+        self._context = self._create_context(args, dtype)
         self._batch = llama_cpp.llama_batch_init(args.max_batch_size * args.max_seq_len, 0, 1)
-        weakref.finalize(self, llama_cpp.llama_model_free, self._model)  # the last one, as finalizers run backwards
+        weakref.finalize(self, llama_cpp.llama_model_free, self._model)  # runs last, since finalizers run backwards
         weakref.finalize(self, llama_cpp.llama_free, self._context)
         weakref.finalize(self, llama_cpp.llama_batch_free, self._batch)
 
     def _load(self, path: Path) -> Any:
         params = self._lib.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE  # not mapped, so that nothing is left of the file
+        params.load_mode = self._lib.LLAMA_LOAD_MODE_NONE  # not mapped, so that the file can be removed
         model = self._lib.llama_model_load_from_file(str(path).encode(), params)
         if model is None:
             raise LlamaError("llama.cpp can't load the model, as it says above: leave it out of --compare")
         return model
 
-    def _start(self, args: ModelArgs, dtype: torch.dtype) -> Any:
-        """A context with room for all rows."""
+    def _create_context(self, args: ModelArgs, dtype: torch.dtype) -> Any:
+        """llama.cpp's context, with room for all rows."""
         params = self._lib.llama_context_default_params()
         params.n_ctx = params.n_batch = args.max_batch_size * args.max_seq_len
         params.n_seq_max, params.kv_unified = args.max_batch_size, False
         params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = torch.get_num_threads()
-        params.op_offload = params.offload_kqv = False  # a library that was built for GPUs would use them
-        if dtype == torch.float32:  # which its flash attention would round to float16
+        params.op_offload = params.offload_kqv = False  # or a library that was built for GPUs would use them
+        if dtype == torch.float32:  # flash attention would round to float16
             params.flash_attn_type = self._lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
             params.type_k = params.type_v = self._lib.GGML_TYPE_F32
         else:
@@ -97,39 +100,41 @@ class LlamaCpp:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         rows, starts = prompts, [0] * len(prompts)
         for _ in range(gen):
-            tokens = [int(logits.argmax()) for logits in self.logits(rows, starts)]
+            tokens = [int(logits.argmax()) for logits in self.compute_logits(rows, starts)]
             yield tokens
             starts = [start + len(row) for start, row in zip(starts, rows, strict=True)]
             rows = [[token] for token in tokens]
 
-    def logits(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Any]:
-        """What follows each row, whose tokens come after the `starts` positions that are cached: numpy's float32
-        (vocab_size), until the next call."""
+    def compute_logits(self, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> list[Any]:
+        """Logits after the last token of each row: numpy's float32 (vocab_size), valid until the next call.
+
+        rows: token ids. starts: how many positions of each row are cached already.
+        """
         import numpy
 
-        batch, n, lasts = self._batch, 0, []
+        batch, n, last_tokens = self._batch, 0, []
         token, pos, n_seq_id, seq_id, wanted = batch.token, batch.pos, batch.n_seq_id, batch.seq_id, batch.logits
         for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
             for position, token_id in enumerate(row, start):
                 token[n], pos[n], n_seq_id[n], seq_id[n][0], wanted[n] = token_id, position, 1, number, False
                 n += 1
             wanted[n - 1] = True
-            lasts.append(n - 1)
+            last_tokens.append(n - 1)
         batch.n_tokens = n
         if failure := self._lib.llama_decode(self._context, batch):
             raise LlamaError(f"llama.cpp's llama_decode returned {failure}, expected 0: leave it out of --compare")
-        found = [self._lib.llama_get_logits_ith(self._context, last) for last in lasts]
-        return [numpy.ctypeslib.as_array(pointer, (self._vocab_size,)) for pointer in found]
+        pointers = [self._lib.llama_get_logits_ith(self._context, index) for index in last_tokens]
+        return [numpy.ctypeslib.as_array(pointer, (self._vocab_size,)) for pointer in pointers]
 
 
-@cache  # the library calls it to the end
+@cache  # the library calls the function until the program ends, so it must be kept
 def log_errors_only() -> Any:
-    """Let llama.cpp's errors go to stderr, and not what it says of every tensor."""
+    """Make llama.cpp log only errors, to stderr; by default it also logs every tensor."""
     import llama_cpp
 
     @llama_cpp.llama_log_callback
     def log(level: int, text: bytes, _: object) -> None:
-        if level == LOGGED_ERROR:
+        if level == ERROR_LEVEL:
             sys.stderr.write(text.decode(errors="replace"))
 
     llama_cpp.llama_log_set(log, None)
@@ -137,18 +142,20 @@ def log_errors_only() -> Any:
 
 
 def check_architecture(args: ModelArgs, quantization: Quantization | None) -> None:
-    """Raise LlamaError for what GGUF's "llama" doesn't have, or what groups can't divide."""
+    """Raise LlamaError for what GGUF's architecture "llama" lacks, and for rows that groups can't divide."""
     scaling = args.rope_scaling
     columns = (args.dim, args.hidden_dim, args.n_heads * args.head_size)
-    beyond = {
+    unsupported = {
         "biases": args.qkv_bias or args.wo_bias or args.mlp_bias,
         "norms of queries and keys": args.qk_norm,
         "a sliding window": args.sliding_window is not None,
         "rope scaling that depends on length": scaling is not None and scaling.type not in STATIC_SCALINGS,
         f"rows that groups of {GROUP} don't fill": quantization is not None and any(c % GROUP for c in columns),
     }
-    if found := [what for what, is_there in beyond.items() if is_there]:
-        raise LlamaError(f"--compare llama.cpp is for plain Llama, and this model has {', '.join(found)}: leave it out")
+    if present := [what for what, is_present in unsupported.items() if is_present]:
+        raise LlamaError(
+            f"--compare llama.cpp is for plain Llama, and this model has {', '.join(present)}: leave it out"
+        )
 
 
 def write_gguf(
@@ -158,41 +165,43 @@ def write_gguf(
     quantization: Quantization | None,
     tensors: Iterable[tuple[str, Tensor]],
 ) -> int:
-    """Write a model without a vocabulary; returns the bytes that a decoding step reads of it.
+    """Write a model without a vocabulary; returns how many bytes of it a decoding step reads.
 
-    Rows are in Meta's rotary order, which is GGUF's for Llama too. Vectors are float32, as llama.cpp wants them;
-    rounded are the matrices that this package rounds. Raises LlamaError where the disk has no room.
+    Rows stay in Meta's rotary order, which GGUF has for Llama too. Vectors are float32, as llama.cpp expects. The
+    quantized matrices are those that this package quantizes. Raises LlamaError if the disk has no room.
     """
     import gguf
     import numpy
 
     writer = gguf.GGUFWriter(path, "llama")
-    add_settings(writer, args)
+    add_metadata(writer, args)
     shapes = tensor_shapes(args)
     if args.rope_scaling is not None:
         shapes = {"rope_freqs.weight": (args.head_size // 2,), **shapes}
-        tensors = chain([("rope_freqs.weight", slowdown(args))], tensors)
-    spell = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers).get_name
-    kinds, sizes = {}, {}
+        tensors = chain([("rope_freqs.weight", compute_rope_factors(args))], tensors)
+    get_gguf_name = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers).get_name
+    types, sizes = {}, {}
     for name, shape in shapes.items():
-        kinds[name] = kind = gguf.GGMLQuantizationType[kind_of_tensor(name, args, dtype, quantization)]
-        stored = gguf.quant_shape_to_byte_shape(shape, kind)
-        sizes[name] = math.prod(stored)
-        writer.add_tensor_info(spell(name, (".weight",)), stored, numpy.dtype("uint8"), sizes[name], kind)
+        types[name] = gguf_type = gguf.GGMLQuantizationType[choose_gguf_type(name, args, dtype, quantization)]
+        byte_shape = gguf.quant_shape_to_byte_shape(shape, gguf_type)
+        sizes[name] = math.prod(byte_shape)
+        gguf_name = get_gguf_name(name, (".weight",))
+        writer.add_tensor_info(gguf_name, byte_shape, numpy.dtype("uint8"), sizes[name], gguf_type)
     needed, free = sum(sizes.values()), shutil.disk_usage(path.parent).free
     if needed > free:
-        found = f"{needed / 1e9:.2f} GB are needed for llama.cpp's file, and {free / 1e9:.2f} GB are free there"
-        raise LlamaError(f"{path.parent}: {found}: set TMPDIR to a directory with room")
+        sums = f"{needed / 1e9:.2f} GB are needed for llama.cpp's file, and {free / 1e9:.2f} GB are free there"
+        raise LlamaError(f"{path.parent}: {sums}: set TMPDIR to a directory with room")
     with contextlib.closing(writer):
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, tensor in tensors:
-            writer.write_tensor_data(encoded(tensor, kinds[name]))
+            writer.write_tensor_data(encode_tensor(tensor, types[name]))
     return needed - (0 if args.tied_embeddings else sizes["tok_embeddings.weight"])
 
 
-def add_settings(writer: Any, args: ModelArgs) -> None:
+def add_metadata(writer: Any, args: ModelArgs) -> None:
+    """Add the sizes of the model to a GGUFWriter."""
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(args.vocab_size)
     writer.add_context_length(args.max_seq_len)
@@ -208,26 +217,28 @@ def add_settings(writer: Any, args: ModelArgs) -> None:
     writer.add_layer_norm_rms_eps(args.norm_eps)
 
 
-def slowdown(args: ModelArgs) -> Tensor:
-    """By what the angle of each pair is divided: float32 (head_size / 2)."""
+def compute_rope_factors(args: ModelArgs) -> Tensor:
+    """The factors by which rope scaling divides the angle of each pair: float32 (head_size / 2)."""
     plain, _ = frequencies(args.head_size, args.rope_theta, None)
     scaled, _ = frequencies(args.head_size, args.rope_theta, args.rope_scaling)
     return plain / scaled
 
 
-def kind_of_tensor(name: str, args: ModelArgs, dtype: torch.dtype, quantization: Quantization | None) -> str:
-    """What GGUF calls the numbers of this tensor."""
+def choose_gguf_type(name: str, args: ModelArgs, dtype: torch.dtype, quantization: Quantization | None) -> str:
+    """The name of a tensor's type in GGUF."""
     if name.endswith(("norm.weight", "rope_freqs.weight")):
-        return KINDS[torch.float32]
-    return ROUNDED[quantization] if quantization is not None and is_multiplied(name, args) else KINDS[dtype]
+        return GGUF_TYPES[torch.float32]
+    if quantization is not None and is_multiplied(name, args):
+        return QUANTIZED_GGUF_TYPES[quantization]
+    return GGUF_TYPES[dtype]
 
 
-def encoded(tensor: Tensor, kind: Any) -> Any:
-    """Its bytes as GGUF has them: numpy's uint8."""
+def encode_tensor(tensor: Tensor, gguf_type: Any) -> Any:
+    """A tensor's bytes in a type of GGUF: numpy's uint8."""
     import gguf
     import numpy
 
-    for dtype, name in KINDS.items():
-        if kind.name == name:
+    for dtype, name in GGUF_TYPES.items():
+        if gguf_type.name == name:
             return tensor.to(dtype).contiguous().view(torch.uint8).numpy()
-    return numpy.concatenate([gguf.quantize(rows.float().numpy(), kind) for rows in tensor.split(ROWS)])
+    return numpy.concatenate([gguf.quantize(rows.float().numpy(), gguf_type) for rows in tensor.split(ROWS)])

@@ -1,6 +1,6 @@
-"""Clocks and meters: the moments of a run, their spread over repeats, how fast memory is read, how much of it is held.
+"""Measures time and memory: when each token of a run came, memory bandwidth meanwhile, the most memory held.
 
-Knows no model: what is timed are things that turn prompts into tokens.
+Knows no model: what it times is anything that turns prompts into tokens.
 """
 
 import random
@@ -18,88 +18,90 @@ import torch
 from torch import Tensor
 
 from ..accelerate.memory_pages import in_large_pages
-from ..parallel import together
+from ..parallel import raise_together
 
-METER_BYTES = 1 << 28  # read at a time to measure the bandwidth: more than caches hold
+METER_BYTES = 1 << 28  # read to measure the bandwidth: more than the processor's caches hold
 METER_PASSES = 4
-TURN = 8  # decoding steps
-COPIES = 16  # of a pass, where it only takes a moment to be told to
-SECONDS_BETWEEN_LOOKS = 0.002
+METER_COPIES = 16  # a pass on a GPU, where one copy would take little longer than its launch
+STEPS_PER_TURN = 8  # decoding steps of a subject until it is the next one's turn
+SECONDS_BETWEEN_SAMPLES = 0.002
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts of these lengths, in tokens, and how many tokens each row gets."""
+    """A batch to run: how long its prompts are, and how many tokens are generated for each."""
 
-    lengths: tuple[int, ...]
-    gen: int
+    lengths: tuple[int, ...]  # tokens of each prompt
+    gen: int  # tokens to generate for each prompt
 
     @property
     def name(self) -> str:
-        rows, longest = len(self.lengths), max(self.lengths)
-        return f"{rows} x {longest}" if {*self.lengths} == {longest} else "+".join(map(str, self.lengths))
+        """Such as "8 x 512", or "16+128" for prompts of different lengths."""
+        bsz, longest = len(self.lengths), max(self.lengths)
+        return f"{bsz} x {longest}" if {*self.lengths} == {longest} else "+".join(map(str, self.lengths))
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
         """Random token ids, the same in every run and on every rank."""
-        chance = random.Random(0)
-        return [chance.choices(range(vocab_size), k=length) for length in self.lengths]
+        rng = random.Random(0)
+        return [rng.choices(range(vocab_size), k=length) for length in self.lengths]
 
 
 RAGGED = Batch((16, 128, 256, 512), 32)
 
 
 class Subject(Protocol):
-    """What is timed. `run` goes on greedily from each prompt, yielding `gen` times a token of every row.
-
-    Whoever has what was yielded has nothing left to wait for.
-    """
+    """Something to time: this package, or a peer that it is compared with."""
 
     @property
     def name(self) -> str: ...
 
-    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]: ...
+    def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
+        """Generate greedily from token ids: yields `gen` times the next token of every prompt, (B).
+
+        When tokens are yielded, their computation has ended on the device too.
+        """
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over repeats."""
+    """A figure over the repeats of a run."""
 
     median: float
     min: float
     max: float
 
     @staticmethod
-    def of(values: Sequence[float]) -> "Spread":
+    def over(values: Sequence[float]) -> "Spread":
         return Spread(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
 class Run:
-    """One repeat. moments: seconds from the start until every row had its first, second, ... token; others' turns don't
-    count. bandwidth: bytes a second at which memory was read between decoding steps, the median.
-    """
+    """One repeat of a batch by one subject."""
 
-    moments: list[float]
-    bandwidth: float
+    token_seconds: list[float]  # from the start until every row had its 1st, 2nd, ... token, without others' turns
+    bandwidth: float  # bytes a second at which memory could be read between decoding steps, the median
 
     @property
     def first(self) -> float:
-        return self.moments[0]
+        """Seconds until every row had its first token."""
+        return self.token_seconds[0]
 
     @property
     def step(self) -> float:
-        """Seconds of a decoding step: the median one, so that a moment's interruption doesn't count."""
-        return statistics.median(b - a for a, b in pairwise(self.moments))
+        """Seconds of the median decoding step, so that a short interruption doesn't count."""
+        return statistics.median(b - a for a, b in pairwise(self.token_seconds))
 
     @property
     def total(self) -> float:
-        return self.moments[-1]
+        """Seconds until every row had its last token."""
+        return self.token_seconds[-1]
 
 
-class Bandwidth:
-    """How fast this device's memory is read at the moment, by all ranks at once: the best of a few passes.
+class BandwidthMeter:
+    """Measures how fast all ranks together read their device's memory.
 
-    On the CPU a sum, which reads each byte once; elsewhere a copy, which reads and writes it.
+    On the CPU a pass is a sum, which reads every byte once; elsewhere copies, which read and write it.
     """
 
     def __init__(self, device: torch.device):
@@ -107,10 +109,10 @@ class Bandwidth:
         self._target = None if device.type == "cpu" else torch.empty_like(self._source)
 
     def measure(self) -> float:
-        """Bytes a second. Ranks come out of it together, so that none's clock starts while another still measures."""
-        with together():
+        """Bytes a second, in the best of a few passes. No rank returns while another still measures."""
+        with raise_together():
             seconds = min([self._pass() for _ in range(METER_PASSES)])
-            return METER_BYTES * (1 if self._target is None else 2 * COPIES) / seconds
+            return METER_BYTES * (1 if self._target is None else 2 * METER_COPIES) / seconds
 
     def _pass(self) -> float:
         synchronize(self._source)
@@ -118,66 +120,69 @@ class Bandwidth:
         if self._target is None:
             self._source.sum()
         else:
-            for _ in range(COPIES):
+            for _ in range(METER_COPIES):
                 self._target.copy_(self._source)
         synchronize(self._source)
         return time.perf_counter() - start
 
 
 def synchronize(tensor: Tensor) -> None:
-    """Wait until the tensor's device has done what it was told to."""
+    """Wait until the tensor's device has finished all work that was submitted."""
     if tensor.device.type == "cuda":
         torch.cuda.synchronize(tensor.device)
     elif tensor.device.type == "mps":
         torch.mps.synchronize()
 
 
-class Timed:
-    """A subject's run, a turn at a time. moments: see `Run`."""
+class TimedRun:
+    """A subject's run that is timed and can be interrupted, so that other subjects run in between."""
+
+    token_seconds: list[float]  # as of `Run`
 
     def __init__(self, subject: Subject, prompts: list[list[int]], gen: int):
-        self.moments: list[float] = []
+        self.token_seconds = []
         self._tokens = subject.run(prompts, gen)
-        self._spent = 0.0
+        self._seconds = 0.0  # of all turns so far
 
-    def go_on(self, steps: int | None = None) -> None:
-        """For so many tokens of every row; None: to the end."""
+    def advance(self, steps: int | None = None) -> None:
+        """Generate so many tokens of every row; None: all that remain."""
         start = time.perf_counter()
         for _ in islice(self._tokens, steps):
-            self.moments.append(self._spent + time.perf_counter() - start)
-        self._spent = self.moments[-1]
+            self.token_seconds.append(self._seconds + time.perf_counter() - start)
+        self._seconds = self.token_seconds[-1]
 
 
-def interleaved(
+def time_interleaved(
     subjects: Sequence[Subject],
     prompts: list[list[int]],
     gen: int,
     repeats: int,
-    bandwidth: Bandwidth,
-    turn: int = TURN,
+    meter: BandwidthMeter,
+    steps_per_turn: int = STEPS_PER_TURN,
 ) -> list[list[Run]]:
-    """The runs of each subject, all on the same prompts. They take turns: what slows the machine slows all of them.
+    """Run all subjects on the same prompts; returns, for each subject, a Run for each repeat.
 
-    turn: decoding steps that a subject makes before it's the next one's turn, so that a peer meets the same seconds.
+    Subjects take turns of a few decoding steps. Whatever slows the machine for a while then slows all of them.
     """
     runs: list[list[Run]] = [[] for _ in subjects]
     for _ in range(repeats):
-        going = [Timed(subject, prompts, gen) for subject in subjects]
-        rates: list[list[float]] = [[] for _ in subjects]
-        before = bandwidth.measure()
-        for steps in (1, *[turn] * -(-(gen - 1) // turn)):
-            for subject, seen in zip(going, rates, strict=True):
-                subject.go_on(steps)
-                after = bandwidth.measure()
-                seen.append((before + after) / 2)
+        timed_runs = [TimedRun(subject, prompts, gen) for subject in subjects]
+        bandwidths: list[list[float]] = [[] for _ in subjects]  # of each subject's turns
+        before = meter.measure()
+        for steps in (1, *[steps_per_turn] * -(-(gen - 1) // steps_per_turn)):
+            for timed_run, measured in zip(timed_runs, bandwidths, strict=True):
+                timed_run.advance(steps)
+                after = meter.measure()
+                measured.append((before + after) / 2)
                 before = after
-        for own, subject, seen in zip(runs, going, rates, strict=True):
-            own.append(Run(subject.moments, statistics.median(seen[1:] or seen)))
+        for repeat_runs, timed_run, measured in zip(runs, timed_runs, bandwidths, strict=True):
+            decoding = measured[1:] or measured  # the first turn is the prefill
+            repeat_runs.append(Run(timed_run.token_seconds, statistics.median(decoding)))
     return runs
 
 
 def status_bytes(field: str) -> int | None:
-    """A size in Linux's account of this process; None on other systems."""
+    """A size in bytes from Linux's /proc/self/status, such as "VmHWM"; None on other systems."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):
@@ -185,33 +190,29 @@ def status_bytes(field: str) -> int | None:
     return None
 
 
-class Peak:
-    """The most memory that this process held while in this context, in bytes; None where the system doesn't say.
+class PeakMemory:
+    """A context that measures the most memory its process held in it: bytes, or None if the system doesn't say."""
 
-    private: its own alone, looked at every other millisecond. resident: with what it has mapped from files, which the
-    kernel may drop and read again; where the kernel doesn't let its own mark be reset, since the process began.
-    """
+    private: int | None  # the process's own memory, sampled every 2 milliseconds
+    resident: int | None  # with pages mapped from files; since the process began if the kernel's mark can't be reset
 
-    private: int | None
-    resident: int | None
-
-    def __enter__(self) -> "Peak":
+    def __enter__(self) -> "PeakMemory":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
         self.private, self._stop = status_bytes("RssAnon"), threading.Event()
-        self._thread = threading.Thread(target=self._watch)
+        self._thread = threading.Thread(target=self._sample_until_stopped)
         self._thread.start()
         return self
 
-    def _watch(self) -> None:
-        while self.private is not None and not self._stop.wait(SECONDS_BETWEEN_LOOKS):
-            self._look()
+    def _sample_until_stopped(self) -> None:
+        while self.private is not None and not self._stop.wait(SECONDS_BETWEEN_SAMPLES):
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         self.private = max(filter(None, (self.private, status_bytes("RssAnon"))), default=None)
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
+        self._sample()
         self.resident = status_bytes("VmHWM")

@@ -1,7 +1,7 @@
-"""What is measured, and what it is compared with: models of the same sizes that turn prompts into tokens.
+"""The subjects of the benchmark: this package, and the peers that it is compared with, of the same sizes.
 
-Knows how each is built and run, but for llama.cpp, which has a file of its own; knows no clock. `transformers` is
-imported only where its model is made.
+Knows how each is built and run (llama.cpp is in a file of its own); knows no clock. `transformers` is imported only
+when its model is built.
 """
 
 import copy
@@ -9,43 +9,46 @@ import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
 from torch import Tensor, nn
 
-from ..accelerate.layers import Form, PackedLinear
+from ..accelerate.accelerator import accelerate
+from ..accelerate.fast_model import FastModel
 from ..accelerate.quantization import Quantization
 from ..checkpoints.fit import check_memory
 from ..checkpoints.hf_config import config_of
-from ..checkpoints.loader import Take, build_on_meta, load_model, open_checkpoint, place_tensor
+from ..checkpoints.loader import PackWeight, build_on_meta, load_model, open_checkpoint, place_tensor
 from ..checkpoints.schema import tensor_shapes
 from ..errors import LlamaError
 from ..generation import PREFILL_CHUNK, Llama
 from ..model import ModelArgs, Transformer
 from ..parallel import Place
 from ..tokenizer import Tokenizer
-from .llama_cpp import LlamaCpp
+from .llama_cpp import LlamaCppSubject
 from .measure import Subject
 
 PEERS = ("transformers", "default", "plain", "meta", "products", "llama.cpp")
-PACKAGES = {  # what a peer imports, and what pip calls it
+PACKAGES = {  # modules that a peer imports: their names in pip
     "transformers": {"transformers": "transformers"},
     "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
 }
-CACHES = ("cache_k", "cache_v")
-STD = 0.02  # of random weights
+CACHES = ("cache_k", "cache_v")  # names of buffers
+STD = 0.02  # standard deviation of random weights
 
 
-class Measured(Subject, Protocol):
+class ModelSubject(Subject, Protocol):
+    """A subject that has weights."""
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a decoding step reads on this rank."""
 
 
 class NoText(Tokenizer):
-    """In the tokenizer's place where text doesn't matter. No token ends a generation, which so has a known length."""
+    """A tokenizer for a model without text. No token stops generation, so that its length is known."""
 
     def __init__(self) -> None:
         self.stop_tokens: set[int] = set()
@@ -55,15 +58,15 @@ class NoText(Tokenizer):
 
 
 @dataclass(frozen=True)
-class Streaming:
-    """This package, as its callers use it."""
+class LlamaSubject:
+    """This package: `Llama.stream`."""
 
     name: str
     llama: Llama
 
     @property
     def weight_bytes(self) -> int:
-        return multiplied_bytes(self.llama.model, self.llama.model.tok_embeddings)
+        return count_weight_bytes(self.llama.model, self.llama.model.tok_embeddings)
 
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
         for steps in self.llama.stream(prompts, gen, temperature=0):
@@ -71,11 +74,12 @@ class Streaming:
 
 
 @dataclass(frozen=True)
-class Walking:
+class MetaSubject:
     """Meta's algorithm for prompts of different lengths (llama3's `generation.py`), on the plain model.
 
-    Prompts are prefilled up to the end of the shortest; from there all rows go on token by token, through what is left
-    of longer prompts too. Logits are computed of every position. It yields once the longest prompt has a token.
+    A first pass prefills all prompts up to the end of the shortest. From there every step feeds one token of each row,
+    also those of longer prompts. Logits of every position are computed. The first tokens are yielded when the longest
+    prompt has got one.
     """
 
     model: Transformer
@@ -83,34 +87,34 @@ class Walking:
 
     @property
     def weight_bytes(self) -> int:
-        return multiplied_bytes(self.model, self.model.tok_embeddings)
+        return count_weight_bytes(self.model, self.model.tok_embeddings)
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
         shortest, longest = min(map(len, prompts)), max(map(len, prompts))
         padded = [prompt + [0] * (longest + gen - len(prompt)) for prompt in prompts]
         tokens = torch.tensor(padded, device=self.model.norm.weight.device)  # (B, longest + gen)
-        before = 0
+        start = 0
         for position in range(shortest, longest + gen):
-            logits = self.model(tokens[:, before:position], before)  # (B, T, vocab_size)
-            chosen = logits[:, -1].argmax(-1)  # (B)
-            given = torch.tensor([position < len(prompt) for prompt in prompts], device=tokens.device)
-            tokens[:, position] = torch.where(given, tokens[:, position], chosen)
-            before = position
+            logits = self.model(tokens[:, start:position], start)  # (B, T, vocab_size)
+            next_tokens = logits[:, -1].argmax(-1)  # (B)
+            in_prompt = torch.tensor([position < len(prompt) for prompt in prompts], device=tokens.device)
+            tokens[:, position] = torch.where(in_prompt, tokens[:, position], next_tokens)
+            start = position
             if position >= longest:
                 yield tokens[:, position].tolist()
 
 
 @dataclass(frozen=True)
-class Transformers:
-    """transformers' own model, with its dynamic cache; prompts of different lengths are padded on the left."""
+class TransformersSubject:
+    """transformers' own model, with its dynamic cache. Prompts of different lengths are padded on the left."""
 
-    model: Any
+    model: Any  # a PreTrainedModel
     name: str = "transformers"
 
     @property
     def weight_bytes(self) -> int:
-        return multiplied_bytes(self.model, self.model.get_input_embeddings())
+        return count_weight_bytes(self.model, self.model.get_input_embeddings())
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
@@ -121,7 +125,7 @@ class Transformers:
         past = None
         for _ in range(gen):
             padding: dict[str, Tensor] = {}
-            if any(pads):  # else nothing is said, which is quicker
+            if any(pads):  # without padding, transformers is faster if it gets no mask
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
                 padding = {"attention_mask": mask, "position_ids": positions}
             out = self.model(tokens, past_key_values=past, use_cache=True, logits_to_keep=1, **padding)
@@ -131,10 +135,10 @@ class Transformers:
 
 
 @dataclass(frozen=True)
-class Products:
-    """Nothing but the products with a model's matrices, in passes as its prompts are in: what no model could outrun.
+class ProductsSubject:
+    """Only the products with a model's matrices, with as many rows a pass as the model has: a bound for its speed.
 
-    Their results, and what the model would exchange between ranks, are dropped.
+    Results are dropped, and nothing is exchanged between ranks.
     """
 
     model: Transformer
@@ -142,18 +146,17 @@ class Products:
 
     @property
     def weight_bytes(self) -> int:
-        return multiplied_bytes(self.model, self.model.tok_embeddings)
+        return count_weight_bytes(self.model, self.model.tok_embeddings)
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
-        args, like, mp_size = self.model.params, self.model.norm.weight, get_model_parallel_world_size()
+        args, mp_size, fast = self.model.params, get_model_parallel_world_size(), cast(FastModel, self.model.fast)
+        new_ones = partial(torch.ones, dtype=fast.dtype, device=fast.device)
         widths = {"wo": args.n_heads * args.head_size // mp_size, "w2": args.hidden_dim // mp_size}
-        named = [(name.rpartition(".")[2], layer) for name, layer in self.model.layers.named_modules()]
-        linear = [(layer, widths.get(name, args.dim)) for name, layer in named if isinstance(layer, PackedLinear)]
 
-        def multiply(count: int) -> None:
-            for layer, width in linear:
-                layer.product(like.new_ones(count, width), None)
+        def multiply(rows: int) -> None:
+            for name, linear in fast.network.linears:
+                linear.product(new_ones((rows, widths.get(name, args.dim))))
 
         tokens = sum(map(len, prompts))
         for start in range(0, tokens, PREFILL_CHUNK):
@@ -161,36 +164,38 @@ class Products:
         for step in range(gen):
             if step > 0:
                 multiply(len(prompts))
-            logits = self.model.output.product(like.new_ones(len(prompts), args.dim), None)
+            logits = fast.network.output.product(new_ones((len(prompts), args.dim)))
             yield logits.argmax(-1).tolist()
 
 
-def multiplied_bytes(model: nn.Module, embedding: nn.Module) -> int:
-    """Bytes of all that decoding multiplies by: this rank's parameters and buffers without caches and `embedding`.
+def count_weight_bytes(model: nn.Module, embedding: nn.Module) -> int:
+    """Bytes of this rank's parameters and buffers that a decoding step reads: all but caches and `embedding`.
 
-    Of the embedding a step reads a row for each token; unless it is the output layer's matrix too.
+    Of the embedding, a step reads only a row for each token. It counts if it is the output layer's matrix too.
     """
+    if isinstance(model, Transformer) and isinstance(model.fast, FastModel):
+        return model.fast.weight_bytes
     tensors: dict[int, Tensor] = {}
     for module in model.modules():
         if module is not embedding:
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            tensors |= {id(tensor): tensor for name, tensor in own if name not in CACHES}
+            named = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            tensors |= {id(tensor): tensor for name, tensor in named if name not in CACHES}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) -> Iterator[tuple[str, Tensor]]:
-    """Weights of these shapes by name, made one at a time and not kept; the same in every run."""
+def iterate_random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of these shapes, created one at a time; the same in every run."""
     generator = torch.Generator(place.device).manual_seed(0)
     for name, shape in shapes.items():
         new = partial(torch.empty, shape, dtype=place.dtype, device=place.device)
         yield name, new().fill_(1) if len(shape) == 1 else new().normal_(0, STD, generator=generator)
 
 
-def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Transformer:
-    """A Transformer with random weights, made a tensor at a time; the same in every run. take: as `load_model`'s."""
+def build_random_model(args: ModelArgs, place: Place, take: PackWeight | None = None) -> Transformer:
+    """A Transformer with random weights, the same in every run. take: as of `load_model`."""
     model = build_on_meta(args)
-    own = model.state_dict()  # of this rank
-    for name, weight in random_tensors({name: own[name].shape for name in tensor_shapes(args)}, place):
+    state_dict = model.state_dict()  # of this rank
+    for name, weight in iterate_random_tensors({name: state_dict[name].shape for name in tensor_shapes(args)}, place):
         place_tensor(model, name, weight)
         del weight
         if take is not None:
@@ -199,11 +204,8 @@ def random_model(args: ModelArgs, place: Place, take: Take | None = None) -> Tra
 
 
 def in_default_form(model: Transformer) -> Transformer:
-    """As `Llama.build` leaves it, neither compiled nor rounded."""
-    form = Form()
-    for name in tensor_shapes(model.params):
-        form.take(model, name)
-    form.finish(model)
+    """Give a model the form that `Llama.build` gives it by default: neither compiled nor quantized."""
+    accelerate(model, list(tensor_shapes(model.params)))
     return model
 
 
@@ -213,41 +215,41 @@ def build_peers(
     place: Place,
     ckpt_dir: str | None,
     quantization: Quantization | None = None,
-) -> list[Measured]:
-    """The peers of these names, of the sizes of `ours`; all but transformers have the checkpoint's weights where there
-    is one. quantization: of llama.cpp's matrices.
+) -> list[ModelSubject]:
+    """The peers of these names, with the sizes of `ours`, in the order of `names`.
 
-    Raises LlamaError where they don't fit in memory, beside the model that is there.
+    They have the checkpoint's weights if there is one; transformers always has random weights. quantization: of
+    llama.cpp's matrices. Raises LlamaError if the peers don't fit in memory beside `ours`.
     """
     args = ours.params
     if names:
         models = 1 + len({"plain" if name == "meta" else name for name in names} - {"products"})
         check_memory(args, replace(place, world_size=models * place.world_size))
     checkpoint = None if ckpt_dir is None else open_checkpoint(ckpt_dir)
-    built: dict[str, Measured] = {"products": Products(ours)}
+    peers: dict[str, ModelSubject] = {"products": ProductsSubject(ours)}
     if "transformers" in names:
-        built["transformers"] = Transformers(random_transformers(args, place))
+        peers["transformers"] = TransformersSubject(build_random_transformers(args, place))
 
-    def own_model() -> Transformer:
-        return random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
+    def build_plain() -> Transformer:
+        return build_random_model(args, place) if checkpoint is None else load_model(checkpoint, args, place)
 
     if "default" in names:
-        built["default"] = Streaming("default", Llama(in_default_form(own_model()), NoText()))
+        peers["default"] = LlamaSubject("default", Llama(in_default_form(build_plain()), NoText()))
     if "plain" in names or "meta" in names:
-        plain = own_model()
-        walking = copy.deepcopy(plain, {id(weight): weight for weight in plain.parameters()})  # with its own cache
-        built |= {"plain": Streaming("plain", Llama(plain, NoText())), "meta": Walking(walking)}
+        plain = build_plain()
+        twin = copy.deepcopy(plain, {id(weight): weight for weight in plain.parameters()})  # same weights, own cache
+        peers |= {"plain": LlamaSubject("plain", Llama(plain, NoText())), "meta": MetaSubject(twin)}
     if "llama.cpp" in names:
         if checkpoint is None:
-            tensors = random_tensors(tensor_shapes(args), place)
+            tensors = iterate_random_tensors(tensor_shapes(args), place)
         else:
             tensors = ((name, checkpoint.part(name).to(place.dtype)) for name in tensor_shapes(args))
-        built["llama.cpp"] = LlamaCpp(args, place.dtype, quantization, tensors)
-    return [built[name] for name in names]
+        peers["llama.cpp"] = LlamaCppSubject(args, place.dtype, quantization, tensors)
+    return [peers[name] for name in names]
 
 
 def check_peers(names: Sequence[str], place: Place) -> None:
-    """Raise LlamaError for peers that aren't known, or can't run here."""
+    """Raise LlamaError for peers that are unknown, or can't run here."""
     for name in names:
         if name not in PEERS:
             raise LlamaError(f"--compare has {name!r}, expected one or more of {', '.join(PEERS)}")
@@ -263,9 +265,9 @@ def check_peers(names: Sequence[str], place: Place) -> None:
         raise LlamaError(f"--compare llama.cpp runs on the CPU, and this on {place.device}: add --device cpu")
 
 
-def random_transformers(args: ModelArgs, place: Place) -> Any:
+def build_random_transformers(args: ModelArgs, place: Place) -> Any:
     """transformers' model for causal language modelling, of these sizes, with random weights."""
-    import transformers  # which takes seconds
+    import transformers  # here, since it takes seconds
 
     config = transformers.AutoConfig.for_model(**config_of(args, {}, place.dtype))
     with torch.device("meta"):
@@ -273,8 +275,8 @@ def random_transformers(args: ModelArgs, place: Place) -> Any:
     model = model.to(place.dtype).to_empty(device=place.device).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, STD) if parameter.ndim > 1 else parameter.data.fill_(1)
-    if args.tied_embeddings:  # which to_empty has made two
+    if args.tied_embeddings:  # to_empty has made two tensors of them
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
-    with torch.device(place.device):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)  # its angles were on meta too
+    with torch.device(place.device):  # its table of angles was on the meta device too
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
     return model

@@ -1,1 +1,1 @@
-"""A directory <-> tensors: the formats, the families, how ranks divide a model, what fits."""
+"""Directories <-> tensors: the formats of checkpoints, the families of models, how ranks divide a model, what fits."""

@@ -1,48 +1,28 @@
-"""Any readable checkpoint -> a directory in the layout that is asked for: one tensor in memory at a time, those of a
-file on disk, and the directory whole or not at all.
+"""Any readable checkpoint -> a directory in the format that is asked for, which is written whole or not at all.
 
-Knows the layouts by their own files; knows no ranks, no network.
+At most one tensor is in memory at a time, and those of one file are on disk. Knows no format, which is a record in
+`formats`; knows no ranks and no network.
 """
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-from tqdm import tqdm
 
-from .._util.files import read_json, unfinished_directory, write_json
+from .._util.files import make_unfinished_directory, read_json, write_json
 from ..accelerate.quantization import BITS, Quantization, bits_of
-from ..errors import LlamaError, one_line
-from ..model import ModelArgs
-from ..tokenization.export import write_tokenizer_json
-from ..tokenizer import Tokenizer
-from . import hf_config
-from . import huggingface as hf_format
-from . import meta as meta_format
-from .compressed_tensors import check_groups, quantization_config, rounded_tensors
+from ..errors import LlamaError, to_one_line
+from .checkpoint import Checkpoint, CheckpointFormat, Export
+from .compressed_tensors import check_groups
 from .download import is_url
-from .loader import (
-    CONFIG,
-    Checkpoint,
-    Format,
-    find_settings,
-    find_tokenizer,
-    is_binary,
-    open_checkpoint,
-)
-from .schema import New, is_linear, is_rotary, mp_sizes, permute_rotary, tensor_shapes
-from .task_spec import body_name
+from .formats import FORMATS
+from .loader import open_checkpoint
+from .schema import is_linear, mp_sizes, tensor_shapes
+from .side_files import find_side_files
 
-FILE_BYTES = 5 * 10**9  # of one .safetensors file at most, but for a single tensor that is larger
-TENSOR_FILES = ("consolidated.*.pth", "model.safetensors", "model-*-of-*.safetensors", hf_format.INDEX)
 SETTINGS = (
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
@@ -52,24 +32,29 @@ SETTINGS = (
 def convert(
     src: str | os.PathLike,
     dst: str | os.PathLike,
-    to: Format,
+    to: str,
     mp_size: int = 1,
     dtype: torch.dtype | None = None,
     force: bool = False,
     quantization: Quantization | None = None,
 ) -> None:
-    """Write the checkpoint in `src` to the directory `dst`, in Meta's layout (mp_size shards) or Hugging Face's.
+    """Write the checkpoint in `src` to the directory `dst`.
 
-    dtype: None keeps each tensor's own; that of rounded matrices is the embedding's. quantization: "int8" or "int4"
-    stores the matrices of layers rounded from that dtype, as `compressed` tells; only in Hugging Face's layout. The
-    tokenizer's files and generation_config.json come along. The configuration, without which nothing loads, is written
-    last; whatever fails before leaves nothing of it. Raises LlamaError for a checkpoint that can't be read or written
-    so, and where `dst` holds files, unless `force` lets it replace them.
+    to: the format, a name in FORMATS: "meta" (mp_size shards) or "hf".
+    dtype: None keeps each tensor's own; that of quantized matrices is the embedding's.
+    quantization: "int8" or "int4" stores the matrices of layers quantized, from numbers of that dtype, as
+    `compressed_tensors` describes; only in the format "hf".
+    force: replace the checkpoint in `dst`.
+
+    The tokenizer's files and generation_config.json come along. The configuration, without which nothing loads, is
+    written last; whatever fails before leaves nothing of it. Raises LlamaError for a checkpoint that can't be read, or
+    not be written so, and where `dst` holds files, unless `force` is set.
     """
-    write(open_checkpoint(src), local(dst), to, mp_size, dtype, force, quantization)
+    write(open_checkpoint(src), as_local_path(dst), to, mp_size, dtype, force, quantization)
 
 
-def local(directory: str | os.PathLike) -> Path:
+def as_local_path(directory: str | os.PathLike) -> Path:
+    """Raises LlamaError for a URL."""
     if is_url(directory):
         raise LlamaError(f"{directory} is a URL: expected a directory of this machine to write to")
     return Path(directory)
@@ -78,77 +63,88 @@ def local(directory: str | os.PathLike) -> Path:
 def write(
     checkpoint: Checkpoint,
     target: Path,
-    to: Format,
+    to: str,
     mp_size: int = 1,
     dtype: torch.dtype | None = None,
     force: bool = False,
     quantization: Quantization | None = None,
 ) -> None:
-    """As `convert`, of a checkpoint that was opened; its tensors may be others than those in its directory."""
-    args = checkpoint.sizes
-    if to == "meta" and checkpoint.head is not None:
-        raise LlamaError(f"{checkpoint.directory} has a task head, for which Meta's layout has no place: use --to hf")
-    if to == "hf" and mp_size != 1:
-        raise LlamaError(f"mp_size is {mp_size}, but Hugging Face's layout isn't divided over ranks: leave it out")
-    if mp_size not in mp_sizes(args, checkpoint.group):
-        fitting = ", ".join(map(str, mp_sizes(args, checkpoint.group)))
-        raise LlamaError(f"mp_size is {mp_size}, but {checkpoint.directory} can be divided over {fitting} ranks")
-    check_quantization(checkpoint, to, quantization)
-    if to == "meta":
-        config = meta_format.params_of(args)
-    else:
-        known = source_config(checkpoint), dtype or checkpoint.dtype, checkpoint.task, checkpoint.head
-        config = hf_config.config_of(args, *known)
-    if quantization is not None:
-        config["quantization_config"] = quantization_config(quantization, args.tied_embeddings)
+    """As `convert`, of a checkpoint that is open; its tensors may be others than those in its directory."""
+    format = find_format(to)
+    check_holds(format, checkpoint, mp_size, quantization)
+    export = Export(checkpoint, mp_size, dtype, quantization, read_source_config(checkpoint))
+    config = format.make_config(export)
     check_target(checkpoint, target, force)
-    with unfinished_directory(target) as unfinished:
-        sizes = file_bytes(checkpoint, dtype, quantization)
-        check_space(sum(sizes.values()), unfinished, mp_size if to == "meta" else None)
+    with make_unfinished_directory(target) as unfinished:
+        sizes = file_bytes(export)
+        total = sum(sizes.values())
+        check_space(total + format.largest_file(total, mp_size), unfinished)
         try:
-            if to == "meta":
-                write_meta(checkpoint, args, unfinished, mp_size, dtype)
-            else:
-                body = body_name(config["model_type"], checkpoint.task)
-                write_hf(checkpoint, sizes, unfinished, dtype, quantization, body)
+            format.write(export, config, sizes, unfinished)
         except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
-            raise LlamaError(f"{target} can't be written ({one_line(e)})") from e
-        if to == "hf":
-            write_tokenizer(checkpoint, unfinished)
-        elif source := source_config(checkpoint):  # what only a config.json says
-            write_json(unfinished / "config.json", source)
+            raise LlamaError(f"{target} can't be written ({to_one_line(e)})") from e
         copy_settings(checkpoint, unfinished)
         publish(unfinished, target)
-        write_json(target / CONFIG[to], config)
+        write_json(target / format.config, config)
 
 
-def source_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The `config.json` of the same model, where there is one: it holds settings that no layout of Meta's has."""
-    paths = find_settings(checkpoint, "config.json")
-    found = read_json(paths[0], "a model's configuration") if paths else {}
-    quantization = found.pop("quantization_config", None)
-    own = checkpoint.format == "hf" or not quantization  # else it is of another model than what lies in Meta's layout
-    return found if own and isinstance(found.get("model_type"), str) else {}
+def find_format(name: str) -> CheckpointFormat:
+    if name not in FORMATS:
+        raise LlamaError(f"the format to write is {name!r}, expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
-def check_quantization(checkpoint: Checkpoint, to: Format, quantization: Quantization | None) -> None:
-    if quantization is None:
-        return
+def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The `config.json` of the same model, or {}: it holds settings that other formats have no place for."""
+    paths = find_side_files(checkpoint, "config.json")
+    config = read_json(paths[0], "a model's configuration") if paths else {}
+    quantization = config.pop("quantization_config", None)
+    if quantization and not checkpoint.format.holds_quantized:
+        return {}  # the file is of another model than the tensors
+    return config if isinstance(config.get("model_type"), str) else {}
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def check_holds(
+    format: CheckpointFormat, checkpoint: Checkpoint, mp_size: int, quantization: Quantization | None
+) -> None:
+    """Raise LlamaError for what the format has no place for, or what this checkpoint can't become."""
+    if checkpoint.head is not None and not format.holds_heads:
+        raise LlamaError(
+            f"{checkpoint.directory} has a task head, for which {format.label}'s layout has no place: use "
+            + " or ".join(f"--to {other.name}" for other in FORMATS.values() if other.holds_heads)
+        )
+    if mp_size != 1 and not format.holds_shards:
+        raise LlamaError(f"mp_size is {mp_size}, but {format.label}'s layout isn't divided over ranks: leave it out")
+    if mp_size not in (sizes := mp_sizes(checkpoint.sizes, checkpoint.group)):
+        fitting = ", ".join(map(str, sizes))
+        raise LlamaError(f"mp_size is {mp_size}, but {checkpoint.directory} can be divided over {fitting} ranks")
+    if quantization is not None:
+        check_quantization(format, checkpoint, quantization)
+
+
+def check_quantization(format: CheckpointFormat, checkpoint: Checkpoint, quantization: Quantization) -> None:
     if quantization not in BITS:
         raise LlamaError(f"quantization is {quantization!r}, expected None or one of {', '.join(BITS)}")
-    if to == "meta":
-        raise LlamaError("Meta's layout has no place for rounded matrices: use --to hf, or leave out --quantization")
+    if not format.holds_quantized:
+        others = " or ".join(f"--to {other.name}" for other in FORMATS.values() if other.holds_quantized)
+        raise LlamaError(
+            f"{format.label}'s layout has no place for quantized matrices: use {others}, or leave out --quantization"
+        )
     if checkpoint.head is not None:
-        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't rounded: leave out --quantization")
+        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't quantized: leave out --quantization")
     if checkpoint.quantization is not None:
         raise LlamaError(
-            f"{checkpoint.directory} holds matrices rounded to {checkpoint.quantization} already: take the checkpoint "
-            "that it was made of, or leave out --quantization to write the numbers that they stand for"
+            f"{checkpoint.directory} holds matrices quantized to {checkpoint.quantization} already: take the "
+            "checkpoint that it was made of, or leave out --quantization to write the numbers that they stand for"
         )
     check_groups(checkpoint.sizes, quantization)
 
 
 def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
+    """Raise LlamaError if `target` can't be written to, or holds files that `force` doesn't allow to be replaced."""
     source, resolved = checkpoint.directory.resolve(), target.resolve()
     if source == resolved or source in resolved.parents or resolved in source.parents:
         raise LlamaError(f"{target} and the source {checkpoint.directory} lie in each other: choose another directory")
@@ -158,125 +154,39 @@ def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
         raise LlamaError(f"{target} isn't empty: choose another directory, or replace its checkpoint with --force")
 
 
-def file_bytes(checkpoint: Checkpoint, dtype: torch.dtype | None, quantization: Quantization | None) -> dict[str, int]:
-    """What each tensor of the model takes in files, in the order in which they are written."""
-    sizes = {}
+def file_bytes(export: Export) -> dict[str, int]:
+    """The bytes of each of the model's tensors in files, in the order in which they are written."""
+    checkpoint, sizes = export.checkpoint, {}
     for name, shape in tensor_shapes(checkpoint.sizes).items():
-        bits = bits_of(quantization) if is_linear(name) else None
-        sizes[name] = int(torch.Size(shape).numel() * (bits or 8 * (dtype or checkpoint.dtype_of(name)).itemsize) / 8)
+        bits = bits_of(export.quantization) if is_linear(name) else None
+        if bits is None:
+            bits = 8 * (export.dtype or checkpoint.dtype_of(name)).itemsize
+        sizes[name] = int(torch.Size(shape).numel() * bits / 8)
     return sizes
 
 
-def check_space(size: int, target: Path, shards: int | None) -> None:
-    """Refuse what the disk can't hold: all that is written, and the tensors of one file again until it is."""
-    needed = size + (min(size, FILE_BYTES) if shards is None else size // shards)
-    free = shutil.disk_usage(target).free
-    if needed > free:
-        raise LlamaError(f"{target.parent}: {needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there")
+def check_space(needed: int, directory: Path) -> None:
+    """Raise LlamaError if the disk has no room for so many bytes: all files, and one file's tensors beside them."""
+    if needed > (free := shutil.disk_usage(directory).free):
+        sizes = f"{needed / 1e9:.2f} GB are needed, and {free / 1e9:.2f} GB are free there"
+        raise LlamaError(f"{directory.parent}: {sizes}")
 
 
-def write_meta(
-    checkpoint: Checkpoint, args: ModelArgs, directory: Path, mp_size: int, dtype: torch.dtype | None
-) -> None:
-    names, new = list(tensor_shapes(args)), partial(on_disk, directory)
-    with tqdm(desc="writing", total=mp_size * len(names), unit=" tensors", disable=None) as bar:
-        for rank in range(mp_size):
-            tensors = {}
-            for name in names:
-                tensors[name] = packed(checkpoint.part(name, rank, mp_size, new), dtype, new)
-                bar.update()
-            if args.tied_embeddings:  # in both places, as Meta has it; stored once
-                tensors["output.weight"] = tensors["tok_embeddings.weight"]
-            torch.save(tensors, directory / f"consolidated.{rank:02d}.pth")
-
-
-def write_hf(
-    checkpoint: Checkpoint,
-    sizes: dict[str, int],
-    directory: Path,
-    dtype: torch.dtype | None,
-    quantization: Quantization | None,
-    body: str,
-) -> None:
-    files, new = list(hf_files(sizes)), partial(on_disk, directory)
-    places: dict[str, str] = {}
-    total = 0
-    with tqdm(desc="writing", total=len(sizes), unit=" tensors", disable=None) as bar:
-        for number, names in enumerate(files, start=1):
-            single = len(files) == 1
-            file = hf_format.SINGLE if single else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-            tensors: dict[str, Tensor] = {}
-            for name in names:
-                whole = checkpoint.part(name, new=new)
-                if is_rotary(name):
-                    whole = permute_rotary(whole, checkpoint.sizes.head_size, "hf", new)
-                if quantization is not None and is_linear(name):
-                    named = rounded_tensors(whole, name, quantization, dtype or whole.dtype, new)
-                else:
-                    named = {name: packed(whole, dtype, new)}
-                tensors |= {hf_format.hf_name(name, body): tensor for name, tensor in named.items()}
-                bar.update()
-            if number == len(files):
-                tensors |= {name: packed(tensor, dtype, new) for name, tensor in checkpoint.head_tensors.items()}
-            save_file(tensors, directory / file, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, file)
-            total += sum(tensor.nbytes for tensor in tensors.values())
-    if len(files) > 1:
-        write_json(directory / hf_format.INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-
-
-def hf_files(sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Which tensors go into each file; what they take is in `sizes`."""
-    names: list[str] = []
-    size = 0
-    for name, more in sizes.items():
-        if names and size + more > FILE_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += more
-    yield names
-
-
-def on_disk(directory: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A new tensor in a file without a name: what is converted shall not be in memory."""
-    size = torch.Size(shape).numel()
-    with tempfile.NamedTemporaryFile(dir=directory) as f:
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and not a signal at the first write
-            os.posix_fallocate(f.fileno(), 0, max(size * dtype.itemsize, 1))
-        else:
-            f.truncate(size * dtype.itemsize)
-        return torch.from_file(f.name, shared=True, size=size, dtype=dtype).view(*shape)
-
-
-def packed(tensor: Tensor, dtype: torch.dtype | None, new: New) -> Tensor:
-    """`tensor` as libraries that write files want it: contiguous, of this dtype, with a storage of its own."""
-    if not tensor.is_contiguous() or tensor.dtype != (dtype or tensor.dtype):
-        return new(tensor.shape, dtype or tensor.dtype).copy_(tensor)
-    start = tensor.storage_offset() * tensor.itemsize
-    storage = tensor.untyped_storage()[start : start + tensor.nbytes]
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.shape, tensor.stride())
-
-
-def write_tokenizer(checkpoint: Checkpoint, unfinished: Path) -> None:
-    """Say Meta's tokenizer in Hugging Face's files; those that the source has are copied over them."""
-    path = find_tokenizer(checkpoint)
-    if path.name == "tokenizer.model" and path.is_file() and not is_binary(path):
-        write_tokenizer_json(Tokenizer(path), unfinished)
+# --- what comes along -----------------------------------------------------------------------------------------------
 
 
 def copy_settings(checkpoint: Checkpoint, unfinished: Path) -> None:
-    """Bring along the tokenizer's files and the settings of generation."""
+    """Copy the tokenizer's files and the settings of generation, over those that were made from others."""
     for name in SETTINGS:
-        for found in find_settings(checkpoint, name)[:1]:
-            shutil.copyfile(found, unfinished / name)
+        for path in find_side_files(checkpoint, name)[:1]:
+            shutil.copyfile(path, unfinished / name)
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Move what was written into `target`, in the place of any checkpoint there, whose configuration goes first."""
-    for name in CONFIG.values():
-        (target / name).unlink(missing_ok=True)
-    for pattern in (*TENSOR_FILES, *SETTINGS):
+    """Move what was written into `target`, where any checkpoint is removed first, its configuration before the rest."""
+    for format in FORMATS.values():
+        (target / format.config).unlink(missing_ok=True)
+    for pattern in (*(pattern for format in FORMATS.values() for pattern in format.written), *SETTINGS):
         for old in target.glob(pattern):
             old.unlink()
     for new in unfinished.iterdir():

@@ -1,4 +1,4 @@
-"""Checkpoints in object stores (`gs://...`, `az://...`), copied once to a cache on this machine's disk by blobfile.
+"""Checkpoints in object stores (`gs://...`, `az://...`): blobfile copies them once to a cache on this machine's disk.
 
 Knows URLs; knows no formats and no ranks.
 """
@@ -12,13 +12,12 @@ from types import ModuleType
 from typing import IO, Any
 from urllib.parse import quote
 
-from tqdm import tqdm
-
+from .._util.console import ProgressBar, progress_bar
 from .._util.files import cache_home, write_whole
 from ..errors import LlamaError
 
-CHUNK = 1 << 24
-SUBDIRECTORY = "original"  # the only folder of a checkpoint that is looked into
+CHUNK_BYTES = 1 << 24  # read and written at a time
+SUBDIRECTORY = "original"  # the only folder of a checkpoint whose files are copied too
 
 
 def is_url(path: object) -> bool:
@@ -26,54 +25,55 @@ def is_url(path: object) -> bool:
 
 
 def cache_directory(url: str, cache: Path | None = None) -> Path:
-    """Where the copy of `url` lies: in `cache`, by default `~/.cache/llama`."""
+    """Where the copy of `url` is: in `cache`, by default `~/.cache/llama`."""
     return (cache_home() if cache is None else cache) / quote(url.rstrip("/"), safe="")
 
 
-def local_copy(url: str, cache: Path | None = None) -> Path:
-    """Make the cache hold what the directory at `url` holds; what is as large and as new isn't copied. Returns where.
+def copy_to_cache(url: str, cache: Path | None = None) -> Path:
+    """Copy the files of the directory at `url` to the cache, and remove others there. Returns the cache's directory.
 
-    Each file appears whole or not at all. Raises LlamaError for a store that doesn't answer, and a disk too small.
+    A file whose copy has the same size and time isn't copied again. Each file appears whole or not at all.
+    Raises LlamaError for a store that doesn't answer, and for a disk that is too small.
     """
-    import blobfile  # here, since it takes longer to import than all else in this file
+    import blobfile  # here, since its import takes longer than the rest of this file's
 
     target = cache_directory(url, cache)
     try:
-        files = list(_files(blobfile, url, target))
-        there = {path for _, path, _ in files}
+        files = list(_list_files(blobfile, url, target))
+        copies = {path for _, path, _ in files}
         stale = [(source, path, stat) for source, path, stat in files if not _is_copy(path, stat)]
         size = sum(stat.size for _, _, stat in stale)
         target.mkdir(parents=True, exist_ok=True)
         if size > (free := shutil.disk_usage(target).free):
             raise LlamaError(f"{url} has {size / 1e9:.2f} GB to copy, and {target} has {free / 1e9:.2f} GB free")
-        with tqdm(desc="copying", total=size, unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar("copying", size, "B") as bar:
             for source, path, stat in stale:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with blobfile.BlobFile(source, "rb") as reader:
-                    write_whole(path, partial(_pour, reader, bar))
+                    write_whole(path, partial(_copy_chunks, reader, bar))
                 os.utime(path, (stat.mtime, stat.mtime))
-        for gone in {path for path in target.rglob("*") if path.is_file()} - there:
+        for gone in {path for path in target.rglob("*") if path.is_file()} - copies:
             gone.unlink()
     except (OSError, ValueError, blobfile.Error) as e:
         raise LlamaError(f"{url} can't be read ({' '.join(str(e).split())}): is it a directory you may read?") from e
     return target
 
 
-def _pour(reader: IO[bytes], bar: tqdm, writer: IO[bytes]) -> None:
-    while chunk := reader.read(CHUNK):
+def _copy_chunks(reader: IO[bytes], bar: ProgressBar, writer: IO[bytes]) -> None:
+    while chunk := reader.read(CHUNK_BYTES):
         bar.update(writer.write(chunk))
 
 
-def _files(blobfile: ModuleType, url: str, target: Path) -> Iterator[tuple[str, Path, Any]]:
-    """(URL, path of its copy, size and time) of each file."""
+def _list_files(blobfile: ModuleType, url: str, target: Path) -> Iterator[tuple[str, Path, Any]]:
+    """(URL, path of the copy, size and time) of each file."""
     for entry in blobfile.scandir(url):
         if entry.is_dir and entry.name == SUBDIRECTORY:
-            yield from _files(blobfile, blobfile.join(url, SUBDIRECTORY), target / SUBDIRECTORY)
+            yield from _list_files(blobfile, blobfile.join(url, SUBDIRECTORY), target / SUBDIRECTORY)
         elif entry.is_file:
             source, path = blobfile.join(url, entry.name), target / entry.name
             yield source, path, entry.stat or blobfile.stat(source)
 
 
 def _is_copy(path: Path, stat: Any) -> bool:
-    known = path.stat() if path.is_file() else None
-    return known is not None and (known.st_size, int(known.st_mtime)) == (stat.size, int(stat.mtime))
+    copy = path.stat() if path.is_file() else None
+    return copy is not None and (copy.st_size, int(copy.st_mtime)) == (stat.size, int(stat.mtime))

@@ -1,9 +1,10 @@
-"""Hugging Face's `config.json` <-> ModelArgs: what tells one family from another. Past here there are no families.
+"""Hugging Face's `config.json` <-> ModelArgs, by the records of `families`. Past this file no code knows of families.
 
 Knows no tensors and no other files.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,13 @@ from ..errors import LlamaError
 from ..model import ModelArgs, feed_forward_size
 from ..rotary import LARGEST, RopeScaling
 from .compressed_tensors import quantization_of
-from .task_spec import HeadConfig, Task, architecture, config_keys, read_head, task_of, without_head
+from .families import FAMILIES, Family
+from .hf_head import architecture, head_keys, read_head, task_of, without_head
+from .task_spec import HeadConfig, Task
 
-# What each family's configuration means where it says nothing.
-QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
-    "qwen2": {**QWEN},
-    "qwen3": {**QWEN, "head_dim": 128},
-}
-
-ROPE_TYPES = {  # the keys of each type of rotary scaling that have a meaning here
+BIASES_AND_NORMS = ("qkv_bias", "wo_bias", "mlp_bias", "qk_norm")  # fields of both ModelArgs and Family
+# Type of rotary scaling -> the keys that it reads, beside those that all types have, and the keys that it needs.
+ROPE_TYPES = {
     "linear": (),
     "dynamic": (),
     "llama3": ("low_freq_factor", "high_freq_factor"),
@@ -44,20 +40,31 @@ ROPE_KEYS |= {"mscale", "mscale_all_dim", "finetuned", *(key for keys in ROPE_TY
 
 
 class Config:
-    """A `config.json`, read field by field; each is checked as it is asked for."""
+    """A JSON configuration whose values are checked as they are asked for; each check raises LlamaError.
 
-    def __init__(self, path: Path, values: dict[str, Any], defaults: dict[str, Any]):
-        self.path, self.values, self.defaults = path, values, defaults
+    path: the file it came from, for messages. defaults: values of keys that it lacks. spelling: what the file calls a
+    key, where that differs.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        spelling: Mapping[str, str] | None = None,
+    ):
+        self.path, self.values, self.defaults, self.spelling = path, values, defaults, spelling or {}
 
     def error(self, key: str, value: Any, expected: str) -> LlamaError:
-        return LlamaError(f"{self.path}: {key} is {value!r}, expected {expected}")
+        return LlamaError(f"{self.path}: {self.spelling.get(key, key)} is {value!r}, expected {expected}")
 
     def value(self, key: str, default: Any = None) -> Any:
         return self.values.get(key, self.defaults.get(key, default))
 
     def count(self, key: str) -> int:
         if key not in self.values and key not in self.defaults:
-            raise LlamaError(f"{self.path}: missing key {key}; expected a whole number of at least 1")
+            name = self.spelling.get(key, key)
+            raise LlamaError(f"{self.path}: missing key {name}; expected a whole number of at least 1")
         value = self.value(key)
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < LARGEST:
             raise self.error(key, value, "a whole number of at least 1")
@@ -80,35 +87,43 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Described:
-    """What a `config.json` means. quantization: how matrices are rounded; None: they aren't. head: of tasks that have
-    one, which have no output layer: theirs counts as tied."""
+class ModelConfig:
+    """What a `config.json` means."""
 
-    family: str
-    args: ModelArgs
-    quantization: Quantization | None
+    family: Family
+    args: ModelArgs  # of a model with a head, which has no output layer, tied_embeddings is True
+    quantization: Quantization | None  # how the matrices are quantized in the files; None: not at all
     task: Task
-    head: HeadConfig | None
+    head: HeadConfig | None  # None for the task "language"
 
 
-def read_config(path: Path) -> Described:
-    """Raises LlamaError for no model of these families and for what can't be read, naming the key."""
+def read_config(path: Path) -> ModelConfig:
+    """Read a model's configuration.
+
+    Raises LlamaError, naming the key, for a model of no family in FAMILIES and for values that can't be.
+    """
     values = read_json(path, "a model's configuration")
-    args, task = args_of(values, path), task_of(values)
+    family, args, task = family_of(values, path), args_of(values, path), task_of(values)
+    values = family.to_llama_keys(values)
     quantization = quantization_of(values.get("quantization_config"), args.tied_embeddings, path)
     if task == "language":
-        return Described(values["model_type"], args, quantization, task, None)
-    return Described(
-        values["model_type"], replace(args, tied_embeddings=True), quantization, task, read_head(values, task, path)
-    )
+        return ModelConfig(family, args, quantization, task, None)
+    args = replace(args, tied_embeddings=True)
+    return ModelConfig(family, args, quantization, task, read_head(values, task, path))
 
 
-def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
-    """The ModelArgs that a configuration means; `path` is where it came from, for messages."""
-    family = values.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise LlamaError(f"{path}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
-    config = Config(path, values, FAMILIES[family])
+def family_of(values: Mapping[str, Any], path: Path) -> Family:
+    """The family that `model_type` names. `path` is where the configuration came from, for messages."""
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise LlamaError(f"{path}: model_type is {model_type!r}, expected one of {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def args_of(values: Mapping[str, Any], path: Path) -> ModelArgs:
+    """The ModelArgs of a configuration. `path` is where it came from, for messages."""
+    family = family_of(values, path)
+    config = Config(path, family.to_llama_keys(values), family.defaults, family.keys)
     if config.value("hidden_act", "silu") != "silu":
         raise config.error("hidden_act", config.value("hidden_act"), "'silu'")
     dim, n_heads, n_layers = (config.count(k) for k in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
@@ -116,7 +131,7 @@ def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
     multiple_of, multiplier = feed_forward_fields(dim, config.count("intermediate_size"))
     theta, scaling = rope_of(config)
     window, sliding_layers = window_of(config, family, n_layers)
-    attention_bias = family in ("llama", "qwen3") and config.flag("attention_bias")
+    flags = {name: is_set(config, getattr(family, name)) for name in BIASES_AND_NORMS}
     head_dim = config.optional_count("head_dim")
     return ModelArgs(
         dim=dim,
@@ -130,14 +145,16 @@ def args_of(values: dict[str, Any], path: Path) -> ModelArgs:
         rope_theta=theta,
         rope_scaling=scaling,
         head_dim=None if head_dim == dim / n_heads else head_dim,
-        qkv_bias=attention_bias or family == "qwen2",
-        wo_bias=attention_bias,
-        mlp_bias=family == "llama" and config.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
         tied_embeddings=config.flag("tie_word_embeddings"),
         sliding_window=window,
         sliding_layers=sliding_layers,
+        **flags,
     )
+
+
+def is_set(config: Config, flag: bool | str) -> bool:
+    """flag: of a Family: what all its models have or haven't, or the key of config.json that says so."""
+    return flag if isinstance(flag, bool) else config.flag(flag)
 
 
 def feed_forward_fields(dim: int, hidden_dim: int) -> tuple[int, float | None]:
@@ -151,11 +168,11 @@ def feed_forward_fields(dim: int, hidden_dim: int) -> tuple[int, float | None]:
     return multiple_of, (hidden_dim - multiple_of / 2 + (multiple_of == 1)) / int(8 * dim / 3)
 
 
-def window_of(config: Config, family: str, n_layers: int) -> tuple[int | None, tuple[int, ...] | None]:
-    """(sliding window, the layers that have it; None: all)."""
-    if family == "llama":
+def window_of(config: Config, family: Family, n_layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+    """(sliding_window, sliding_layers) of ModelArgs."""
+    if family.window is None:
         return None, None
-    if family == "mistral":
+    if family.window == "all layers":
         return config.optional_count("sliding_window"), None
     if not config.flag("use_sliding_window") or config.value("sliding_window") is None:
         return None, None
@@ -174,7 +191,7 @@ def window_of(config: Config, family: str, n_layers: int) -> tuple[int | None, t
 
 
 def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling), from `rope_scaling` or the newer `rope_parameters`."""
+    """(rope_theta, rope_scaling) of ModelArgs, from `rope_scaling` or the newer `rope_parameters`."""
     key = "rope_scaling" if config.value("rope_scaling") else "rope_parameters"
     rope = config.value(key) or {}
     if not isinstance(rope, dict):
@@ -187,9 +204,9 @@ def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
     if missing := [name for name in ROPE_NEEDS.get(kind, ()) if rope.get(name) is None]:
         raise LlamaError(f"{config.path}: {key} of type {kind} has no {', '.join(missing)}")
     merged = {**config.values, **rope}
-    if config.values.get(ORIGINAL):  # which wins over the one within, as in transformers
+    if config.values.get(ORIGINAL):  # the outer one wins over the inner one, as in transformers
         merged[ORIGINAL] = config.values[ORIGINAL]
-    inner = Config(config.path, merged, config.defaults)
+    inner = Config(config.path, merged, config.defaults, config.spelling)
     if inner.value("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise inner.error("partial_rotary_factor", inner.value("partial_rotary_factor"), "1.0: whole heads are rotated")
     theta = inner.number("rope_theta", 10000.0)
@@ -202,7 +219,7 @@ def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
 
 
 def scaling_fields(kind: str, rope: dict[str, Any], config: Config) -> dict[str, Any]:
-    """The fields of RopeScaling that the keys of one type of scaling mean."""
+    """The fields of RopeScaling, from the keys of one type of scaling."""
     trained = config.count("max_position_embeddings")
     fields = {name: rope[name] for name in ("factor", *ROPE_TYPES[kind]) if rope.get(name) is not None}
     original = config.optional_count(ORIGINAL) or trained
@@ -219,27 +236,32 @@ def scaling_fields(kind: str, rope: dict[str, Any], config: Config) -> dict[str,
 
 def config_of(
     args: ModelArgs,
-    base: dict[str, Any],
+    base: Mapping[str, Any],
     dtype: torch.dtype,
     task: Task = "language",
     head: HeadConfig | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` that means `args`: `base`, of the same model in another layout, with the keys that matter set.
+    """The `config.json` of a model of these sizes.
 
-    Its family is that of `base`, or the first whose reading gives `args` back. Raises LlamaError where none does.
+    base: the configuration of the same model in another format, whose other keys are kept; {} where there is none.
+    The family is that of `base`, or else the first from whose keys `args` are read back. Raises LlamaError where no
+    family holds all of `args`.
     """
-    families = [f for f in FAMILIES if f != base.get("model_type")]
-    for family in [base["model_type"], *families] if base.get("model_type") in FAMILIES else families:
-        config = {**base, **family_keys(args, family), "torch_dtype": str(dtype).removeprefix("torch.")}
+    source = FAMILIES.get(base.get("model_type", ""))
+    values = dict(base) if source is None else source.to_llama_keys(base)
+    families = [family for family in FAMILIES.values() if family is not source]
+    for family in families if source is None else [source, *families]:
+        config = {**values, **model_keys(args, family), "torch_dtype": str(dtype).removeprefix("torch.")}
         config.setdefault("max_position_embeddings", trained_length(args))
-        for newer in ("rope_parameters", "dtype"):  # what older readers don't know is said in their words alone
+        for newer in ("rope_parameters", "dtype"):  # older readers don't know these: the older keys say the same
             config.pop(newer, None)
         if head is not None:
-            config = {**without_head(config), **config_keys(head, task, family)}
-        if same_model(args_of(config, Path("config.json")), args):
-            if head is not None:  # which counts as tied here, and has nothing that could be
-                config["tie_word_embeddings"] = base.get("tie_word_embeddings", False)
-            return config
+            config = {**without_head(config), **head_keys(head, task, family)}
+        own = family.to_own_keys(config)
+        if same_model(args_of(own, Path("config.json")), args):
+            if head is not None:  # `args` count as tied, and there is no output layer that could be
+                own[family.key("tie_word_embeddings")] = values.get("tie_word_embeddings", False)
+            return own
     raise LlamaError(
         f"no family of Hugging Face's ({', '.join(FAMILIES)}) has what this model has: qkv_bias={args.qkv_bias}, "
         f"wo_bias={args.wo_bias}, mlp_bias={args.mlp_bias}, qk_norm={args.qk_norm}, "
@@ -247,11 +269,11 @@ def config_of(
     )
 
 
-def family_keys(args: ModelArgs, family: str) -> dict[str, Any]:
-    """The keys of a family's `config.json` for these sizes."""
+def model_keys(args: ModelArgs, family: Family) -> dict[str, Any]:
+    """What a family's `config.json` says of these sizes, in Llama's keys."""
     keys: dict[str, Any] = {
         "architectures": [architecture(family, "language")],
-        "model_type": family,
+        "model_type": family.model_type,
         "vocab_size": args.vocab_size,
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,
@@ -264,21 +286,28 @@ def family_keys(args: ModelArgs, family: str) -> dict[str, Any]:
         "rope_scaling": rope_keys(args.rope_scaling),
         "tie_word_embeddings": args.tied_embeddings,
     }
-    if args.head_dim is not None or "head_dim" in FAMILIES[family]:
+    if args.head_dim is not None or "head_dim" in family.defaults:
         keys["head_dim"] = args.head_size
-    if family in ("llama", "qwen3"):
-        keys["attention_bias"] = args.wo_bias
-    if family == "llama":
-        keys["mlp_bias"] = args.mlp_bias
-    if family == "mistral":
-        keys["sliding_window"] = args.sliding_window
-    if family.startswith("qwen"):
-        keys["use_sliding_window"] = args.sliding_window is not None
-        if args.sliding_window is not None:
-            sliding = range(args.n_layers) if args.sliding_layers is None else args.sliding_layers
-            kinds = ["sliding_attention" if i in sliding else "full_attention" for i in range(args.n_layers)]
-            keys |= {"sliding_window": args.sliding_window, "layer_types": kinds, "max_window_layers": min(sliding)}
-    return keys
+    flags = {name: getattr(family, name) for name in BIASES_AND_NORMS}
+    keys |= {key: getattr(args, name) for name, key in flags.items() if isinstance(key, str)}
+    return keys | window_keys(args, family)
+
+
+def window_keys(args: ModelArgs, family: Family) -> dict[str, Any]:
+    """What a family's `config.json` says of the sliding window; see `Family.window`."""
+    if family.window is None:
+        return {}
+    if family.window == "all layers":
+        return {"sliding_window": args.sliding_window}
+    if args.sliding_window is None:
+        return {"use_sliding_window": False}
+    sliding = range(args.n_layers) if args.sliding_layers is None else args.sliding_layers
+    return {
+        "use_sliding_window": True,
+        "sliding_window": args.sliding_window,
+        "layer_types": ["sliding_attention" if i in sliding else "full_attention" for i in range(args.n_layers)],
+        "max_window_layers": min(sliding),
+    }
 
 
 def rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
@@ -289,13 +318,13 @@ def rope_keys(scaling: RopeScaling | None) -> dict[str, Any] | None:
         keys[ORIGINAL] = scaling.original_max_position_embeddings
     for name in ROPE_TYPES[scaling.type]:
         value = getattr(scaling, name)
-        if scaling.type == "llama3" or value != getattr(RopeScaling, name):  # which yarn may leave out
+        if scaling.type == "llama3" or value != getattr(RopeScaling, name):  # yarn's may be left out
             keys[name] = value
     return keys
 
 
 def trained_length(args: ModelArgs) -> int:
-    """How long the model's texts may be, where only its sizes are known: as the published models have it."""
+    """`max_position_embeddings` of the published models with such sizes, for a model whose files don't have it."""
     if args.rope_scaling is None:
         return 8192 if args.rope_theta == 500000 else 4096
     original, kind = args.rope_scaling.original_max_position_embeddings, args.rope_scaling.type
@@ -305,7 +334,7 @@ def trained_length(args: ModelArgs) -> int:
 
 
 def same_model(a: ModelArgs, b: ModelArgs) -> bool:
-    """Whether both mean the same network, however they say it."""
+    """Whether both mean the same network, though by other fields."""
 
     def spelled_out(args: ModelArgs) -> ModelArgs:
         sizes = {"n_kv_heads": args.kv_heads, "head_dim": args.head_size, "multiple_of": args.hidden_dim}

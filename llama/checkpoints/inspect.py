@@ -1,9 +1,10 @@
 """What a checkpoint's directory holds and all that is wrong with it: a `CheckpointReport`, as text or JSON.
 
-Knows what a survey found; reads no tensor and needs no process group.
+Knows the result of a survey; reads no tensor and needs no process group.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,98 +15,99 @@ import torch
 
 from .._util.validate import check_count
 from ..accelerate.quantization import BITS, GROUP, Quantization, bits_of
-from ..errors import LlamaError, counted, printable
+from ..errors import LlamaError, make_printable, pluralize
 from ..model import ModelArgs
-from ..parallel import DTYPES, named_dtype
+from ..parallel import DTYPES, parse_dtype
 from ..tokenization.hf_tokenizer import open_tokenizer
 from ..tokenizer import Tokenizer
+from .checkpoint import Checkpoint
+from .families import label_of
 from .fit import check_ranks, check_vocabulary
-from .loader import Checkpoint, Format, find_tokenizer
+from .formats import FORMATS
+from .loader import survey
 from .schema import memory_needed, mp_sizes, part_sizes
+from .side_files import find_tokenizer
 from .task_spec import Task
 
-FORMATS: dict[Format, str] = {"meta": "Meta", "hf": "Hugging Face"}
 KINDS = {"tiktoken": "a vocabulary of tiktoken's", "tokenizers": "a tokenizer.json"}
 CHATS = {"llama3": "Llama 3's format", "template": "the model's own template", None: "no template"}
-LLAMAS: dict[float, str] = {10000: "Llama 1 or 2", 500000: "Llama 3"}  # by rope_theta
-SCALED_LLAMAS: dict[float, str] = {8: "Llama 3.1 or 3.3", 32: "Llama 3.2"}  # by the factor of their rope scaling
-LISTED_MISFITS, LISTED_LABELS = 24, 8
-LABEL_WIDTH = 12
+LISTED_MISFITS, LISTED_LABELS = 24, 8  # in the text; more are counted
+TITLE_WIDTH = 12  # of the text's first column
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of tensors. bytes: None where none can be counted. problem: None where all is well."""
+    """A file of tensors."""
 
     name: str
-    bytes: int | None
-    problem: str | None
+    bytes: int | None  # None: the file can't be read
+    problem: str | None  # None: the file is whole
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer. kind: a key of KINDS. stop_tokens: {"id": ..., "name": ... or None} each. chat: a key of CHATS."""
+    """The tokenizer."""
 
     file: str
-    kind: str
+    kind: str  # a key of KINDS
     n_words: int
-    stop_tokens: list[dict[str, Any]]
-    chat: str | None
+    stop_tokens: list[dict[str, Any]]  # each {"id": int, "name": str or None}
+    chat: str | None  # a key of CHATS
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one model-parallel rank takes for weights and KV cache, and all `mp_size` of them together."""
+    """Bytes that weights and KV cache take."""
 
     mp_size: int
     max_seq_len: int
     max_batch_size: int
     dtype: str
-    weights: int
+    weights: int  # of one model-parallel rank
     kv_cache: int
-    weights_in_all: int
+    weights_in_all: int  # of all `mp_size` ranks
     kv_cache_in_all: int
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """All that `inspect` says; what wrong files left unknown is None or empty.
+    """All that `inspect` says. What broken files leave unknown is None or empty.
 
-    In JSON these are the keys, with "ok" before them: whether there are neither problems nor misfits.
-    directory: where the files lie. format: "meta" or "hf". family: of which published models, for people. task:
-    "language", or what its head was made for: to "classify", "tag" or "answer". labels: of the first two. sizes: see
-    `sizes_of`. parameters: how many numbers. quantization: how the files' matrices are rounded; None: they aren't.
-    dtypes: name -> how many tensors. files, tokenizer, memory: objects with
-    the fields of File, Vocabulary and Memory. mp_sizes: on how many ranks it runs. problems: a line for each, those of
-    files too. misfits: what is wrong with the tensors in whole files.
+    The fields are the keys of the JSON, which has "ok" before them.
     """
 
-    directory: str
-    format: Format
-    family: str | None
-    task: Task
-    labels: list[str]
-    sizes: dict[str, Any] | None
-    parameters: int | None
-    quantization: Quantization | None
-    dtypes: dict[str, int]
+    directory: str  # where the files lie
+    format: str  # a key of FORMATS: "meta" or "hf"
+    family: str | None  # the published models that it is one of, for people
+    task: Task  # "language", or the task of its head: "classify", "tag" or "answer"
+    labels: list[str]  # of a head to classify or tag
+    sizes: dict[str, Any] | None  # see `sizes_of`
+    parameters: int | None  # how many numbers it has
+    quantization: Quantization | None  # how matrices are quantized in the files; None: not at all
+    dtypes: dict[str, int]  # name -> how many tensors have it
     files: list[File]
     tokenizer: Vocabulary | None
     memory: Memory | None
-    mp_sizes: list[int]
-    problems: list[str]
-    misfits: list[str]
+    mp_sizes: list[int]  # on how many ranks it runs
+    problems: list[str]  # one line each, those of files too
+    misfits: list[str]  # what is wrong with the tensors in whole files
 
     @property
     def ok(self) -> bool:
+        """Whether there are neither problems nor misfits."""
         return not self.problems and not self.misfits
 
     def as_json(self) -> str:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
 
     def as_text(self) -> str:
-        """Two columns. Characters that could steer a terminal are replaced, whoever chose the names of the files."""
-        return "\n".join(f"{label:{LABEL_WIDTH}} {printable(text)}" for label, text in rows(self))
+        """Two columns. Control characters, which names of files may have, are replaced."""
+        return "\n".join(f"{title:{TITLE_WIDTH}} {make_printable(text)}" for title, text in rows(self))
+
+
+def inspect(directory: str | os.PathLike, **options: Any) -> CheckpointReport:
+    """What lies in a checkpoint's directory, and what is wrong with it. Reads headers; options: of `report_on`."""
+    return report_on(survey(directory), **options)
 
 
 def report_on(
@@ -116,17 +118,17 @@ def report_on(
     max_batch_size: int = 4,
     dtype: str | None = None,
 ) -> CheckpointReport:
-    """What a survey found, with the tokenizer, and the memory that a model so built would take.
+    """Report on a checkpoint, its tokenizer, and the memory that it would take if it were built with these arguments.
 
-    dtype: None is that of most tensors in the files, rounded ones aside. Raises LlamaError for numbers and dtypes that
-    mean nothing.
+    dtype: None is that of most tensors in the files, quantized ones aside. Raises LlamaError for values that no model
+    can be built with.
     """
     for name, count in (("mp_size", mp_size), ("max_seq_len", max_seq_len), ("max_batch_size", max_batch_size)):
         check_count(name, count)
-    chosen = None if dtype is None else named_dtype(dtype)
+    chosen = None if dtype is None else parse_dtype(dtype)
     args, head, problems = checkpoint.args, checkpoint.head, list(checkpoint.problems)
-    found = Counter(stored.dtype for stored in checkpoint.tensors.values())
-    found.update(tensor.dtype for tensor in checkpoint.head_tensors.values())
+    dtypes = Counter(stored.dtype for stored in checkpoint.tensors.values())
+    dtypes.update(tensor.dtype for tensor in checkpoint.head_tensors.values())
     plain = Counter(stored.dtype for name, stored in checkpoint.tensors.items() if name.endswith((".weight", ".bias")))
     chosen = chosen or next((dtype for dtype, _ in plain.most_common() if dtype in DTYPES.values()), None)
     memory = None
@@ -134,28 +136,28 @@ def report_on(
         try:
             check_ranks(checkpoint.directory, args, mp_size, checkpoint.group)
             if chosen is not None:
-                sized = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-                memory = memory_of(sized, mp_size, chosen, checkpoint.quantization)
-                if head is not None:  # which needs no cache
+                built = replace(args, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+                memory = memory_of(built, mp_size, chosen, checkpoint.quantization)
+                if head is not None:  # a model with a head needs no KV cache
                     memory = replace(memory, kv_cache=0, kv_cache_in_all=0)
         except LlamaError as e:
             problems.append(str(e))
-    vocabulary, wrong = look_at_tokenizer(checkpoint)
+    vocabulary, tokenizer_problems = inspect_tokenizer(checkpoint)
     return CheckpointReport(
         directory=str(checkpoint.directory),
-        format=checkpoint.format,
-        family=None if args is None else family_of(args, checkpoint.family),
+        format=checkpoint.format.name,
+        family=None if args is None else label_of(args, checkpoint.family),
         task=checkpoint.task,
         labels=list(head.labels) if head is not None and checkpoint.task != "answer" else [],
         sizes=None if args is None else sizes_of(args, head is not None),
         parameters=None if args is None else sum(part_sizes(args, 1).values()) + head_size(checkpoint),
         quantization=checkpoint.quantization,
-        dtypes={dtype_name(dtype): count for dtype, count in found.most_common()},
+        dtypes={dtype_name(dtype): count for dtype, count in dtypes.most_common()},
         files=[File(path.name, bytes_of(path), checkpoint.faults.get(path)) for path in checkpoint.files],
         tokenizer=vocabulary,
         memory=memory,
         mp_sizes=[] if args is None else mp_sizes(args, checkpoint.group),
-        problems=problems + wrong,
+        problems=problems + tokenizer_problems,
         misfits=list(checkpoint.misfits),
     )
 
@@ -183,9 +185,9 @@ def head_size(checkpoint: Checkpoint) -> int:
 
 
 def sizes_of(args: ModelArgs, has_head: bool = False) -> dict[str, Any]:
-    """The sizes as they are, not as a file says them; a field that a model hasn't is None or False.
+    """The sizes by their meaning, whatever fields a file has for them. What a model hasn't is None or False.
 
-    has_head: instead of an output layer, which else may be tied.
+    has_head: there is a head instead of an output layer, so that none is tied.
     """
     names = ["vocab_size", "norm_eps", "rope_theta", "rope_scaling", "sliding_window", "sliding_layers"]
     names += ["qkv_bias", "wo_bias", "mlp_bias", "qk_norm"]
@@ -202,23 +204,8 @@ def sizes_of(args: ModelArgs, has_head: bool = False) -> dict[str, Any]:
     }
 
 
-def family_of(args: ModelArgs, model_type: str | None) -> str:
-    """The published models that have such fields. A guess for people: nothing depends on it."""
-    if model_type == "qwen3" or args.qk_norm:
-        return "Qwen3"
-    if model_type == "qwen2" or (args.qkv_bias and not args.wo_bias):
-        return "Qwen2 or 2.5"
-    if model_type == "mistral" or args.sliding_window is not None:
-        return "Mistral"
-    scaling = args.rope_scaling
-    if scaling is not None:
-        known = SCALED_LLAMAS if scaling.type == "llama3" else {}
-        return known.get(scaling.factor, "Llama")
-    return LLAMAS.get(args.rope_theta, "Llama")
-
-
-def look_at_tokenizer(checkpoint: Checkpoint) -> tuple[Vocabulary | None, list[str]]:
-    """The tokenizer beside the tensors, and what is wrong with it."""
+def inspect_tokenizer(checkpoint: Checkpoint) -> tuple[Vocabulary | None, list[str]]:
+    """(the tokenizer beside the tensors, what is wrong with it)."""
     try:
         path = find_tokenizer(checkpoint)
         tokenizer = open_tokenizer(path)
@@ -243,9 +230,9 @@ def look_at_tokenizer(checkpoint: Checkpoint) -> tuple[Vocabulary | None, list[s
 
 
 def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
-    """(label, text) of each line; the lines after the first of a section have no label."""
+    """(title, text) of each line. The lines after the first of a section have no title."""
     yield "directory", report.directory
-    yield "format", FORMATS[report.format]
+    yield "format", FORMATS[report.format].label
     yield "family", report.family or "unknown"
     if report.task != "language":
         yield "task", report.task + labels_in_short(report.labels)
@@ -254,29 +241,29 @@ def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
         yield "parameters", f"{report.parameters:,}"
     if report.quantization is not None:
         bits = BITS[report.quantization]
-        yield "rounded", f"{report.quantization}: integers of {bits} bits, of which {GROUP[bits]} share a scale"
+        yield "quantized", f"{report.quantization}: integers of {bits} bits, of which {GROUP[bits]} share a scale"
     tensors = [f"{count} of {dtype}" for dtype, count in report.dtypes.items()]
     yield "tensors", ", ".join(tensors) or "unknown"
-    yield from labelled("files", rows_of_files(report))
+    yield from add_title("files", rows_of_files(report))
     yield from rows_of_tokenizer(report.tokenizer)
-    yield from labelled("memory", rows_of_memory(report.memory))
+    yield from add_title("memory", rows_of_memory(report.memory))
     yield "mp_size", ", ".join(map(str, report.mp_sizes)) or "unknown"
-    yield from labelled("problems", rows_of_problems(report))
+    yield from add_title("problems", rows_of_problems(report))
 
 
 def labels_in_short(labels: list[str]) -> str:
     if not labels:
         return ""
     more = ", ..." * (len(labels) > LISTED_LABELS)
-    return f", {counted(len(labels), 'label')}: {', '.join(labels[:LISTED_LABELS])}{more}"
+    return f", {pluralize(len(labels), 'label')}: {', '.join(labels[:LISTED_LABELS])}{more}"
 
 
-def labelled(label: str, lines: list[str]) -> Iterator[tuple[str, str]]:
-    return zip([label, *[""] * (len(lines) - 1)], lines, strict=True)
+def add_title(title: str, lines: list[str]) -> Iterator[tuple[str, str]]:
+    return zip([title, *[""] * (len(lines) - 1)], lines, strict=True)
 
 
 def rows_of_sizes(sizes: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What every model has, and a line of what this one has besides, if anything."""
+    """The sizes that every model has, and a line of what only some models have."""
     every = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
     yield "sizes", ", ".join(f"{name} {sizes[name]}" for name in every)
     scaling = sizes["rope_scaling"]
@@ -304,7 +291,7 @@ def rows_of_files(report: CheckpointReport) -> list[str]:
     lines = []
     for file in report.files:
         size = "none" if file.bytes is None else human(file.bytes)
-        path = str(Path(report.directory) / file.name)  # with which its problem begins, as the line does with the name
+        path = str(Path(report.directory) / file.name)  # a problem begins with it, and the line with the file's name
         problem = "ok" if file.problem is None else file.problem.removeprefix(path).lstrip(": ")
         lines.append(f"{file.name:{width}}  {size:>7}  {problem}")
     return lines or ["none"]
@@ -337,10 +324,10 @@ def rows_of_memory(memory: Memory | None) -> list[str]:
 
 
 def rows_of_problems(report: CheckpointReport) -> list[str]:
-    """A line for each problem that isn't told beside its file."""
-    told = {file.problem for file in report.files if file.problem is not None}
-    lines = [f"{len(told)} of files, above"] if told else []
-    lines += [problem for problem in report.problems if problem not in told]
+    """A line for each problem that isn't shown beside its file."""
+    shown = {file.problem for file in report.files if file.problem is not None}
+    lines = [f"{len(shown)} of files, above"] if shown else []
+    lines += [problem for problem in report.problems if problem not in shown]
     lines += report.misfits[:LISTED_MISFITS]
     if (more := len(report.misfits) - LISTED_MISFITS) > 0:
         lines.append(f"and {more} more tensors that don't fit")
@@ -348,7 +335,7 @@ def rows_of_problems(report: CheckpointReport) -> list[str]:
 
 
 def human(size: int) -> str:
-    """Bytes in three digits."""
+    """A number of bytes in three digits, with its unit."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= 0.9995 * scale:
             value = size / scale

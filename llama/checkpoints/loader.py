@@ -1,191 +1,79 @@
-"""A directory on disk -> (ModelArgs, this rank's tensors). Here formats and shard counts are met; past here there is
-one layout, Meta's names and interleaved rotary pairs.
+"""A directory on disk -> the Transformer of this rank with its weights: checkpoints are found, opened and loaded.
 
-Knows where the tokenizer lies and not what is in it; knows no generation. Files come from strangers: nothing in them is
-executed.
+Past this file there is one layout of tensors, with Meta's names and interleaved rotary pairs. Knows no format, which is
+a record in `formats`; knows no tokenizer and no text. Files come from strangers: nothing in them is executed.
 """
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm import tqdm
 
-from .._util.ranks import is_main_process
-from ..accelerate.quantization import BITS, GROUP, IntegerPanels, Quantization, Rounded
+from .. import parallel
+from .._util.console import progress_bar
+from ..accelerate.accelerator import Acceleration, Accelerator
+from ..accelerate.quantization import QuantizedMatrix, bits_of
 from ..errors import LlamaError
 from ..model import ModelArgs, Transformer
-from ..parallel import Place, together
-from . import hf_config
-from . import huggingface as hf_format
-from . import meta as meta_format
-from . import task_spec as head_format
-from .compressed_tensors import SCALES, WORDS, check_groups, file_dtypes, file_shapes, wrong_shapes
-from .download import is_url
-from .schema import New, Stored, check_sizes, in_memory, is_linear, part_sizes, tensor_shapes
-from .task_spec import HeadConfig, Task
+from ..parallel import Place, raise_together
+from .checkpoint import Checkpoint, CheckpointFormat
+from .compressed_tensors import check_groups, file_dtypes, file_shapes, find_wrong_shapes
+from .download import cache_directory, copy_to_cache, is_url
+from .fit import check_ranks, choose_quantization
+from .formats import FORMATS
+from .hf_head import find_head_problems
+from .schema import check_sizes, memory_needed, part_sizes, tensor_shapes
 
-Format = Literal["meta", "hf"]
-CONFIG = {"meta": "params.json", "hf": "config.json"}
-SECONDS_BEFORE_BAR = 2
-LOOKED_UP = 256  # rows of a rounded matrix whose numbers are made at a time
-Take = Callable[[Transformer, str, IntegerPanels | None], None]
+LISTED_NAMES = 12  # of a directory, in messages
+PackWeight = Callable[[Transformer, str, QuantizedMatrix | None], None]
 
 
-@dataclass
-class Checkpoint:
-    """What a directory was found to hold. With problems, what they left unknown is missing.
-
-    directory: where the files lie, which may be the `original/` folder of the one that was asked for. family: as
-    Hugging Face's configuration calls it; None in Meta's layout. task, head: what it was made for; language models have
-    no head. quantization: how the matrices of layers are rounded; None: they aren't. tensors: by Meta's names, of
-    rounded ones as `compressed` has them; head_tensors: the head's, by their own. problems: what is wrong with
-    files; faults: those of them that are of one file, by its path; misfits: what is wrong with the tensors in whole
-    files.
-    """
-
-    directory: Path
-    format: Format
-    args: ModelArgs | None = None
-    family: str | None = None
-    task: Task = "language"
-    head: HeadConfig | None = None
-    quantization: Quantization | None = None
-    files: list[Path] = field(default_factory=list)
-    tensors: dict[str, Stored] = field(default_factory=dict)
-    head_tensors: dict[str, Tensor] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    faults: dict[Path, str] = field(default_factory=dict)
-    misfits: list[str] = field(default_factory=list)
-
-    def blame(self, path: Path, problem: str) -> None:
-        self.problems.append(problem)
-        self.faults[path] = problem
-
-    @property
-    def config(self) -> Path:
-        return self.directory / CONFIG[self.format]
-
-    @property
-    def sizes(self) -> ModelArgs:
-        """`args` of a checkpoint without problems. Raises LlamaError in others, which left them unknown."""
-        if self.args is None:
-            raise LlamaError(f"{self.directory}: the model's sizes are unknown: {'; '.join(self.problems)}")
-        return self.args
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensors["tok_embeddings.weight"].dtype
-
-    def dtype_of(self, name: str) -> torch.dtype:
-        """Of the tensor's numbers; of those that a rounded matrix stands for, the embedding's."""
-        return self.dtype if self.is_rounded(name) else self.tensors[name].dtype
-
-    @property
-    def group(self) -> int:
-        """How many numbers of a row ranks can't divide."""
-        return 1 if self.quantization is None else GROUP[BITS[self.quantization]]
-
-    def is_rounded(self, name: str) -> bool:
-        return self.quantization is not None and is_linear(name)
-
-    def panels(
-        self, name: str, mp_rank: int, mp_size: int, dtype: torch.dtype, device: torch.device | None = None
-    ) -> IntegerPanels:
-        """What one rank keeps of a rounded matrix, to be computed with in this dtype; device: None is the CPU."""
-        bits = BITS[cast(Quantization, self.quantization)]
-        parts = (self.tensors[key].part(self.sizes, mp_rank, mp_size, key) for key in (name + WORDS, name + SCALES))
-        return IntegerPanels(Rounded(*(part.to(device).contiguous() for part in parts)), bits, dtype)
-
-    def part(self, name: str, mp_rank: int = 0, mp_size: int = 1, new: New = in_memory) -> Tensor:
-        """What one rank keeps of the tensor; of a rounded matrix, the numbers that it stands for, in a `new` tensor."""
-        if not self.is_rounded(name):
-            return self.tensors[name].part(self.sizes, mp_rank, mp_size, name, new)
-        panels = self.panels(name, mp_rank, mp_size, self.dtype)
-        numbers = new((panels.rows, panels.columns), self.dtype)
-        for rows in torch.arange(panels.rows).split(LOOKED_UP):
-            numbers[rows] = panels.lookup(rows)
-        return numbers
+# --- finding and opening --------------------------------------------------------------------------------------------
 
 
-def find(ckpt_dir: str | os.PathLike) -> tuple[Path, Format]:
-    """Where the checkpoint's files lie, and their layout. Raises LlamaError when nothing like one is there."""
+def find_checkpoint(ckpt_dir: str | os.PathLike) -> tuple[Path, CheckpointFormat]:
+    """Where the checkpoint's files lie, and their format. Raises LlamaError where there are none."""
     if not isinstance(ckpt_dir, (str, os.PathLike)) or ckpt_dir == "":
         raise LlamaError(f"ckpt_dir is {ckpt_dir!r}, expected the path of a checkpoint's directory")
     if is_url(ckpt_dir):
         raise LlamaError(f"{ckpt_dir} is a URL, which is read by what runs a model: expected a directory here")
     directory = Path(ckpt_dir)
     if not directory.is_dir():
-        found = "a file" if directory.exists() else "nothing"
-        raise LlamaError(f"ckpt_dir {directory}: found {found} there, expected a directory that holds a checkpoint")
+        content = "a file" if directory.exists() else "nothing"
+        raise LlamaError(f"ckpt_dir {directory}: found {content} there, expected a directory that holds a checkpoint")
     try:
         names = sorted(p.name for p in directory.iterdir())
     except OSError as e:
         raise LlamaError(f"ckpt_dir {directory} can't be read ({e.strerror})") from e
-    original = directory / "original"
-    if any(directory.glob("consolidated.*.pth")):
-        return directory, "meta"
-    if any(n.endswith(".safetensors") for n in names):
-        return directory, "hf"
-    if any(original.glob("consolidated.*.pth")):
-        return original, "meta"
-    if hf_format.INDEX in names:
-        return directory, "hf"
-    there = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+    for patterns in zip_longest(*(format.patterns for format in FORMATS.values())):
+        for format, pattern in zip(FORMATS.values(), patterns, strict=True):
+            if pattern is not None and (path := next(directory.glob(pattern), None)) is not None:
+                return path.parent, format
+    expected = ", or ".join(f"{format.config} and {format.example}" for format in FORMATS.values())
+    content = ", ".join(names[:LISTED_NAMES]) or "an empty directory"
+    content += f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     pickles = any(n.startswith("pytorch_model") for n in names)
     raise LlamaError(
-        f"ckpt_dir {directory}: expected params.json and consolidated.00.pth, or config.json and model.safetensors, "
-        f"found {there or 'an empty directory'}"
+        f"ckpt_dir {directory}: expected {expected}, found {content}"
         + ("; pytorch_model*.bin is the older form: save it anew with transformers' save_pretrained" * pickles)
     )
 
 
-def find_settings(checkpoint: Checkpoint, *names: str) -> list[Path]:
-    """Those of these files around the tensors that a download has, in its directory or the one of `original/`."""
-    directory = checkpoint.directory
-    places = [directory, directory.parent if directory.name == "original" else directory / "original"]
-    return [place / name for place in places for name in names if (place / name).is_file()]
-
-
-def find_tokenizer(checkpoint: Checkpoint) -> Path:
-    """The tokenizer's file that belongs to the layout, else the other's; where there is none, the one to expect."""
-    names = ["tokenizer.model", "tokenizer.json"]
-    if checkpoint.format == "hf":
-        names.reverse()
-    found = find_settings(checkpoint, *names)
-    usable = [path for path in found if not is_binary(path)]
-    return (usable or found or [checkpoint.directory / names[0]])[0]
-
-
-def is_binary(path: Path) -> bool:
-    """Whether it is a `tokenizer.model` that isn't text, and so isn't read: mostly a tokenizer.json is beside it."""
-    try:
-        with path.open("rb") as f:
-            return path.name == "tokenizer.model" and b"\0" in f.read(4096)
-    except OSError:
-        return False  # who opens it next will say why
-
-
 def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
-    """Look at all files of a checkpoint, whole or not; reads their headers only, and a few rows where the output layer
-    may repeat the embedding. If `thorough`, all rows.
+    """Look at all files of a checkpoint, whole or not. Reads headers, and rows of matrices that may repeat each other.
 
-    Raises LlamaError when there is no checkpoint at all; whatever else is wrong is listed in the result.
+    thorough: compare all of those rows instead of a few.
+    Raises LlamaError where there is no checkpoint at all. Whatever else is wrong is listed in the result.
     """
-    checkpoint = Checkpoint(*find(ckpt_dir))
-    spell: Callable[[str], str] = str
-    gather: Callable[[list[dict[str, Tensor]], ModelArgs], tuple[dict[str, Stored], list[str]]] = meta_format.gather
-    if checkpoint.format == "meta":
-        contents = meta_contents(checkpoint, thorough)
-    else:
-        contents, spell = hf_contents(checkpoint), hf_format.hf_name
-        gather = partial(hf_format.gather, thorough=thorough, quantization=checkpoint.quantization)
+    checkpoint = Checkpoint(*find_checkpoint(ckpt_dir))
+    format = checkpoint.format
+    contents = format.read(checkpoint, thorough)
     if checkpoint.args is None:
         return checkpoint
     try:
@@ -197,124 +85,128 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
         checkpoint.blame(checkpoint.config, f"{checkpoint.config}: {e}")
         checkpoint.args = None
         return checkpoint
-    checkpoint.tensors, checkpoint.misfits = gather(contents, checkpoint.args)
+    checkpoint.tensors, checkpoint.misfits = format.gather(checkpoint, contents, thorough)
     if not checkpoint.problems:  # else what is missing may lie in a file that is broken
-        expected = file_shapes(checkpoint.args, checkpoint.quantization)
-        absent = [name for name in expected if name not in checkpoint.tensors]
-        checkpoint.misfits += [f"missing {spell(name)}" for name in absent]
+        expected_names = file_shapes(checkpoint.args, checkpoint.quantization)
+        absent = [name for name in expected_names if name not in checkpoint.tensors]
+        checkpoint.misfits += [f"missing {format.spell(checkpoint, name)}" for name in absent]
         if checkpoint.head is not None:
             sizes = len(checkpoint.head.labels), checkpoint.args.dim
-            checkpoint.misfits += head_format.misfits(checkpoint.head_tensors, checkpoint.task, *sizes)
-    checkpoint.misfits += misfits(checkpoint)
+            checkpoint.misfits += find_head_problems(checkpoint.head_tensors, checkpoint.task, *sizes)
+    checkpoint.misfits += find_tensor_problems(checkpoint)
     return checkpoint
 
 
-def meta_contents(checkpoint: Checkpoint, thorough: bool) -> list[dict[str, Tensor]]:
-    directory = checkpoint.directory
-    params = attempt(checkpoint, meta_format.read_params, checkpoint.config)
-    checkpoint.files = meta_format.shard_paths(directory)
-    attempt(checkpoint, partial(meta_format.check_shards, shards=checkpoint.files), directory)
-    shards = [attempt(checkpoint, meta_format.read_shard, path) for path in checkpoint.files]
-    if checkpoint.problems:
-        return []
-    complete = partial(meta_format.complete_args, params=params, shards=shards, thorough=thorough)
-    args = attempt(checkpoint, complete, checkpoint.config)
-    if args is None:
-        return []
-    split = meta_format.ranks_by_shape(shards[0], args)
-    if split > len(shards):
-        here = f"{len(shards)} {'is' if len(shards) == 1 else 'are'} here"
-        checkpoint.problems.append(
-            f"{directory}: by the shape of its tensors the checkpoint was split in {split} shards, but "
-            f"{here}: download the missing ones"
-        )
-        return []
-    checkpoint.args = args
-    return shards
-
-
-def hf_contents(checkpoint: Checkpoint) -> list[dict[str, Tensor]]:
-    directory, config = checkpoint.directory, checkpoint.config
-    if not config.is_file():
-        checkpoint.blame(config, f"{config} is missing: it comes with the checkpoint, download it too")
-    elif (found := attempt(checkpoint, hf_config.read_config, config)) is not None:
-        checkpoint.family, checkpoint.args, checkpoint.quantization = found.family, found.args, found.quantization
-        checkpoint.task, checkpoint.head = found.task, found.head
-    files, places = attempt(checkpoint, hf_format.tensor_files, directory) or ([], {})
-    if not any(path.exists() for path in files):  # the index is broken or gone, but there are files
-        files = sorted({*files, *directory.glob("*.safetensors")})
-    checkpoint.files = files
-    contents = []
-    for path in files:
-        if not path.exists():
-            why = f"which {hf_format.INDEX} names" if places else f"and there is no {hf_format.INDEX} that names others"
-            checkpoint.blame(path, f"{path} is missing, {why}: download it")
-            continue
-        tensors = attempt(checkpoint, hf_format.read_file, path)
-        if tensors is None:
-            continue
-        body, head = head_format.divided(tensors, checkpoint.task)
-        contents.append(body)
-        if repeated := sorted(head.keys() & checkpoint.head_tensors.keys()):
-            checkpoint.blame(path, f"{path} has {repeated[0]}, and so has a file before it")
-        checkpoint.head_tensors |= head
-        if absent := [name for name, place in places.items() if place == path.name and name not in tensors]:
-            checkpoint.blame(
-                path,
-                f"{path} has no {absent[0]}, where {hf_format.INDEX} places it ({len(absent)} such): "
-                "are both of the same download?",
-            )
-    return contents
-
-
-def attempt(checkpoint: Checkpoint, read: Callable[[Path], Any], path: Path) -> Any:
-    """The result of reading, or None and a problem more."""
-    try:
-        return read(path)
-    except LlamaError as e:
-        checkpoint.blame(path, str(e))
-    except RuntimeError as e:  # torch's, where the system won't map a file that is larger than all memory
-        reason = " ".join(str(e).split())
-        checkpoint.blame(path, f"{path} can't be mapped ({reason}): is it larger than the memory here?")
-    return None
-
-
-def misfits(checkpoint: Checkpoint) -> list[str]:
-    """What is misshapen or of no use among the tensors, by the names that the files use."""
+def find_tensor_problems(checkpoint: Checkpoint) -> list[str]:
+    """The wrong shapes and dtypes among the tensors, by their names in the files."""
     shapes = file_shapes(checkpoint.sizes, checkpoint.quantization)
     problems = []
     for name, stored in checkpoint.tensors.items():
         if stored.shape != shapes[name]:
             problems.append(f"{stored.name} of shape {stored.shape}, expected {shapes[name]}")
-        if stored.dtype not in (useful := file_dtypes(name)):
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in useful)
-            problems.append(f"{stored.name} of {stored.dtype}, expected {'one of ' * (len(useful) > 1)}{expected}")
-    return problems + wrong_shapes(checkpoint.tensors, checkpoint.sizes)
+        if stored.dtype not in (dtypes := file_dtypes(name)):
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            problems.append(f"{stored.name} of {stored.dtype}, expected {'one of ' * (len(dtypes) > 1)}{expected}")
+    return problems + find_wrong_shapes(checkpoint.tensors, checkpoint.sizes)
 
 
 def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
-    """A thorough `survey` of a checkpoint of any layout. Raises LlamaError when anything is wrong."""
+    """A thorough `survey` of a checkpoint of any format. Raises LlamaError if anything is wrong."""
     checkpoint = survey(ckpt_dir, thorough=True)
     if len(problems := checkpoint.problems) > 1:
         raise LlamaError(f"{problems[0]} (and {len(problems) - 1} more: python -m llama inspect lists them)")
     if problems:
         raise LlamaError(problems[0])
-    if wrong := checkpoint.misfits:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    if misfits := checkpoint.misfits:
+        more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise LlamaError(
-            f"{checkpoint.directory}: the tensors don't fit {checkpoint.config.name}: {'; '.join(wrong[:5])}{more}. "
+            f"{checkpoint.directory}: the tensors don't fit {checkpoint.config.name}: {'; '.join(misfits[:5])}{more}. "
             "Are both files of the same model?"
         )
     return checkpoint
 
 
+# --- preparing: what can't work is refused here, before a tensor is loaded ------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model to generate with, before it is loaded."""
+
+    checkpoint: Checkpoint
+    args: ModelArgs  # with the sizes of the KV cache
+    place: Place
+    acceleration: Acceleration
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes that a rank needs for (weights, KV cache)."""
+        return memory_needed(self.args, self.place.mp_size, self.place.dtype, bits_of(self.acceleration.quantization))
+
+    def load(self) -> Transformer:
+        accelerator = Accelerator(self.acceleration)
+        model = load_model(self.checkpoint, self.args, self.place, accelerator.pack_weight)
+        accelerator.finish(model)
+        return model
+
+
+def fetch_checkpoint(ckpt_dir: str | Path) -> str | Path:
+    """The checkpoint's directory on this machine, to which a URL is copied first. Called on all ranks alike."""
+    if not is_url(ckpt_dir):
+        return ckpt_dir
+    with parallel.raise_together(parallel.new_long_timeout_group()):
+        if parallel.is_machine_leader():
+            copy_to_cache(str(ckpt_dir))
+    return cache_directory(str(ckpt_dir))
+
+
+def prepare_model(
+    ckpt_dir: str | Path,
+    place: Place,
+    acceleration: Acceleration,
+    max_seq_len: int,
+    max_batch_size: int,
+    own_dtype: bool,
+) -> PreparedModel:
+    """Open a checkpoint to generate with.
+
+    own_dtype: compute in the dtype of the files instead of the place's. Raises LlamaError for what no rank could load.
+    """
+    checkpoint = open_checkpoint(ckpt_dir)
+    check_generates(checkpoint)
+    args, place = resolve_sizes(checkpoint, place, max_seq_len, max_batch_size, own_dtype)
+    quantization = choose_quantization(checkpoint.directory, checkpoint.quantization, acceleration.quantization)
+    return PreparedModel(checkpoint, args, place, replace(acceleration, quantization=quantization))
+
+
+def check_generates(checkpoint: Checkpoint) -> None:
+    """Raise LlamaError for a model that has a task head instead of an output layer."""
+    if checkpoint.head is not None:
+        raise LlamaError(
+            f"{checkpoint.directory} has no output layer to generate with, but a head to {checkpoint.task} texts: "
+            "llama.TaskModel.build reads it"
+        )
+
+
+def resolve_sizes(
+    checkpoint: Checkpoint, place: Place, max_seq_len: int, max_batch_size: int, own_dtype: bool
+) -> tuple[ModelArgs, Place]:
+    """The sizes and the place to build a checkpoint's model with. Raises LlamaError if so many ranks can't run it."""
+    args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+    check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
+    return args, replace(place, dtype=checkpoint.dtype) if own_dtype else place
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+
 class _LayersOnMeta(TorchDispatchMode):
-    """Sends `torch.Tensor(rows, columns)`, which fairscale's layers call and `torch.device` doesn't reach, to meta; and
-    leaves out their random numbers, which nobody would see."""
+    """Makes fairscale's layers on the meta device: `torch.device` doesn't reach the `torch.Tensor(rows, columns)` that
+    they call. Their random numbers are left out."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler for this, which takes seconds
+        return False  # else torch imports its compiler, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.normal_.default:
@@ -325,7 +217,7 @@ class _LayersOnMeta(TorchDispatchMode):
 
 
 def build_on_meta(args: ModelArgs) -> Transformer:
-    """The network of these sizes with shapes and no memory: a model to assign tensors to."""
+    """The network of these sizes on the meta device: it takes no memory, and tensors can be assigned to it."""
     with torch.device("meta"), _LayersOnMeta():
         return Transformer(args)
 
@@ -334,39 +226,38 @@ def load_model(
     checkpoint: Checkpoint,
     args: ModelArgs,
     place: Place,
-    take: Take | None = None,
+    pack_weight: PackWeight | None = None,
 ) -> Transformer:
-    """The Transformer of this rank with its weights. On the CPU, in the file's own dtype and layout, they stay mapped:
-    all that are whole or cut along their rows.
+    """The Transformer of this rank with its weights.
 
-    take(model, name, panels) is called when the tensor `name` has its place, and may put another layer there before the
-    next tensor comes. A matrix that is rounded in the files has no place yet, and comes as panels; without `take`, as
-    the numbers that it stands for. If one rank fails, every rank raises its LlamaError.
+    On the CPU, and in the dtype of the file, a tensor stays mapped, unless its columns are divided over ranks or its
+    rotary pairs are in another order.
+    pack_weight(model, name, quantized) is called after each tensor, before the next one is read. quantized: None, and
+    the tensor is in the model; or a matrix that is quantized in the files, which isn't in the model yet. Without
+    `pack_weight`, such a matrix is dequantized.
+    If one rank fails, every rank raises its LlamaError.
     """
-    with together():
+    with raise_together():
         model = build_on_meta(args)
         sizes = part_sizes(args, place.mp_size)
         total = sum(sizes.values()) * place.dtype.itemsize
-        silent = not is_main_process() or None  # None: unless on a terminal
-        with tqdm(
-            desc="loading", total=total, unit="B", unit_scale=True, delay=SECONDS_BEFORE_BAR, disable=silent
-        ) as bar:
+        with progress_bar("loading", total, "B", delayed=True) as bar:
             for name in tensor_shapes(args):  # one by one: at most one tensor is held twice
-                panels = None
-                if take is not None and checkpoint.is_rounded(name):
-                    panels = checkpoint.panels(name, place.mp_rank, place.mp_size, place.dtype, place.device)
+                quantized = None
+                if pack_weight is not None and checkpoint.is_quantized(name):
+                    quantized = checkpoint.quantized_part(name, place.mp_rank, place.mp_size, place.dtype, place.device)
                 else:
                     part = checkpoint.part(name, place.mp_rank, place.mp_size)
                     place_tensor(model, name, part.to(place.device, place.dtype).contiguous())
                     del part
                 bar.update(sizes[name] * place.dtype.itemsize)
-                if take is not None:
-                    take(model, name, panels)
+                if pack_weight is not None:
+                    pack_weight(model, name, quantized)
     return model
 
 
 def place_tensor(model: Transformer, name: str, tensor: Tensor) -> None:
-    """Make it the model's parameter of this name."""
+    """Make `tensor` the model's parameter of this name."""
     owner, _, kind = name.rpartition(".")
     setattr(model.get_submodule(owner), kind, nn.Parameter(tensor))
     if name == "tok_embeddings.weight":

@@ -1,6 +1,6 @@
-"""The tensors of a whole model: their names and shapes, how ranks divide them, and how they lie in files.
+"""The schema of a model's tensors: names, shapes, how ranks divide them, what memory they take, how they are stored.
 
-Knows sizes; knows no file format. A tensor is named as Meta names it, whatever the files call it.
+Knows sizes; knows no file format. Tensors have Meta's names here, whatever the files call them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,18 +15,19 @@ from ..model import ModelArgs, divide
 from ..rotary import LARGEST
 
 Shapes = dict[str, tuple[int, ...]]  # by the names of tensors
-New = Callable[[Sequence[int], torch.dtype], Tensor]  # makes the tensor that moved numbers are written to
+New = Callable[[Sequence[int], torch.dtype], Tensor]  # allocates a tensor, for numbers that have to be moved
 
-# The dimension along which fairscale divides each matrix over ranks. What isn't here is whole on every rank.
+# The dimension along which fairscale divides each matrix over ranks. Tensors that aren't here are whole on every rank.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
-# Beside such a matrix, what is whole on every rank where that is divided along this dimension.
+# Of a module whose matrix is divided along this dimension, the other tensor that is whole on every rank.
 WHOLE = {"bias": 1, "lora_A": 0, "lora_B": 1}
-COMPARED_ROWS, SAMPLED_ROWS = 1024, 64  # of two matrices: at a time, and in all where that shall do
-MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # beyond, sizes would be computed for hours
+COMPARED_ROWS = 1024  # rows of two matrices that are compared at a time
+SAMPLED_ROWS = 64  # rows that are compared at all, where a sample is enough
+MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # of a wrong configuration: with more, its sizes would take hours to compute
 
 
 def tensor_shapes(args: ModelArgs) -> Shapes:
-    """Every tensor of the whole model, in the order in which the data meets them; a tied output layer has none."""
+    """All tensors of the whole model, in the order of a forward pass. A tied output layer has none."""
     dim, q, kv, hidden = args.dim, args.n_heads * args.head_size, args.kv_heads * args.head_size, args.hidden_dim
     layer: Shapes = {"attention_norm.weight": (dim,)}
     for name, rows, columns, bias in (
@@ -51,7 +52,7 @@ def tensor_shapes(args: ModelArgs) -> Shapes:
 
 
 def check_sizes(args: ModelArgs) -> None:
-    """Raise LlamaError, naming the numbers, for sizes that make no network on any number of ranks."""
+    """Raise LlamaError, naming the numbers, for sizes that no network can have on any number of ranks."""
     if args.head_dim is None:
         divide("dim", args.dim, "n_heads", args.n_heads)
     divide("head_dim", args.head_size, "the size of a rotary pair", 2)
@@ -65,23 +66,23 @@ def check_sizes(args: ModelArgs) -> None:
 
 
 def split_dim(name: str) -> int | None:
-    """Along which dimension the tensor `name` is divided over ranks; None: every rank holds all of it."""
+    """The dimension along which the tensor is divided over ranks; None: every rank holds all of it."""
     stem, _, kind = name.rpartition(".")
     dim = SPLIT_DIM.get(stem.rpartition(".")[2])
     return None if dim == WHOLE.get(kind) else dim
 
 
 def parts(name: str, args: ModelArgs, mp_size: int) -> int:
-    """Into how many different parts `mp_size` ranks divide the tensor: fewer where ranks share a key/value head."""
+    """Into how many different parts the tensor is divided: `mp_size`, or fewer where ranks share a key/value head."""
     if split_dim(name) is None:
         return 1
     return min(mp_size, args.kv_heads) if name.rpartition(".")[0].endswith(("wk", "wv")) else mp_size
 
 
 def shared_over(name: str, args: ModelArgs, mp_size: int) -> int:
-    """How many neighbouring ranks hold one divided part alike: 1, but where they share a key/value head.
+    """How many neighbouring ranks hold the same part of a divided tensor: 1, or more where they share a key/value head.
 
-    Each has gradients from its own queries alone, so that those of a parameter must be summed over these ranks.
+    Each of them has the gradients of its own queries only, so a parameter's gradients must be summed over these ranks.
     """
     return 1 if split_dim(name) is None else mp_size // parts(name, args, mp_size)
 
@@ -92,12 +93,15 @@ def part_sizes(args: ModelArgs, mp_size: int) -> dict[str, int]:
 
 
 def mp_sizes(args: ModelArgs, group: int = 1) -> list[int]:
-    """On how many model-parallel ranks these sizes run, where ranks divide no group of so many numbers of a row."""
+    """The numbers of model-parallel ranks on which these sizes run.
+
+    group: how many neighbouring numbers of a row share a scale, so that ranks can't divide them.
+    """
 
     def runs(m: int) -> bool:
-        together = args.kv_heads % m == 0 or m % args.kv_heads == 0
-        whole_groups = not any(columns % (m * group) for columns in (args.n_heads * args.head_size, args.hidden_dim))
-        return together and whole_groups and not any(count % m for count in (args.n_heads, args.vocab_size))
+        heads_fit = args.kv_heads % m == 0 or m % args.kv_heads == 0
+        groups_fit = not any(columns % (m * group) for columns in (args.n_heads * args.head_size, args.hidden_dim))
+        return heads_fit and groups_fit and not any(count % m for count in (args.n_heads, args.vocab_size))
 
     return [m for m in range(1, args.n_heads + 1) if runs(m)]
 
@@ -108,14 +112,14 @@ def is_linear(name: str) -> bool:
 
 
 def is_multiplied(name: str, args: ModelArgs) -> bool:
-    """Whether the tensor is a matrix that every token is multiplied by; the embedding is only where it is tied."""
+    """Whether every token is multiplied by this matrix: a linear layer's, or an embedding that is the output too."""
     return is_linear(name) or (args.tied_embeddings and name == "tok_embeddings.weight")
 
 
 def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype, bits: float | None = None) -> tuple[int, int]:
     """Bytes that one model-parallel rank takes for (weights, KV cache).
 
-    bits: of a number of the matrices that are multiplied; None: as many as the dtype has.
+    bits: per number of a quantized matrix, with its share of the scales; None: matrices aren't quantized.
     """
     sizes = part_sizes(args, mp_size)
     multiplied = sum(size for name, size in sizes.items() if is_multiplied(name, args))
@@ -131,11 +135,10 @@ def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"], new: New = in_memory) -> Tensor:
-    """The rows of x, (heads * head_dim, ...), from one order of rotary pairs to the other, in a `new` tensor.
+    """Permute the rows of x, (heads * head_dim, ...), from one order of rotary pairs to the other, in a `new` tensor.
 
-    In Meta's layout the two rows that turn together are neighbours, 2j and 2j + 1; in Hugging Face's they are half a
-    head apart, j and j + head_dim / 2. Heads are permuted one by one, so n_heads of them (q: weight, bias, norm) and
-    n_kv_heads (k) are each right by themselves, and so is any slice of whole heads.
+    In Meta's layout the two rows of a pair are neighbours, 2j and 2j + 1; in Hugging Face's they are half a head apart,
+    j and j + head_dim / 2. Heads are permuted one by one, so x may be all heads or any slice of whole heads.
     """
     pairs = (2, head_dim // 2) if to == "meta" else (head_dim // 2, 2)
     moved = x.unflatten(0, (-1, *pairs)).transpose(1, 2)
@@ -143,21 +146,18 @@ def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"], new: New
 
 
 def is_rotary(name: str) -> bool:
-    """Whether the rows of the tensor are rotated by position, so that their order is one of two."""
+    """Whether the rows of the tensor are rotary pairs, so that they have one of the two orders of `permute_rotary`."""
     return name.rpartition(".")[0].endswith(("wq", "wk", "q_norm", "k_norm"))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A whole tensor as it lies in files: mapped pieces, side by side along `dim`.
+    """A whole tensor in files, in one piece or several."""
 
-    name: as the files spell it. halves: the head_dim of rows in Hugging Face's rotary order; None: they aren't.
-    """
-
-    name: str
-    pieces: tuple[Tensor, ...]
+    name: str  # in the files
+    pieces: tuple[Tensor, ...]  # mapped, in their order along `dim`
     dim: int = 0
-    halves: int | None = None
+    halves: int | None = None  # the head_dim of rows that are in Hugging Face's rotary order; None: they are in Meta's
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,17 +174,18 @@ class Stored:
         """Rows or columns start..stop, in Meta's layout: a view of the file, or `new` where they have to be moved."""
         stop = self.shape[dim] if stop is None else stop
         if dim == self.dim:
-            found = list(self._overlaps(start, stop))
+            pieces = list(self._cut_pieces(start, stop))
         else:
-            found = [piece.narrow(dim, start, stop - start) for piece in self.pieces]
-        joined = found[0]
-        if len(found) > 1:
+            pieces = [piece.narrow(dim, start, stop - start) for piece in self.pieces]
+        joined = pieces[0]
+        if len(pieces) > 1:
             shape = [*joined.shape]
-            shape[self.dim] = sum(piece.shape[self.dim] for piece in found)
-            joined = torch.cat(found, self.dim, out=new(shape, self.dtype))
+            shape[self.dim] = sum(piece.shape[self.dim] for piece in pieces)
+            joined = torch.cat(pieces, self.dim, out=new(shape, self.dtype))
         return joined if self.halves is None else permute_rotary(joined, self.halves, "meta", new)
 
-    def _overlaps(self, start: int, stop: int) -> Iterator[Tensor]:
+    def _cut_pieces(self, start: int, stop: int) -> Iterator[Tensor]:
+        """What is between start and stop along `dim`, of each piece."""
         before = 0
         for piece in self.pieces:
             size = piece.shape[self.dim]
@@ -194,7 +195,7 @@ class Stored:
             before += size
 
     def part(self, args: ModelArgs, mp_rank: int, mp_size: int, name: str, new: New = in_memory) -> Tensor:
-        """What one model-parallel rank keeps of this tensor, whose name in the model is `name`."""
+        """One model-parallel rank's part of this tensor, whose name in the model is `name`."""
         dim, count = split_dim(name), parts(name, args, mp_size)
         if dim is None:
             return self.read(new=new)
@@ -204,7 +205,7 @@ class Stored:
 
 
 def repeats(a: Tensor, b: Tensor, thorough: bool) -> bool:
-    """Whether two matrices are equal bit for bit, in all rows or in some; ends at the first that differ."""
+    """Whether two matrices are equal bit for bit. thorough: compare all rows instead of a sample."""
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.ndim == 0:
         return False
     count = COMPARED_ROWS if thorough else 1

@@ -1,64 +1,83 @@
-"""`python -m llama finetune`: its options, and the plan that they make. Thin: parse, call."""
+"""`python -m llama finetune`: its options, and the TrainingConfig that they make."""
 
 import argparse
+from typing import Any
 
 from ..adapters.lora import Lora
 from ..checkpoints.task_spec import TENSORS
 from ..errors import LlamaError
 from ..training.config import TrainingConfig
 from ..training.trainer import finetune
+from .model_options import CKPT_DIR, DEVICE, INTEGER, NUMBER, TOKENIZER_PATH
 from .program import checkpoint_or_demo
 
-OPTIONS: dict[str, tuple[type, str]] = {  # fields of a plan: type, what it says
-    "epochs": (int, "how often every example is learnt from"),
-    "batch_size": (int, "examples a step"),
-    "micro_batch_size": (int, "of those, at a time (default: all)"),
-    "learning_rate": (float, "at its highest"),
-    "warmup": (float, "share of the steps in which it rises; then it falls to 0"),
-    "weight_decay": (float, "of matrices"),
-    "clip": (float, "the largest norm of a gradient"),
-    "every": (int, "steps between evaluations, where a killed run goes on too (default: an epoch)"),
-    "patience": (int, "end after so many evaluations without a better one (default: never)"),
-    "max_seq_len": (int, "the longest text, in tokens"),
-    "seed": (int, "the same seed gives the same model"),
+CONFIG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {  # fields of TrainingConfig: kind of value, help
+    "epochs": (INTEGER, "how often every example is trained on"),
+    "batch_size": (INTEGER, "examples of a step"),
+    "micro_batch_size": (INTEGER, "how many of them are computed at a time (default: all)"),
+    "learning_rate": (NUMBER, "the highest learning rate"),
+    "warmup": (NUMBER, "share of the steps in which it rises; then it falls to 0"),
+    "weight_decay": (NUMBER, "weight decay of matrices"),
+    "clip": (NUMBER, "the largest norm of a gradient"),
+    "every": (INTEGER, "steps between evaluations, where a killed run resumes too (default: an epoch)"),
+    "patience": (INTEGER, "stop after N evaluations without a better one (default: never)"),
+    "max_seq_len": (INTEGER, "most tokens of an example"),
+    "seed": (INTEGER, "the same seed gives the same model"),
 }
 
 
-def add_finetune(command: argparse.ArgumentParser) -> None:
+def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--task", required=True, choices=list(TENSORS), help="what to learn; README.md shows the records of each")
-    add("--data", required=True, metavar="FILE", help="lines of JSON to learn from")
-    add("--eval", metavar="FILE", help="lines of JSON to measure on, from which nothing is learnt")
+    add("--task", required=True, choices=list(TENSORS), help="what to train; the README shows the records of each")
+    add("--data", required=True, metavar="FILE", help="JSON lines to train on")
+    add("--eval", metavar="FILE", help="JSON lines to evaluate on, which are not trained on")
     add("--output", required=True, metavar="DIR", help="where the model, its curves and its progress go")
-    add("--ckpt_dir", help="directory or URL of the checkpoint to begin with (default: the demo model)")
-    add("--tokenizer_path", help="tokenizer.model or tokenizer.json (default: the one in ckpt_dir)")
-    for name, (kind, says) in OPTIONS.items():
-        default = getattr(TrainingConfig, name)
-        add(f"--{name}", type=kind, default=default, help=says if default is None else f"{says} (default: {default:g})")
-    add("--recompute", action="store_true", help="compute layers again for the gradient, which takes less memory")
-    add("--lora_r", type=int, help="train adapters of this rank instead of the model's own weights")
-    add("--lora_alpha", type=float, help="an adapter counts as much as lora_alpha / lora_r (default: twice lora_r)")
-    add("--lora_targets", help="layers that get one, of wq,wk,wv,wo,w1,w2,w3,output (default: wq,wv)")
-    add("--lora_dropout", type=float, help="share of an adapter's input that is left out in training (default: 0)")
-    add("--adapter_only", action="store_true", help="write the adapter alone, and no model that has it merged")
-    add("--model_parallel_size", type=int, help="ranks that share a model; others have copies of it (default: all)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--force", action="store_true", help="start over, even if --output exists or was begun")
+    add = command.add_argument_group("model").add_argument
+    add("--ckpt_dir", metavar="DIR", help=CKPT_DIR)
+    add("--tokenizer_path", metavar="FILE", help=TOKENIZER_PATH)
+    add(
+        "--model_parallel_size",
+        metavar="N",
+        type=int,
+        help="ranks that share a model; others hold copies (default: all)",
+    )
+    add("--device", help=DEVICE)
     add("--dtype", help="bfloat16 or float32, to compute in (default: the best for the device)")
-    add("--force", action="store_true", help="begin anew, although --output is there or was begun")
-    command.set_defaults(run=train)
+    add = command.add_argument_group("training").add_argument
+    for name, (kind, purpose) in CONFIG_OPTIONS.items():
+        default = getattr(TrainingConfig, name)
+        shown = purpose if default is None else f"{purpose} (default: {default:g})"
+        add(f"--{name}", **kind, default=default, help=shown)
+    add("--recompute", action="store_true", help="compute layers again for the gradient, to save memory")
+    add = command.add_argument_group("low-rank adapters (LoRA)").add_argument
+    add("--lora_r", **INTEGER, help="train adapters of rank N instead of the model's own weights")
+    add("--lora_alpha", **NUMBER, help="adapters are scaled by X / lora_r (default: twice lora_r)")
+    add("--lora_targets", metavar="NAMES", help="layers to adapt, of wq,wk,wv,wo,w1,w2,w3,output (default: wq,wv)")
+    add("--lora_dropout", **NUMBER, help="dropout of the adapters' inputs in training (default: 0)")
+    add("--adapter_only", action="store_true", help="write only the adapter, and no model with the adapter merged")
+    command.set_defaults(run=run)
 
 
-def train(options: argparse.Namespace) -> None:
-    given = [name for name, value in vars(options).items() if name.startswith("lora_") and value is not None]
-    given += ["adapter_only"] * options.adapter_only
-    if given and options.lora_r is None:
-        raise LlamaError(f"--{given[0]} was given without --lora_r: say of what rank adapters shall be")
+def run(options: argparse.Namespace) -> None:
+    adapter_options = [name for name, value in vars(options).items() if name.startswith("lora_") and value is not None]
+    adapter_options += ["adapter_only"] * options.adapter_only
+    if adapter_options and options.lora_r is None:
+        raise LlamaError(f"--{adapter_options[0]} was given without --lora_r: say of what rank adapters shall be")
     lora = None
     if options.lora_r is not None:
         alpha = 2.0 * options.lora_r if options.lora_alpha is None else options.lora_alpha
         targets = tuple((options.lora_targets or "wq,wv").split(","))
         lora = Lora(options.lora_r, alpha, targets, options.lora_dropout or 0.0)
-    named = {name: getattr(options, name) for name in ("task", "data", "output", "eval", "recompute", *OPTIONS)}
-    plan = TrainingConfig(**named, lora=lora, merge=not options.adapter_only)
-    where = checkpoint_or_demo(options.ckpt_dir), options.tokenizer_path, options.model_parallel_size
-    finetune(plan, *where, device=options.device, dtype=options.dtype, force=options.force)
+    names = ("task", "data", "output", "eval", "recompute", *CONFIG_OPTIONS)
+    fields = {name: getattr(options, name) for name in names}
+    config = TrainingConfig(**fields, lora=lora, merge=not options.adapter_only)
+    finetune(
+        config,
+        checkpoint_or_demo(options.ckpt_dir),
+        options.tokenizer_path,
+        options.model_parallel_size,
+        device=options.device,
+        dtype=options.dtype,
+        force=options.force,
+    )

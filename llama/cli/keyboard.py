@@ -1,4 +1,4 @@
-"""Reads what a person types in a talk, for all ranks: lines and blocks of lines, their history, and Ctrl-C.
+"""Reads what a person types in a chat, for all ranks: lines and blocks of lines, their history, and Ctrl-C.
 
 Knows terminals; knows no command, no dialog and no model.
 """
@@ -17,28 +17,32 @@ from .._util.console import aside, at_terminal
 from .._util.files import cache_home, write_whole
 from .._util.ranks import is_main_process
 from ..errors import LlamaError
-from ..parallel import broadcast_object, patient_group
+from ..parallel import broadcast_object, new_long_timeout_group
 
 if sys.platform != "win32":
     import termios
 
 T = TypeVar("T")
 
-CTRL_C = "\x03"  # as a terminal writes it that doesn't send a signal for it
+CTRL_C = "\x03"  # the character of the key, on a terminal that sends no signal for it
 QUOTES = '"""'
 HINT = "(Ctrl-C drops a line or stops an answer; /help lists commands, /quit leaves)"
-KEPT, LONGEST = 1000, 10_000  # entries of the history, and characters of one that is kept in its file
+HISTORY_ENTRIES = 1000  # that the history file holds at most
+HISTORY_CHARACTERS = 10_000  # of the longest entry that is written to the file
 
 
 class Entry(NamedTuple):
-    """What a person typed up to its end. literal: between quotes, so that it is a message whatever it begins with."""
+    """What a person typed: a message or a command."""
 
     text: str
-    literal: bool = False
+    literal: bool = False  # typed between quotes: a message, even if it begins with a slash
 
 
-def entry_of(typed: str, ended: bool = False) -> Entry | None:
-    """What these lines say; None where they go on: after a backslash, or inside quotes. ended: no more will come."""
+def parse_entry(typed: str, ended: bool = False) -> Entry | None:
+    """The entry in these lines; None if more lines belong to it: after a backslash, or inside quotes.
+
+    ended: whether the input has ended, so that no more lines will come.
+    """
     typed = typed.strip()
     if typed.startswith(QUOTES):
         body = typed.removeprefix(QUOTES)
@@ -50,39 +54,40 @@ def entry_of(typed: str, ended: bool = False) -> Entry | None:
     return Entry("\n".join(line.removesuffix("\\") for line in typed.split("\n")).strip())
 
 
-def _without_signals() -> None:
+def _turn_off_signal_keys() -> None:
     settings = termios.tcgetattr(sys.stdin)
     settings[3] &= ~termios.ISIG
     termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
 
 class LineEditor:
-    """readline: keys that edit, and the history of all talks, in a file that only its owner may read.
+    """readline: keys that edit the line, and the history of all chats, in a file that only its owner may read."""
 
-    hears_ctrl_c: the terminal sends no signal for it, so that it is a key like others.
-    """
-
-    def __init__(self, hears_ctrl_c: bool):
-        import readline  # not on every system; and it changes what `input` does
+    def __init__(self, ctrl_c_is_a_key: bool):
+        """ctrl_c_is_a_key: whether the terminal sends no signal for Ctrl-C. Raises ImportError without readline."""
+        import readline  # missing on some systems; and importing it changes what `input` does
 
         self._readline = readline
         readline.set_auto_history(False)
-        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted come as one
-        if hears_ctrl_c:
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one entry
+        if ctrl_c_is_a_key:
             readline.parse_and_bind(r'"\C-c": "\C-a\C-k\C-v\C-c\C-m"')  # an empty line, the key itself, Enter
-            readline.set_startup_hook(_without_signals)  # since readline, before each line, turns them on
+            readline.set_startup_hook(_turn_off_signal_keys)  # readline turns them on before each line
         readline.clear_history()
-        for entry in self._stored():
+        for entry in self._read_history():
             self._add(entry)
 
     def remember(self, typed: str) -> None:
-        """At once, since a terminal may be closed; over what is there now, since other talks may go on beside."""
+        """Add an entry to the history, and to its file at once, since the terminal may be closed at any moment.
+
+        The file is read again before, since another chat may have added to it.
+        """
         self._add(typed)
-        if len(typed) > LONGEST:
+        if len(typed) > HISTORY_CHARACTERS:
             return
-        stored = self._stored()
-        kept = [*stored, *([] if stored[-1:] == [typed] else [typed])][-KEPT:]
-        with contextlib.suppress(OSError, RuntimeError):  # no home, no disk: the talk goes on
+        history = self._read_history()
+        kept = [*history, *([] if history[-1:] == [typed] else [typed])][-HISTORY_ENTRIES:]
+        with contextlib.suppress(OSError, RuntimeError):  # without a home, or on a full disk, the chat goes on
             path = cache_home() / "chat_history.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda f: f.write(json.dumps(kept, indent=0).encode()), mode=0o600)
@@ -91,128 +96,129 @@ class LineEditor:
         with contextlib.suppress(ValueError):  # characters that a terminal can't type
             self._readline.add_history(typed)
 
-    def _stored(self) -> list[str]:
+    def _read_history(self) -> list[str]:
         try:
-            found = json.loads((cache_home() / "chat_history.json").read_bytes())
+            history = json.loads((cache_home() / "chat_history.json").read_bytes())
         except (OSError, RuntimeError, ValueError):
             return []
-        return [entry for entry in found if isinstance(entry, str)] if isinstance(found, list) else []
+        return [entry for entry in history if isinstance(entry, str)] if isinstance(history, list) else []
 
 
 class Keyboard:
-    """As a context, it leaves the terminal as it found it.
+    """Reads entries on rank 0 and gives them to all ranks. A context manager that restores the terminal's settings.
 
-    While an answer is being written, Ctrl-C asks for it to stop. torchrun ends every rank when the terminal sends it
-    SIGINT; so on several ranks the terminal is told not to, and rank 0 looks for the key itself. Where nobody types,
-    Ctrl-C ends the program, as elsewhere.
+    While an answer is generated, Ctrl-C asks it to stop. On several ranks, torchrun ends them all once the terminal
+    sends SIGINT; so the terminal is set to send no signal, and rank 0 polls for the key. If standard input is no
+    terminal, Ctrl-C ends the program, as usual.
     """
 
     def __init__(self) -> None:
         if is_main_process() and None in (sys.stdin, sys.stdout):
             raise LlamaError("chat needs standard input and output, and one of them is closed")
-        self._ranks = patient_group()
-        self._stop = self._reading = False
-        self._typed = is_main_process() and sys.stdin.isatty()
-        self._watched = self._typed and self._ranks is not None
+        self._ranks = new_long_timeout_group()  # None on one rank
+        self._stop_requested = self._is_reading = False
+        self._stdin_is_terminal = is_main_process() and sys.stdin.isatty()
+        self._polls_ctrl_c = self._stdin_is_terminal and self._ranks is not None
         self._editor: LineEditor | None = None
         if is_main_process():
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
             if at_terminal():
                 with contextlib.suppress(ImportError):
-                    self._editor = LineEditor(self._watched)
+                    self._editor = LineEditor(self._polls_ctrl_c)
 
     def __enter__(self) -> "Keyboard":
-        if self._typed:
+        if self._stdin_is_terminal:
             self._handlers = {
-                signal.SIGINT: signal.signal(signal.SIGINT, self._hear),
-                # What torchrun sends when another rank has died; the terminal is left in order.
+                signal.SIGINT: signal.signal(signal.SIGINT, self._handle_ctrl_c),
+                # torchrun sends it when another rank has died. Exiting restores the terminal.
                 signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)),
             }
-        if self._watched:
-            self._found = termios.tcgetattr(sys.stdin)
-            self._found[3] |= termios.ISIG | termios.ICANON | termios.ECHO  # a killed chat may have left them off
+        if self._polls_ctrl_c:
+            self._saved_settings = termios.tcgetattr(sys.stdin)
+            # A chat that was killed may have left these off.
+            self._saved_settings[3] |= termios.ISIG | termios.ICANON | termios.ECHO
             self._set_terminal(termios.ISIG)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        if self._typed:
+        if self._stdin_is_terminal:
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
-        if self._watched:
+        if self._polls_ctrl_c:
             self._set_terminal(0)
 
     def _set_terminal(self, off: int) -> None:
-        """The settings found, less these: ISIG (keys that send signals), ICANON (whole lines only), ECHO."""
-        settings = list(self._found)
+        """Set the saved settings, but without the flags `off`: ISIG (keys send signals), ICANON (whole lines), ECHO."""
+        settings = list(self._saved_settings)
         settings[3] &= ~off
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
-    def entry(self) -> Entry | None:
-        """What the user types next, on every rank; None at the end of the input; empty after Ctrl-C."""
+    def read_entry(self) -> Entry | None:
+        """What the user types next, on every rank. None at the end of the input; an empty entry after Ctrl-C."""
         return broadcast_object(self._read() if is_main_process() else None, self._ranks)
 
     def _read(self) -> Entry | None:
         typed: list[str] = []
         prompts = ("> ", "... ") if at_terminal() else ("", "")
         try:
-            self._reading = True
+            self._is_reading = True
             while True:
                 typed.append(input(prompts[bool(typed)]))
                 if CTRL_C in typed[-1]:
                     raise KeyboardInterrupt
-                if (entry := entry_of("\n".join(typed))) is not None:
+                if (entry := parse_entry("\n".join(typed))) is not None:
                     break
         except EOFError:
             if at_terminal():
                 print()
             if not typed:
                 return None
-            entry = entry_of("\n".join(typed), ended=True)
+            entry = parse_entry("\n".join(typed), ended=True)
         except KeyboardInterrupt:
-            if not self._typed:
+            if not self._stdin_is_terminal:
                 raise
             aside("\n" + HINT)
             return Entry("")
         finally:
-            self._reading = False
+            self._is_reading = False
         if self._editor is not None and entry is not None and entry.text:
             self._editor.remember("\n".join(typed))
         return entry
 
-    def on_first_rank(self, do: Callable[[], T]) -> T:
-        """What rank 0 finds, on every rank; so is the LlamaError that it raises."""
-        found: T | None = None
+    def run_on_rank_0(self, function: Callable[[], T]) -> T:
+        """The result of `function`, called on rank 0, on every rank; every rank raises its LlamaError, too."""
+        result: T | None = None
         error: str | None = None
         if is_main_process():
             try:
-                found = do()
+                result = function()
             except LlamaError as e:
                 error = str(e)
-        found, error = broadcast_object((found, error), self._ranks)
+        result, error = broadcast_object((result, error), self._ranks)
         if error is not None:
             raise LlamaError(error)
-        return found  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """While in this context, `stop_asked` hears Ctrl-C."""
-        self._stop = False
-        if self._watched:
+    def stoppable(self) -> Iterator[None]:
+        """A context for generating an answer: in it, `is_stop_requested` notices Ctrl-C."""
+        self._stop_requested = False
+        if self._polls_ctrl_c:
             self._set_terminal(termios.ISIG | termios.ICANON | termios.ECHO)
         try:
             yield
         finally:
-            if self._watched:
+            if self._polls_ctrl_c:
                 self._set_terminal(termios.ISIG)
 
-    def _hear(self, *_: object) -> None:
-        """Ctrl-C as a signal: drops the line that is being typed, or stops the answer that is being written."""
-        if self._reading:
+    def _handle_ctrl_c(self, *_: object) -> None:
+        """A signal handler: drops the line that is typed, or stops the answer that is generated."""
+        if self._is_reading:
             raise KeyboardInterrupt
-        self._stop = True
+        self._stop_requested = True
 
-    def stop_asked(self) -> bool:
-        """Whether the answer is to stop: the same on every rank."""
-        if self._watched and select.select([sys.stdin], [], [], 0)[0]:
-            self._stop |= CTRL_C.encode() in os.read(sys.stdin.fileno(), 1024)
-        return broadcast_object(self._stop)
+    def is_stop_requested(self) -> bool:
+        """Whether the answer shall stop; the same on every rank."""
+        if self._polls_ctrl_c and select.select([sys.stdin], [], [], 0)[0]:
+            self._stop_requested |= CTRL_C.encode() in os.read(sys.stdin.fileno(), 1024)
+        return broadcast_object(self._stop_requested)

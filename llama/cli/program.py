@@ -1,4 +1,7 @@
-"""What the command-line programs share: errors in one line, the demo model as default. Knows no model."""
+"""What command-line programs share: errors in one line, flags as arguments, the demo model as default. Knows no model.
+
+torch and fire are imported where they are used, so that `python -m llama --help` needs neither.
+"""
 
 import contextlib
 import inspect
@@ -8,78 +11,74 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
-import fire
-import torch.distributed as dist
+from .._util.ranks import env_rank, has_other_ranks, is_main_process
+from ..checkpoints.demo import demo_checkpoint
+from ..errors import LlamaError, make_printable
 
-from .._util.ranks import is_main_process
-from ..errors import LlamaError, printable
-
-SECONDS_FOR_RANK_0 = 3
-DEMO = Path(__file__).resolve().parents[2] / "demo" / "model"
+SECONDS_FOR_RANK_0 = 3  # to print the error that all ranks raise, before another rank ends and torchrun kills all
 
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """End the program on a LlamaError with one line and exit status 1.
+    """End the program with one line and exit status 1 on a LlamaError, an error of the system, or a lost rank.
 
-    Rank 0 says what all ranks raise. The others let it, since torchrun ends all as soon as one has gone; one that is
-    still there afterwards may have an error of its own to tell.
+    Rank 0 prints an error that all ranks raise. The other ranks wait before they end, since torchrun kills all ranks
+    once one has ended. A rank prints an error that it alone has.
     """
-    for stream in (sys.stdout, sys.stderr):  # a terminal of few characters gets question marks for the others
+    for stream in (sys.stdout, sys.stderr):  # a character that the terminal's encoding lacks becomes a question mark
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         yield
-        if sys.stdout is not None:  # as it is where a shell has closed it
+        if sys.stdout is not None:  # None: a shell has closed it
             sys.stdout.flush()
     except LlamaError as e:
         if not is_main_process():
             time.sleep(SECONDS_FOR_RANK_0)
         if is_main_process() or not e.everywhere:
-            print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
-        if dist.is_initialized() and dist.get_world_size() > 1:
+            print(f"error: {make_printable(str(e))}", file=sys.stderr, flush=True)
+        if has_other_ranks():
             if sys.stdout is not None:
                 sys.stdout.flush()
-            os._exit(1)  # leaving the process groups may wait for other ranks, and not leaving them abort
+            os._exit(1)  # a normal exit aborts with process groups left open, and closing them may wait for other ranks
         sys.exit(1)
     except OSError as e:
-        if not isinstance(e, BrokenPipeError):  # the reader of our output has gone, as in `... | head`
-            print(f"error: {printable(str(e))}", file=sys.stderr, flush=True)
+        if not isinstance(e, BrokenPipeError):  # the reader of the output has ended, as in `... | head`
+            print(f"error: {make_printable(str(e))}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except RuntimeError as e:
-        if not lost_a_rank(e):
+        if not is_lost_rank(e):
             raise
-        print(f"error: rank {dist.get_rank()} has lost another rank, which has ended", file=sys.stderr, flush=True)
-        os._exit(1)  # leaving the process groups would wait for it
+        print(f"error: rank {env_rank()[0]} has lost another rank, which has ended", file=sys.stderr, flush=True)
+        os._exit(1)  # a normal exit would wait for the rank that has ended
     except KeyboardInterrupt:
-        sys.exit(130)  # as shells count an end by Ctrl-C
+        sys.exit(130)  # what shells report of a program that Ctrl-C ended
 
 
-def lost_a_rank(e: RuntimeError) -> bool:
-    """Whether a collective failed since its peer has gone."""
-    return dist.is_initialized() and dist.get_world_size() > 1 and ("gloo" in str(e) or isinstance(e, dist.DistError))
+def is_lost_rank(e: RuntimeError) -> bool:
+    """Whether a collective operation failed because another rank has ended."""
+    import torch.distributed as dist
+
+    return has_other_ranks() and ("gloo" in str(e) or isinstance(e, dist.DistError))
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call `main` with the command line's flags as arguments, which fire reads off its signature."""
+    """Call `main` with the command line's flags as arguments; fire reads their names and types off its signature."""
+    import fire
+
     with errors_in_one_line():
-        known = inspect.signature(main).parameters.keys() | {"help"}
+        names = inspect.signature(main).parameters.keys() | {"help"}
         for flag in (argument.partition("=")[0] for argument in sys.argv[1:] if re.match(r"--?[a-zA-Z]", argument)):
-            # fire would notice only after the model has run.
-            if flag.lstrip("-").replace("-", "_") not in known:
-                raise LlamaError(f"unknown option {flag}; known are --{', --'.join(sorted(known))}")
+            # fire would notice an unknown flag only after `main` has run.
+            if flag.lstrip("-").replace("-", "_") not in names:
+                raise LlamaError(f"unknown option {flag}; known are --{', --'.join(sorted(names))}")
         fire.Fire(main)
 
 
 def checkpoint_or_demo(ckpt_dir: str | None) -> str:
-    """`ckpt_dir`, or the demo model's directory where none is given."""
+    """`ckpt_dir`, or the demo model's directory if it is None."""
     if isinstance(ckpt_dir, bool):  # what fire makes of an option without a value
         raise LlamaError("--ckpt_dir has no value: give the directory of a checkpoint")
-    if ckpt_dir is not None:
-        return str(ckpt_dir)
-    if not DEMO.is_dir():
-        raise LlamaError(f"no --ckpt_dir was given and the demo model is not at {DEMO}: pass --ckpt_dir")
-    return str(DEMO)
+    return demo_checkpoint() if ckpt_dir is None else str(ckpt_dir)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 
 if sys.platform != "win32":
     import fcntl
@@ -109,7 +109,7 @@ class Part:
     def _compare(self, found: dict[str, Any], about: dict[str, Any]) -> None:
         for name in about:
             if found.get(name) != about[name]:
-                was, now = shortened(found.get(name)), shortened(about[name])
+                was, now = shorten(found.get(name)), shorten(about[name])
                 raise LlamaError(
                     f"{self.path} was begun with another {name} ({was}, now {now}): go on as it was begun, or "
                     f"{BEGIN_ANEW}"

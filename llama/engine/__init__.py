@@ -1,1 +1,1 @@
-"""Many rows, one loop: sequences, prefill, decoding, beams, speculation, scores. Knows no file and no kernel."""
+"""Many sequences, one loop: requests, prefill, decoding, proposals, beams, scores. Knows no file and no kernel."""

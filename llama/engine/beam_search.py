@@ -1,7 +1,7 @@
-"""Beam search: the likeliest answers that a search over several unfinished ones at once finds.
+"""Beam search: the likeliest answers among those that several unfinished ones, continued side by side, lead to.
 
-Which answers, with which scores, and when a search ends is as in transformers 5's `generate(num_beams=...)`. Knows the
-model and its cache rows; knows no text. What processes log-probabilities comes in as a function.
+Which answers it finds, with which scores, and when it ends is as in transformers 5's `generate(num_beams=...)`. Knows
+the model and the rows of its cache; knows no text. What changes log-probabilities comes in as a function.
 """
 
 import math
@@ -20,28 +20,27 @@ from ..model import ModelArgs, Transformer
 from ..settings import Settings
 from .request_checks import check_prompts
 from .scheduler import prefill
-from .transfer import exact_dtype, sent
+from .transfer import copy_to_device, exact_dtype
 
+# From an unfinished answer's logprobs, float32 (vocab_size), its prompt and its tokens so far, to the logprobs to use.
 Process = Callable[[Tensor, Sequence[int], Sequence[int]], Tensor]
 
-STEEPEST = 32  # length penalty: a power of any length that is still a float
-NO_SCORE = -1e9  # of an answer that there isn't, as transformers has it
+STEEPEST = 32  # largest length penalty: any length to this power is still a float
+NO_SCORE = -1e9  # score of a missing answer, as in transformers
 
 
 @dataclass(frozen=True)
 class Beams:
-    """How to search: with how many unfinished answers a prompt, and which finished ones are the best.
+    """How to search. Raises LlamaError for values out of range."""
 
-    length_penalty: scores are sums of logprobs, divided by the answer's length to this power; larger ones favour longer
-    answers. early_stopping: with num_beams finished answers, True ends the search, False goes on while one that ended
-    now could still be better than the worst of them, "never" while one of any length could. num_return_sequences: how
-    many of the finished answers are wanted. Raises LlamaError for values out of range.
-    """
-
-    num_beams: int
+    num_beams: int  # unfinished answers to each prompt
+    # The score of an answer is its sum of logprobs, divided by its length to this power; a larger one favours long
+    # answers.
     length_penalty: float = 1.0
+    # When to end, once there are num_beams finished answers. True: at once. False: when no answer that ended now could
+    # be better than the worst of them. "never": when no answer of any length could.
     early_stopping: bool | Literal["never"] = False
-    num_return_sequences: int = 1
+    num_return_sequences: int = 1  # finished answers that are wanted
 
     def __post_init__(self) -> None:
         check_count("num_beams", self.num_beams)
@@ -59,7 +58,7 @@ class Beams:
             raise LlamaError(f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'")
 
     def check_with(self, settings: Settings, others: Mapping[str, object]) -> None:
-        """Refuse what contradicts a search. others: arguments by name, and whether they were given."""
+        """Refuse what contradicts a search. others: arguments of the call by name; true where they were given."""
         given = [name for name, value in others.items() if value]
         if settings.temperature != 0:
             raise LlamaError(
@@ -73,44 +72,44 @@ class Beams:
             )
 
     def check_unused(self) -> None:
-        """Refuse settings of a search that is none."""
+        """Refuse settings of a search where there is none."""
         for name in ("length_penalty", "early_stopping", "num_return_sequences"):
             if getattr(self, name) != getattr(Beams(1), name):
                 raise LlamaError(f"{name} was given without beams: drop it, or set num_beams above 1")
 
     def score(self, total: float, length: int) -> float:
-        """Of an answer of so many tokens, its stop counted, whose logprobs add up to `total`."""
+        """The score of an answer of `length` tokens, its stop included, whose logprobs add up to `total`."""
         return total / length**self.length_penalty
 
 
 @dataclass(frozen=True)
 class Beam:
-    """A finished answer. tokens: without the stop. stop: the token that ended it; None where its length did."""
+    """A finished answer."""
 
-    tokens: list[int]
+    tokens: list[int]  # without the stop
     score: float
     finish_reason: Literal["stop", "length"]
-    stop: int | None = None
+    stop: int | None = None  # the token that ended it; None where its length did
 
 
 @dataclass(frozen=True)
 class _Branch:
-    """An unfinished answer, the sum of its logprobs, and the cache row of what it continues."""
+    """An unfinished answer."""
 
     tokens: list[int]
-    total: float
-    row: int
+    total: float  # the sum of its tokens' logprobs
+    row: int  # the cache row that holds all but its last token
 
 
 @dataclass
 class _Search:
-    """A prompt's search. room: tokens that an answer may have. live: in the order of their cache rows."""
+    """The search for answers to one prompt."""
 
-    index: int
+    index: int  # the prompt's place in the batch
     prompt: list[int]
-    room: int
-    live: list[_Branch] = field(default_factory=list)
-    ended: list[Beam] = field(default_factory=list)  # the best first, num_beams at most
+    room: int  # tokens that an answer may have
+    live: list[_Branch] = field(default_factory=list)  # in the order of their cache rows
+    finished: list[Beam] = field(default_factory=list)  # the best first, num_beams at most
 
 
 @torch.no_grad()
@@ -123,15 +122,15 @@ def beam_search(
     process: Process | None,
     prefill_chunk: int,
 ) -> list[list[Beam]]:
-    """The `num_return_sequences` best answers to each prompt, the best first. On several ranks all call it alike.
+    """The `num_return_sequences` best answers to each prompt, the best first. Every rank makes the same call.
 
     max_gen_len: tokens that an answer gets at most, and never more than fit max_seq_len. stops: tokens that end it.
-    process: from an unfinished answer's logprobs, float32 (vocab_size), its prompt and its tokens so far to what is
-    added up in their place; -inf bans a token. Runs on the model-parallel group's first rank only. Where a prompt has
-    no room for an answer, or too much is banned, answers without tokens and with the score -1e9 fill up.
-    Raises LlamaError, before any forward pass, for what can't work; and for logits that aren't finite.
+    process: changes the logprobs that are added up; -inf bans a token. It runs on the first rank of the model-parallel
+    group only. Where a prompt has no room for an answer, or too much is banned, answers without tokens and with the
+    score -1e9 fill the list up.
+    Raises LlamaError, before any forward pass, for arguments that can't work; and for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_count("max_gen_len", max_gen_len)
         check_list("prompts", prompts)
         _check_rows(len(prompts), beams.num_beams, model.params)
@@ -140,22 +139,22 @@ def beam_search(
         _Search(i, [int(token) for token in prompt], min(max_gen_len, model.params.max_seq_len - len(prompt)))
         for i, prompt in enumerate(prompts)
     ]
-    going = sorted((s for s in searches if s.room > 0), key=lambda search: -len(search.prompt))
-    for row, search in enumerate(going):
+    live = sorted((s for s in searches if s.room > 0), key=lambda search: -len(search.prompt))
+    for row, search in enumerate(live):
         search.live = [_Branch([], 0.0, row)]
-    h = prefill(model, [s.prompt for s in going], prefill_chunk, False)[0] if going else torch.empty(0)  # (B, dim)
-    while going:
-        found = _choose(model.logits(h), going, beams.num_beams * max(2, 1 + len(stops)), process)
+    h = prefill(model, [s.prompt for s in live], prefill_chunk, False)[0] if live else torch.empty(0)  # (B, dim)
+    while live:
+        candidates = _choose(model.logits(h), live, beams.num_beams * max(2, 1 + len(stops)), process)
         rows = 0
-        for search, branches in zip(going, found, strict=True):
+        for search, branches in zip(live, candidates, strict=True):
             _advance(search, branches, beams, stops)
-            search.live = _settled(search.live, rows)
+            search.live = _assign_rows(search.live, rows)
             rows += len(search.live)
-        going = [search for search in going if search.live]
-        if going:
-            h = _decode(model, going)
+        live = [search for search in live if search.live]
+        if live:
+            h = _decode(model, live)
     missing = [Beam([], NO_SCORE, "length")] * beams.num_return_sequences
-    return [(search.ended + missing)[: beams.num_return_sequences] for search in searches]
+    return [(search.finished + missing)[: beams.num_return_sequences] for search in searches]
 
 
 def _check_rows(prompts: int, num_beams: int, params: ModelArgs) -> None:
@@ -167,31 +166,32 @@ def _check_rows(prompts: int, num_beams: int, params: ModelArgs) -> None:
 
 
 def _choose(logits: Tensor, searches: list[_Search], count: int, process: Process | None) -> list[list[_Branch]]:
-    """The `count` best continuations of each search, the best first, chosen on the group's first rank.
+    """The `count` best continuations of each search's branches, the best first.
 
-    logits: (B, vocab_size), of all live branches.
+    logits: (B, vocab_size), of all live branches. The first rank of the model-parallel group chooses for all, in one
+    message: sums of logprobs, cache rows of the branches that are continued, and tokens.
     """
     device, vocab_size = logits.device, logits.shape[-1]
-    shape = 3, len(searches), count
-    picked = torch.full(shape, -math.inf, dtype=exact_dtype(device), device=device)  # in one message
-    with nullcontext() if process is None else parallel.together(parallel.group()):  # since `process` may raise
-        if parallel.leads_group():
+    choices = torch.full((3, len(searches), count), -math.inf, dtype=exact_dtype(device), device=device)
+    with nullcontext() if process is None else parallel.raise_together(parallel.group()):  # since `process` may raise
+        if parallel.is_group_leader():
             first = 0
-            for i, totals in enumerate(_totals(logits, searches, process).split([len(s.live) for s in searches])):
+            all_totals = _sum_logprobs(logits, searches, process)  # (B, vocab_size)
+            for i, totals in enumerate(all_totals.split([len(s.live) for s in searches])):
                 best, places = totals.flatten().topk(min(count, totals.numel()))
-                picked[0, i, : len(best)] = best
-                picked[1, i, : len(best)] = first + places // vocab_size
-                picked[2, i, : len(best)] = places % vocab_size
+                choices[0, i, : len(best)] = best
+                choices[1, i, : len(best)] = first + places // vocab_size
+                choices[2, i, : len(best)] = places % vocab_size
                 first += len(totals)
-    parents = [branch for search in searches for branch in search.live]
-    found = zip(*parallel.broadcast(picked).tolist(), strict=True)
-    return [_continued(search, parents, *each) for search, each in zip(searches, found, strict=True)]
+    parents = [branch for search in searches for branch in search.live]  # by cache row
+    by_search = zip(*parallel.broadcast(choices).tolist(), strict=True)
+    return [_make_branches(search, parents, *chosen) for search, chosen in zip(searches, by_search, strict=True)]
 
 
-def _continued(
+def _make_branches(
     search: _Search, parents: list[_Branch], totals: list[float], rows: list[float], tokens: list[float]
 ) -> list[_Branch]:
-    """A search's branches as `_choose` found them, but for those that are banned: by cache row, of all parents."""
+    """The branches that `_choose` found for a search, without banned ones. Raises LlamaError for NaN."""
     if any(math.isnan(total) for total in totals):
         raise LlamaError(
             f"row {search.index}: the logits at position {len(search.prompt) + len(search.live[0].tokens)} are not "
@@ -204,10 +204,10 @@ def _continued(
     ]
 
 
-def _totals(logits: Tensor, searches: list[_Search], process: Process | None) -> Tensor:
+def _sum_logprobs(logits: Tensor, searches: list[_Search], process: Process | None) -> Tensor:
     """The sum of logprobs of each live branch with each token after it: (B, vocab_size). NaN: the logits aren't finite.
 
-    What `process` makes of logprobs isn't normalised again.
+    The logprobs that `process` returns aren't normalised again.
     """
     live = [(search.prompt, branch) for search in searches for branch in search.live]
     logprobs = torch.log_softmax(logits, dim=-1)
@@ -215,41 +215,45 @@ def _totals(logits: Tensor, searches: list[_Search], process: Process | None) ->
         logprobs = torch.stack(
             [process(row, prompt, branch.tokens) for row, (prompt, branch) in zip(logprobs, live, strict=True)]
         )
-    before = sent(torch.tensor([branch.total for _, branch in live], dtype=torch.float32), logits.device)  # (B)
+    before = copy_to_device(
+        torch.tensor([branch.total for _, branch in live], dtype=torch.float32), logits.device
+    )  # (B)
     return (logprobs + before[:, None]).masked_fill(~logits.isfinite().all(dim=-1, keepdim=True), math.nan)
 
 
-def _advance(search: _Search, found: list[_Branch], beams: Beams, stops: frozenset[int]) -> None:
-    """Let a search's answers be a token longer. found: the best continuations, the best first.
+def _advance(search: _Search, candidates: list[_Branch], beams: Beams, stops: frozenset[int]) -> None:
+    """Finish the answers that end with this token, and go on with the others. candidates: the best first.
 
-    A stop below the first num_beams of them ends no answer: it is there only so that enough others are.
+    A stop that isn't among the first num_beams candidates finishes no answer. There are more candidates than num_beams
+    only so that enough of them aren't stops.
     """
     length = len(search.live[0].tokens) + 1
     full = length == search.room
-    for branch in found[: beams.num_beams]:
+    for branch in candidates[: beams.num_beams]:
         *tokens, last = branch.tokens
         score = beams.score(branch.total, length)
         if last in stops:
-            search.ended.append(Beam(tokens, score, "stop", last))
+            search.finished.append(Beam(tokens, score, "stop", last))
         elif full:
-            search.ended.append(Beam(branch.tokens, score, "length"))
-    search.ended = sorted(search.ended, key=lambda beam: -beam.score)[: beams.num_beams]
-    going = [branch for branch in found if branch.tokens[-1] not in stops][: beams.num_beams]
-    search.live = going if not full and going and _improvable(search, going[0].total, length, beams) else []
+            search.finished.append(Beam(branch.tokens, score, "length"))
+    search.finished = sorted(search.finished, key=lambda beam: -beam.score)[: beams.num_beams]
+    unfinished = [branch for branch in candidates if branch.tokens[-1] not in stops][: beams.num_beams]
+    goes_on = not full and unfinished and _can_improve(search, unfinished[0].total, length, beams)
+    search.live = unfinished if goes_on else []
 
 
-def _improvable(search: _Search, total: float, length: int, beams: Beams) -> bool:
+def _can_improve(search: _Search, total: float, length: int, beams: Beams) -> bool:
     """Whether to go on with branches of this length, the best of which has this sum of logprobs."""
-    if len(search.ended) < beams.num_beams:
+    if len(search.finished) < beams.num_beams:
         return True
-    if beams.early_stopping is True or beams.num_beams == 1:  # one beam is greedy, whatever it could still find
+    if beams.early_stopping is True or beams.num_beams == 1:  # one beam is greedy search, which ends with its answer
         return False
     any_length = beams.early_stopping == "never" and beams.length_penalty > 0
-    return beams.score(total, search.room if any_length else length) > search.ended[-1].score
+    return beams.score(total, search.room if any_length else length) > search.finished[-1].score
 
 
-def _settled(branches: list[_Branch], first: int) -> list[_Branch]:
-    """In the order of the rows from `first` on that they'll own, of which as many as can stay where they are."""
+def _assign_rows(branches: list[_Branch], first: int) -> list[_Branch]:
+    """Order branches by the cache rows that they get, from `first` on, so that as many as can keep their row."""
     rows = range(first, first + len(branches))
     staying = {branch.row: branch for branch in reversed(branches) if branch.row in rows}
     moving = iter([branch for branch in branches if staying.get(branch.row) is not branch])
@@ -257,11 +261,10 @@ def _settled(branches: list[_Branch], first: int) -> list[_Branch]:
 
 
 def _decode(model: Transformer, searches: list[_Search]) -> Tensor:
-    """Give the live branches their cache rows, and run their last tokens: hidden states (B, dim)."""
-    device = model.norm.weight.device
+    """Move the live branches' cache to their rows, and run their last tokens: hidden states (B, dim)."""
     live = [branch for search in searches for branch in search.live]
     cached = [len(search.prompt) + len(branch.tokens) - 1 for search in searches for branch in search.live]
     model.reorder_cache_rows(torch.tensor([branch.row for branch in live]), max(cached))
-    tokens = sent(torch.tensor([[branch.tokens[-1]] for branch in live]), device)  # (B, 1)
-    start_pos = torch.tensor(cached, pin_memory=device.type == "cuda")  # (B)
+    tokens = copy_to_device(torch.tensor([[branch.tokens[-1]] for branch in live]), model.device)  # (B, 1)
+    start_pos = torch.tensor(cached, pin_memory=model.device.type == "cuda")  # (B)
     return model.hidden_states(tokens, start_pos)[:, -1]

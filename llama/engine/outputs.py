@@ -1,4 +1,4 @@
-"""What generation gives back: a stream drained to one answer a row, and the dicts that Meta's programs read.
+"""What generation returns: completions, collected from a stream, and the dicts that Meta's programs read.
 
 Knows steps and tokenizers; knows no model.
 """
@@ -8,16 +8,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Message, Tokenizer
+from ..tokenization.protocol import AnyTokenizer
+from ..tokenizer import Message
 from .sequence import Alternatives, FinishReason, Step
 
 
 class Details(TypedDict, total=False):
-    """What every prediction has, and what it has where that was asked for."""
+    """The keys of a prediction beside its text. All but finish_reason are there only where they apply."""
 
     finish_reason: FinishReason
-    stop: int | str  # where one was met
+    stop: int | str  # what ended the answer, where a stop did
     tokens: list[str]
     logprobs: list[float]
     top_logprobs: list[dict[str, float]]
@@ -35,70 +35,72 @@ class ChatPrediction(Details, total=False):
 
 @dataclass
 class Completion:
-    """An answer to one prompt. finish_reason, stop, top_logprobs: as in `Step`. logprobs: of its tokens, in float32.
-
-    prompt_logprobs: of the prompt's tokens, 0.0 for the first, which nothing predicts. score: of beams. mean_logprob:
-    of all that was chosen, the stop too, where logprobs were asked for.
-    """
+    """An answer to one prompt. What was not asked for is None."""
 
     prompt: list[int]
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # of the answer, without the stop
     text: str = ""
-    finish_reason: FinishReason = "length"
-    stop: int | str | None = None
-    logprobs: list[float] | None = None
-    top_logprobs: list[Alternatives] | None = None
-    prompt_logprobs: list[float] | None = None
-    score: float | None = None
-    mean_logprob: float | None = None
+    finish_reason: FinishReason = "length"  # as in `Step`
+    stop: int | str | None = None  # as in `Step`
+    logprobs: list[float] | None = None  # of `tokens`, computed in float32
+    top_logprobs: list[Alternatives] | None = None  # as in `Step`
+    prompt_logprobs: list[float] | None = None  # of the prompt's tokens; 0.0 for the first, which nothing predicts
+    score: float | None = None  # of a beam
+    mean_logprob: float | None = None  # of all tokens that were chosen, the stop included
 
 
-def drained(
+def drain_stream(
     stream: Iterable[list[Step]], prompts: Sequence[Sequence[int]], n: int, prompt_logprobs: bool
 ) -> list[Completion]:
-    """The answers that a stream comes to, n to each prompt. prompt_logprobs: it begins with the prompts themselves."""
-    found = [Completion([int(token) for token in prompt]) for prompt in prompts for _ in range(n)]
-    steps: list[list[Step]] = [[] for _ in found]
+    """The completions that a stream makes, n to each prompt. prompt_logprobs: the stream begins with the prompts."""
+    completions = [Completion([int(token) for token in prompt]) for prompt in prompts for _ in range(n)]
+    steps_by_row: list[list[Step]] = [[] for _ in completions]
     for batch in stream:
         for step in batch:
-            steps[step.row].append(step)
-    for one, own in zip(found, steps, strict=True):
+            steps_by_row[step.row].append(step)
+    for completion, steps in zip(completions, steps_by_row, strict=True):
         if prompt_logprobs:
-            echoed, own = own[: len(one.prompt)], own[len(one.prompt) :]
-            one.prompt_logprobs = [step.logprob or 0.0 for step in echoed]
-        one.text = "".join(step.text for step in own)
-        if own:
-            one.finish_reason, one.stop = own[-1].finish_reason or "length", own[-1].stop
-        kept = own[: own[-1].length] if own else []
-        one.tokens = [step.token for step in kept]
-        one.logprobs = [step.logprob for step in kept if step.logprob is not None]
-        if chances := [step.logprob for step in own if step.logprob is not None]:
-            one.mean_logprob = math.fsum(chances) / len(chances)
-        one.top_logprobs = [step.top_logprobs for step in kept if step.top_logprobs is not None]
-    return found
+            echoed, steps = steps[: len(completion.prompt)], steps[len(completion.prompt) :]
+            completion.prompt_logprobs = [step.logprob or 0.0 for step in echoed]
+        fill(completion, steps)
+    return completions
 
 
-def best_of_each(found: Sequence[Completion], made: int, n: int) -> list[Completion]:
-    """Of each `made` answers to a prompt the `n` of the highest mean logprob, the best first."""
-    groups = [found[start : start + made] for start in range(0, len(found), made)]
-    return [one for group in groups for one in sorted(group, key=lambda one: -(one.mean_logprob or 0.0))[:n]]
+def fill(completion: Completion, steps: Sequence[Step]) -> None:
+    """Set what the steps of its answer say of a completion."""
+    completion.text = "".join(step.text for step in steps)
+    if steps:
+        completion.finish_reason, completion.stop = steps[-1].finish_reason or "length", steps[-1].stop
+    kept = steps[: steps[-1].length] if steps else []
+    completion.tokens = [step.token for step in kept]
+    completion.logprobs = [step.logprob for step in kept if step.logprob is not None]
+    if logprobs := [step.logprob for step in steps if step.logprob is not None]:
+        completion.mean_logprob = math.fsum(logprobs) / len(logprobs)
+    completion.top_logprobs = [step.top_logprobs for step in kept if step.top_logprobs is not None]
 
 
-def details(one: Completion, tokenizer: Tokenizer | HFTokenizer, echo: bool = False) -> Details:
-    """What a prediction says beside its text. echo: its tokens begin with the prompt's."""
-    found: Details = {"finish_reason": one.finish_reason}
-    if one.stop is not None:
-        found["stop"] = one.stop
-    if one.logprobs is not None:
-        tokens, logprobs = one.tokens, one.logprobs
+def select_best(completions: Sequence[Completion], best_of: int, n: int) -> list[Completion]:
+    """Of each `best_of` completions of a prompt, the `n` with the highest mean logprob, the best first."""
+    groups = [completions[start : start + best_of] for start in range(0, len(completions), best_of)]
+    return [c for group in groups for c in sorted(group, key=lambda c: -(c.mean_logprob or 0.0))[:n]]
+
+
+def describe_completion(completion: Completion, tokenizer: AnyTokenizer, echo: bool = False) -> Details:
+    """The keys of a prediction beside its text. echo: its tokens begin with the prompt's."""
+    details: Details = {"finish_reason": completion.finish_reason}
+    if completion.stop is not None:
+        details["stop"] = completion.stop
+    if completion.logprobs is not None:
+        tokens, logprobs = completion.tokens, completion.logprobs
         if echo:
-            tokens, logprobs = one.prompt + tokens, (one.prompt_logprobs or []) + logprobs
-        found["tokens"], found["logprobs"] = [tokenizer.decode([token]) for token in tokens], logprobs
-    if one.top_logprobs:
-        named = [[(tokenizer.decode([token]), chance) for token, chance in best] for best in one.top_logprobs]
-        found["top_logprobs"] = [dict(reversed(best)) for best in named]  # of tokens that read alike the likeliest
-    if one.score is not None:
-        found["score"] = one.score
-    if one.prompt_logprobs is not None and not echo:
-        found["prompt_logprobs"] = one.prompt_logprobs
-    return found
+            tokens, logprobs = completion.prompt + tokens, (completion.prompt_logprobs or []) + logprobs
+        details["tokens"], details["logprobs"] = [tokenizer.decode([token]) for token in tokens], logprobs
+    if completion.top_logprobs:
+        named = [[(tokenizer.decode([token]), p) for token, p in best] for best in completion.top_logprobs]
+        # Of several tokens with one text, the likeliest is kept: it comes last, and so replaces the others.
+        details["top_logprobs"] = [dict(reversed(best)) for best in named]
+    if completion.score is not None:
+        details["score"] = completion.score
+    if completion.prompt_logprobs is not None and not echo:
+        details["prompt_logprobs"] = completion.prompt_logprobs
+    return details

@@ -1,6 +1,6 @@
 """Refuses requests that can't be answered, before any forward pass: prompts, counts and token ids that don't fit.
 
-Each check raises LlamaError with what was given and what was expected. Knows sizes and settings; knows no tensors.
+Each check raises LlamaError with the value and what was expected. Knows sizes and settings; knows no tensors.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ..settings import Settings
 
 
 def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
-    """For one prompt of a person's: whether an answer can follow it."""
+    """Whether an answer can follow a prompt that a person typed."""
     if len(prompt_tokens) >= max_seq_len:
         raise LlamaError(
             f"the text has {len(prompt_tokens)} tokens, which leaves no room for an answer within {max_seq_len}: "
@@ -34,24 +34,24 @@ def check_best_of(best_of: int, n: int) -> None:
 
 
 def check_token_ids(settings: Sequence[Settings], top_logprobs: int, vocab_size: int) -> None:
-    """Whether what names tokens, or a number of them, fits the vocabulary."""
+    """Whether the token ids in settings, and the number of likeliest tokens, fit the vocabulary."""
     if not is_integer(top_logprobs, 0) or top_logprobs > vocab_size:
         raise LlamaError(f"top_logprobs is {top_logprobs!r}, expected a whole number in [0, {vocab_size}]")
     for one in settings:
         for name, tokens in (("logit_bias", one.logit_bias), ("stop_token_ids", one.stop_token_ids)):
-            if bad := [token for token in tokens if token >= vocab_size]:
-                raise LlamaError(f"{name} has token {bad[0]}, expected whole numbers in [0, {vocab_size})")
+            if too_large := [token for token in tokens if token >= vocab_size]:
+                raise LlamaError(f"{name} has token {too_large[0]}, expected whole numbers in [0, {vocab_size})")
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs, n: int = 1) -> None:
-    """Whether a batch of token ids, with n rows to each, fits the vocabulary and the KV cache."""
+    """Whether a batch of token ids, with n sequences from each, fits the vocabulary and the KV cache."""
     check_list("prompts", prompt_tokens)
     if len(prompt_tokens) == 0:
         raise LlamaError("no prompt was given: expected a list of at least one")
     if len(prompt_tokens) * n > params.max_batch_size:
-        found = f"prompts x n={n} were asked for" if n > 1 else "prompts were given"
+        prompts = f"prompts x n={n} were asked for" if n > 1 else "prompts were given"
         raise LlamaError(
-            f"{len(prompt_tokens)} {found}, but max_batch_size is {params.max_batch_size}: "
+            f"{len(prompt_tokens)} {prompts}, but max_batch_size is {params.max_batch_size}: "
             "build with a larger max_batch_size or pass fewer at a time"
         )
     for i, prompt in enumerate(prompt_tokens):

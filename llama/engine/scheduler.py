@@ -1,7 +1,6 @@
-"""Prompts into the KV cache: which rows and positions each forward pass takes, so that little is computed for padding
-and a long prompt needs no more memory than a short one.
+"""Prompts into the KV cache, in forward passes that waste little on padding and need bounded memory.
 
-Knows the model; knows no text and no sampling.
+It decides which prompts, and which of their positions, each pass takes. Knows the model; knows no text and no sampling.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,38 +13,41 @@ from torch import Tensor
 from ..model import Transformer
 from ..sampling import token_logprobs
 
-WORTH_A_PASS = 32  # tokens of padding that cost as much as reading the weights once more
+WORTH_A_PASS = 32  # tokens of padding that cost as much as one more pass, which reads the weights once more
 LOGPROB_CHUNK = 256  # positions, of all rows together, whose logits are held at once
 
 
 @dataclass(frozen=True)
 class Pass:
-    """The first `rows` rows, at positions `start` to `end`."""
+    """A forward pass over the first `rows` prompts, at positions `start` to `end`."""
 
     start: int
     end: int
     rows: int
 
 
-def passes(lengths: Sequence[int], chunk: int, start: int = 0) -> list[Pass]:
-    """Forward passes over prompts of these lengths, the longest first, from `start` on.
+def plan_passes(lengths: Sequence[int], chunk: int, start: int = 0) -> list[Pass]:
+    """Forward passes over prompts of these lengths, the longest first, from position `start` on.
 
-    Each is of `chunk` tokens at most, or of one a row.
+    Each takes at most `chunk` tokens, but at least one of each row.
     """
-    found: list[Pass] = []
+    passes: list[Pass] = []
     while start < lengths[0]:
-        left = [length for length in lengths if length > start]
-        end = min(worthwhile_end(left), start + max(chunk // len(left), 1))
-        found.append(Pass(start, end, len(left)))
+        unfinished = [length for length in lengths if length > start]
+        end = min(choose_end(unfinished), start + max(chunk // len(unfinished), 1))
+        passes.append(Pass(start, end, len(unfinished)))
         start = end
-    return found
+    return passes
 
 
-def worthwhile_end(lengths: Sequence[int]) -> int:
-    """The first length, of descending ones, at which to leave rows behind rather than to pad them on."""
+def choose_end(lengths: Sequence[int]) -> int:
+    """The position at which a pass over prompts of these lengths, the longest first, ends, but for its chunk.
+
+    It is the first length at which padding the finished prompts further would cost more than another pass without them.
+    """
     for longer, length in reversed(list(pairwise(lengths))):
-        ended = sum(other <= length for other in lengths)
-        if ended * (longer - length) >= WORTH_A_PASS:
+        finished = sum(other <= length for other in lengths)
+        if finished * (longer - length) >= WORTH_A_PASS:
             return length
     return lengths[0]
 
@@ -53,52 +55,52 @@ def worthwhile_end(lengths: Sequence[int]) -> int:
 def prefill(
     model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, logprobs: bool, cached: int = 0
 ) -> tuple[Tensor, list[list[float]] | None]:
-    """Run prompts, the longest first, through the network: (hidden states of their last tokens (B, dim), logprobs).
+    """Run prompts, the longest first, through the model: hidden states of their last tokens (B, dim), and logprobs.
 
-    logprobs: of each prompt's tokens, None unless asked for; 0.0 for the first, which nothing predicts.
-    cached: positions of each row that the KV cache has already, whose logprobs aren't told.
+    logprobs: whether to give those of each prompt's tokens; the first token's is 0.0, since nothing predicts it.
+    cached: positions of each prompt that the KV cache already holds; their logprobs are given as 0.0.
     """
     last: list[Tensor] = [torch.empty(0)] * len(prompts)
-    chances = [[0.0] * (cached + 1) for _ in prompts]
-    for step, h in walk(model, prompts, chunk, cached):
-        for row in range(step.rows):
-            if len(prompts[row]) <= step.end:
-                last[row] = h[row, len(prompts[row]) - 1 - step.start]
+    all_logprobs = [[0.0] * (cached + 1) for _ in prompts]
+    for one_pass, h in run_passes(model, prompts, chunk, cached):
+        for row in range(one_pass.rows):
+            if len(prompts[row]) <= one_pass.end:
+                last[row] = h[row, len(prompts[row]) - 1 - one_pass.start]
         if logprobs:
-            for known, more in zip(chances, logprobs_within(model, prompts, [1] * len(prompts), step, h), strict=False):
-                known += more
-    return torch.stack(last), chances if logprobs else None
+            new_logprobs = compute_logprobs(model, prompts, [1] * len(prompts), one_pass, h)
+            for row_logprobs, new in zip(all_logprobs, new_logprobs, strict=False):
+                row_logprobs += new
+    return torch.stack(last), all_logprobs if logprobs else None
 
 
-def walk(
+def run_passes(
     model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, cached: int = 0
 ) -> Iterator[tuple[Pass, Tensor]]:
-    """Run prompts, the longest first, through the network: each pass, and its hidden states (rows, T, dim), normed."""
-    device = model.norm.weight.device
+    """Run prompts, the longest first, through the model: each pass, and its hidden states (rows, T, dim), normed."""
     longest = len(prompts[0])
     # Right padding: a pad's key is overwritten by the row's own next token before any query can see it.
-    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)  # (B, T)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B)
-    for step in passes([len(prompt) for prompt in prompts], chunk, cached):
-        here = slice(0, step.rows)
-        h = model.hidden_states(tokens[here, step.start : step.end], step.start, lengths[here] - step.start)
-        yield step, h
+    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    tokens = torch.tensor(padded, device=model.device)  # (B, T)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # (B)
+    for one_pass in plan_passes([len(prompt) for prompt in prompts], chunk, cached):
+        rows, start = slice(0, one_pass.rows), one_pass.start
+        yield one_pass, model.hidden_states(tokens[rows, start : one_pass.end], start, lengths[rows] - start)
 
 
-def logprobs_within(
-    model: Transformer, prompts: Sequence[Sequence[int]], firsts: Sequence[int], step: Pass, h: Tensor
+def compute_logprobs(
+    model: Transformer, prompts: Sequence[Sequence[int]], firsts: Sequence[int], one_pass: Pass, h: Tensor
 ) -> list[list[float]]:
-    """For each row of a pass, the logprobs of what its hidden states predict of the prompt: h is (rows, T, dim).
+    """For each row of a pass, the logprobs of the prompt's tokens that its hidden states h (rows, T, dim) predict.
 
-    firsts: the first token of each prompt, from 1 on, whose logprob is wanted.
+    firsts: for each prompt, the first token whose logprob is wanted, from 1 on.
     """
-    rows = range(step.rows)
-    ends = [min(step.end, len(prompts[row]) - 1) for row in rows]  # nothing follows a last token
-    starts = [min(max(step.start, firsts[row] - 1), ends[row]) for row in rows]
-    before = torch.cat([h[row, starts[row] - step.start : ends[row] - step.start] for row in rows])  # (N, dim)
-    following = [token for row in rows for token in prompts[row][starts[row] + 1 : ends[row] + 1]]
-    tokens = torch.tensor(following, dtype=torch.long, device=h.device)  # (N)
-    pieces = zip(before.split(LOGPROB_CHUNK), tokens.split(LOGPROB_CHUNK), strict=True)
-    found = [token_logprobs(model.logits(x), y) for x, y in pieces if len(y)]
-    chances = iter(torch.cat(found).tolist() if found else [])
-    return [list(islice(chances, ends[row] - starts[row])) for row in rows]
+    rows = range(one_pass.rows)
+    ends = [min(one_pass.end, len(prompts[row]) - 1) for row in rows]  # a prompt's last token predicts none of it
+    starts = [min(max(one_pass.start, firsts[row] - 1), ends[row]) for row in rows]
+    states = torch.cat([h[row, starts[row] - one_pass.start : ends[row] - one_pass.start] for row in rows])  # (N, dim)
+    predicted = [token for row in rows for token in prompts[row][starts[row] + 1 : ends[row] + 1]]
+    tokens = torch.tensor(predicted, dtype=torch.long, device=h.device)  # (N)
+    chunks = zip(states.split(LOGPROB_CHUNK), tokens.split(LOGPROB_CHUNK), strict=True)
+    logprobs = [token_logprobs(model.logits(x), y) for x, y in chunks if len(y)]
+    values = iter(torch.cat(logprobs).tolist() if logprobs else [])
+    return [list(islice(values, ends[row] - starts[row])) for row in rows]

@@ -1,48 +1,39 @@
-"""What a model makes of texts that are there already: how likely it finds them, and the vectors it has for them.
+"""What a model makes of given texts: how likely it finds them, and the vectors it has for them.
 
-Any number of texts: the longest go first, as many at a time as the KV cache has rows. Knows the model and the tokenizer
-of a `Llama`; knows no sampling.
+Texts are taken the longest first, as many at a time as the KV cache has slots. Knows an engine; knows no sampling.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import parallel
+from .._util.console import progress_bar
 from .._util.validate import check_texts, is_integer
-from ..errors import LlamaError, shortened
+from ..errors import LlamaError, shorten
 from ..model import Transformer
-from ..tokenization.hf_tokenizer import HFTokenizer
-from ..tokenizer import Tokenizer
-from .scheduler import logprobs_within, prefill, walk
-
-if TYPE_CHECKING:
-    from ..generation import Llama
+from ..tokenization.protocol import AnyTokenizer
+from .engine import Engine
+from .scheduler import compute_logprobs, prefill, run_passes
 
 T = TypeVar("T")
-SECONDS_BEFORE_BAR = 2
 Pooling = Literal["last", "mean"]
 
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds a text.
+    """How likely a model finds a text."""
 
-    tokens: ids, with begin-of-text where the tokenizer puts one. logprobs: of each token after those before it, natural
-    logarithms; 0.0 for the first, which nothing predicts.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
+    tokens: list[int]  # with begin-of-text where the tokenizer puts one
+    logprobs: list[float]  # natural, of each token after those before it; 0.0 for the first, which nothing predicts
 
     @property
     def logprob(self) -> float:
-        """Of the whole text: the sum."""
+        """The logprob of the whole text: the sum."""
         return math.fsum(self.logprobs)
 
     @property
@@ -54,80 +45,85 @@ class Score:
 
 @dataclass(frozen=True)
 class ScoringWindow:
-    """Tokens `start` to `end` of a text, of which those from `first` on are scored here."""
+    """Tokens `start` to `end` of a text, which are read together to score those from `first` on."""
 
-    text: int
+    text: int  # the text's place in the list
     start: int
     end: int
     first: int
 
 
 @torch.no_grad()
-def score(llama: "Llama", texts: Sequence[str], *, stride: int | None = None) -> list[Score]:
+def score(engine: Engine, texts: Sequence[str], *, stride: int | None = None) -> list[Score]:
     """How likely the model finds each text, in the order of the texts.
 
     A text longer than max_seq_len is read in windows of that length, each `stride` tokens after the one before (None:
-    half a window); a window scores what no earlier one has, as https://huggingface.co/docs/transformers/perplexity has
-    it. A smaller stride gives tokens more context, for more work.
-    Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for what isn't a list of
-    texts of at least one character each, or a stride outside [1, max_seq_len); after them for logprobs that aren't
-    finite.
+    half a window). A window scores the tokens that no earlier one has scored, as in
+    https://huggingface.co/docs/transformers/perplexity. A smaller stride gives tokens more context, for more work.
+    Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for texts that aren't a
+    list of strings of at least one character and for a stride outside [1, max_seq_len); after the passes for logprobs
+    that aren't finite.
     """
-    size = llama.model.params.max_seq_len
-    with parallel.together(parallel.group()):
-        stride = checked_stride(stride, size)
-        tokens = encoded(llama.tokenizer, texts)
-    model, chunk = with_the_cache(llama)
-    found = [[0.0] * len(text) for text in tokens]
-    places = [window for i, text in enumerate(tokens) for window in windows(i, len(text), size, stride)]
-    for batch in batches(places, lambda window: window.end - window.start, model.params.max_batch_size, "scoring"):
-        rows = [tokens[window.text][window.start : window.end] for window in batch]
-        chances = logprobs_of(model, rows, [window.first - window.start for window in batch], chunk)
-        for window, known in zip(batch, chances, strict=True):
-            found[window.text][window.first : window.end] = known
-    for i, known in enumerate(found):
-        if not all(map(math.isfinite, known)):
-            raise not_finite(i, "logprobs", model.norm.weight.dtype)
-    return [Score(text, known) for text, known in zip(tokens, found, strict=True)]
+    model, size = engine.model, engine.model.params.max_seq_len
+    with parallel.raise_together(parallel.group()):
+        stride = resolve_stride(stride, size)
+        tokens = encode_texts(engine.tokenizer, texts)
+    engine.runner.claim_cache()
+    logprobs = [[0.0] * len(text) for text in tokens]
+    windows = [window for i, text in enumerate(tokens) for window in split_windows(i, len(text), size, stride)]
+    for batch in batch_by_length(windows, lambda w: w.end - w.start, model.params.max_batch_size, "scoring"):
+        prompts = [tokens[window.text][window.start : window.end] for window in batch]
+        firsts = [window.first - window.start for window in batch]
+        for window, scored in zip(batch, score_prompts(model, prompts, firsts, engine.prefill_chunk), strict=True):
+            logprobs[window.text][window.first : window.end] = scored
+    for i, text_logprobs in enumerate(logprobs):
+        if not all(map(math.isfinite, text_logprobs)):
+            raise not_finite_error(i, "logprobs", model.dtype)
+    return [Score(text, text_logprobs) for text, text_logprobs in zip(tokens, logprobs, strict=True)]
 
 
 @torch.no_grad()
-def embed(llama: "Llama", texts: Sequence[str], pooling: Pooling = "last") -> Tensor:
-    """A vector for each text, float32 (texts, dim) on the CPU: of the hidden states before the output layer, normed.
+def embed(engine: Engine, texts: Sequence[str], pooling: Pooling = "last") -> Tensor:
+    """A vector for each text, float32 (texts, dim) on the CPU, from the normed hidden states before the output layer.
 
-    pooling: "last" takes the last token's, "mean" the mean over all tokens, begin-of-text included.
-    Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for what isn't a list of
-    texts of at least one character and at most max_seq_len tokens each; after them for vectors that aren't finite.
+    pooling: "last" takes the last token's state, "mean" the mean over all tokens, begin-of-text included.
+    Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for texts that aren't a
+    list of strings of at least one character and at most max_seq_len tokens; after the passes for vectors that aren't
+    finite.
     """
-    with parallel.together(parallel.group()):
+    model = engine.model
+    with parallel.raise_together(parallel.group()):
         if pooling not in get_args(Pooling):
             raise LlamaError(f"pooling is {pooling!r}, expected {' or '.join(map(repr, get_args(Pooling)))}")
-        tokens = encoded(llama.tokenizer, texts)
-        check_lengths(tokens, llama.model.params.max_seq_len)
-    model, chunk = with_the_cache(llama)
-    found = torch.empty(len(tokens), model.params.dim)
-    pool = last_states if pooling == "last" else mean_states
-    for batch in batches(range(len(tokens)), lambda i: len(tokens[i]), model.params.max_batch_size, "embedding"):
-        found[batch] = pool(model, [tokens[i] for i in batch], chunk).float().cpu()
-    for i in (~found.isfinite().all(dim=-1)).nonzero().flatten().tolist():
-        raise not_finite(i, "hidden states", model.norm.weight.dtype)
-    return found
+        tokens = encode_texts(engine.tokenizer, texts)
+        check_lengths(tokens, model.params.max_seq_len)
+    engine.runner.claim_cache()
+    vectors = torch.empty(len(tokens), model.params.dim)
+    pool = pool_last if pooling == "last" else pool_mean
+    for batch in batch_by_length(
+        range(len(tokens)), lambda i: len(tokens[i]), model.params.max_batch_size, "embedding"
+    ):
+        vectors[batch] = pool(model, [tokens[i] for i in batch], engine.prefill_chunk).float().cpu()
+    for i in (~vectors.isfinite().all(dim=-1)).nonzero().flatten().tolist():
+        raise not_finite_error(i, "hidden states", model.dtype)
+    return vectors
 
 
-# --- what is checked ------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def encoded(tokenizer: Tokenizer | HFTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text. Raises LlamaError for what has none."""
+def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text. Raises LlamaError for a text that is empty or has none."""
     check_texts(texts, "text")
     tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
     if [] in tokens:
         i = tokens.index([])
-        raise LlamaError(f"text {i}, {shortened(texts[i])}, has no token: expected at least one")
+        raise LlamaError(f"text {i}, {shorten(texts[i])}, has no token: expected at least one")
     return tokens
 
 
-def checked_stride(stride: int | None, size: int) -> int:
+def resolve_stride(stride: int | None, size: int) -> int:
+    """The stride to use in windows of `size` tokens. Raises LlamaError."""
     if size < 2:
         raise LlamaError(f"max_seq_len is {size}, within which no token follows another: build with at least 2")
     if stride is None:
@@ -138,6 +134,7 @@ def checked_stride(stride: int | None, size: int) -> int:
 
 
 def check_lengths(tokens: Sequence[Sequence[int]], most: int) -> None:
+    """Raise LlamaError for a text of more than `most` tokens."""
     for i, text in enumerate(tokens):
         if len(text) > most:
             raise LlamaError(
@@ -146,24 +143,18 @@ def check_lengths(tokens: Sequence[Sequence[int]], most: int) -> None:
             )
 
 
-def not_finite(text: int, what: str, dtype: torch.dtype) -> LlamaError:
+def not_finite_error(text: int, what: str, dtype: torch.dtype) -> LlamaError:
     return LlamaError(
         f"text {text}: the {what} are not finite in {dtype}: the weights are damaged or this dtype "
         "overflows; try --dtype float32"
     )
 
 
-# --- how it is done -------------------------------------------------------------------------------------------------
+# --- batches and passes -----------------------------------------------------------------------------------------------
 
 
-def with_the_cache(llama: "Llama") -> tuple[Transformer, int]:
-    """The model, whose KV cache no stream relies on any more, and the tokens that a pass of it takes."""
-    llama.engine.take_cache()
-    return llama.model, llama.engine.prefill_chunk
-
-
-def windows(text: int, length: int, size: int, stride: int) -> Iterator[ScoringWindow]:
-    """Windows of at most `size` tokens that score all but the first of `length` once, in their order."""
+def split_windows(text: int, length: int, size: int, stride: int) -> Iterator[ScoringWindow]:
+    """Windows of at most `size` tokens, in order, that together score each of `length` tokens but the first once."""
     start, scored = 0, 1
     while scored < length:
         end = min(start + size, length)
@@ -171,41 +162,37 @@ def windows(text: int, length: int, size: int, stride: int) -> Iterator[ScoringW
         start, scored = start + stride, end
 
 
-def batches(items: Sequence[T], length: Callable[[T], int], size: int, doing: str) -> Iterator[list[T]]:
-    """All items, the longest first, so many at a time. A terminal shows how many tokens went by."""
+def batch_by_length(items: Sequence[T], length: Callable[[T], int], size: int, doing: str) -> Iterator[list[T]]:
+    """Batches of `size` items, the longest first, under a progress bar that counts tokens at a terminal."""
     items = sorted(items, key=length, reverse=True)
-    silent = not parallel.is_main_process() or None  # None: unless on a terminal
-    with tqdm(
-        desc=doing, total=sum(map(length, items)), unit=" tokens", delay=SECONDS_BEFORE_BAR, disable=silent
-    ) as bar:
+    with progress_bar(doing, sum(map(length, items)), " tokens", delayed=True) as bar:
         for i in range(0, len(items), size):
             batch = items[i : i + size]
             yield batch
             bar.update(sum(map(length, batch)))
 
 
-def logprobs_of(
-    model: Transformer, rows: Sequence[Sequence[int]], firsts: Sequence[int], chunk: int
+def score_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], firsts: Sequence[int], chunk: int
 ) -> list[list[float]]:
-    """Of rows, the longest first, the logprobs of the tokens from each one's first to be scored on."""
-    found: list[list[float]] = [[] for _ in rows]
-    for step, h in walk(model, rows, chunk):
-        for known, more in zip(found, logprobs_within(model, rows, firsts, step, h), strict=False):
-            known += more
-    return found
+    """The logprobs of each prompt's tokens from its first that is wanted on. prompts: the longest first."""
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    for one_pass, h in run_passes(model, prompts, chunk):
+        for row, new in zip(logprobs, compute_logprobs(model, prompts, firsts, one_pass, h), strict=False):
+            row += new
+    return logprobs
 
 
-def last_states(model: Transformer, rows: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """Hidden states of the last tokens of rows, the longest first: (B, dim)."""
-    return prefill(model, rows, chunk, logprobs=False)[0]
+def pool_last(model: Transformer, prompts: Sequence[Sequence[int]], chunk: int) -> Tensor:
+    """The hidden state of each prompt's last token: (B, dim). prompts: the longest first."""
+    return prefill(model, prompts, chunk, logprobs=False)[0]
 
 
-def mean_states(model: Transformer, rows: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """The mean of the hidden states of each row's tokens, the longest first: float32 (B, dim)."""
-    device = model.norm.weight.device
-    sums = torch.zeros(len(rows), model.params.dim, device=device)
-    for step, h in walk(model, rows, chunk):
-        for row in range(step.rows):
-            own = h[row, : len(rows[row]) - step.start]  # (up to T, dim): what isn't padding
-            sums[row] += own.sum(dim=0, dtype=torch.float32)
-    return sums / torch.tensor([[len(row)] for row in rows], device=device)
+def pool_mean(model: Transformer, prompts: Sequence[Sequence[int]], chunk: int) -> Tensor:
+    """The mean of the hidden states of each prompt's tokens: float32 (B, dim). prompts: the longest first."""
+    sums = torch.zeros(len(prompts), model.params.dim, device=model.device)
+    for one_pass, h in run_passes(model, prompts, chunk):
+        for row in range(one_pass.rows):
+            states = h[row, : len(prompts[row]) - one_pass.start]  # (up to T, dim): without padding
+            sums[row] += states.sum(dim=0, dtype=torch.float32)
+    return sums / torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)

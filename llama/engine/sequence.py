@@ -1,6 +1,6 @@
-"""Rows that are being generated, and what a stream says of them.
+"""Sequences that are being generated, and the steps in which a stream reports them.
 
-Knows tokens and text; knows no model and no tensors.
+Knows tokens and text; knows no model and no tensors but the random numbers of a sequence.
 """
 
 from collections import abc
@@ -10,8 +10,7 @@ from typing import Literal
 import torch
 
 from ..settings import Settings
-from ..tokenization.hf_tokenizer import HFStreamDecoder
-from ..tokenizer import StreamDecoder
+from ..tokenization.protocol import AnyStreamDecoder
 from .stop_strings import StopFinder
 
 FinishReason = Literal["stop", "length"]
@@ -20,89 +19,87 @@ Alternatives = tuple[tuple[int, float], ...]  # tokens and their logprobs, the l
 
 @dataclass(frozen=True)
 class Step:
-    """One token of one row, as `Llama.stream` yields it.
+    """One token of one sequence, as `Llama.stream` yields it."""
 
-    row: place of the prompt in the batch; of n rows from each prompt, n * place and up. text: what this token made
-    certain: nothing inside a split character, or while a stop may be coming. logprob: log-probability of the token
-    under the model, or None unless asked for. finish_reason: None while the row goes on; "stop" for a token, or a text,
-    that ends it, which is left out; "length" when the row's allowance is used up. stop: that token, or that text.
-    length: tokens of the row's answer so far; where a text ends it, of what came before. top_logprobs: the likeliest
-    tokens here, if asked for.
-    """
-
-    row: int
+    row: int  # place of the prompt in the batch; copy j of n from each prompt: n * place + j
     token: int
-    text: str
-    logprob: float | None = None
+    text: str  # the text that is certain since this token: no part of a character, nothing that may begin a stop
+    logprob: float | None = None  # log-probability of the token under the model; None unless asked for
+    # None: the sequence goes on. "stop": a token or a text ended it, which is left out. "length": its limit did.
     finish_reason: FinishReason | None = None
-    stop: int | str | None = None
-    length: int = 0
-    top_logprobs: Alternatives | None = None
+    stop: int | str | None = None  # the token or the text that ended it
+    length: int = 0  # tokens of the answer so far; where a text ends it, those before that text
+    top_logprobs: Alternatives | None = None  # the likeliest tokens here; None unless asked for
 
 
 @dataclass
 class Sequence:
-    """Where a row stands, how far it may go, and its own source of chance. stops: tokens that end it."""
+    """One sequence: a prompt, its answer so far, and all that decides how it goes on."""
 
-    index: int
+    index: int  # `Step.row`
     prompt: list[int]
     settings: Settings
-    stops: frozenset[int]
-    left: int  # tokens that it may still get
-    decoder: StreamDecoder | HFStreamDecoder
+    stops: frozenset[int]  # tokens that end it
+    remaining: int  # tokens that it may still get
+    decoder: AnyStreamDecoder
     generator: torch.Generator
-    finder: StopFinder
+    stop_finder: StopFinder
     cached: int  # tokens of it in the KV cache
     answer: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop: int | str | None = None
-    text: str = ""  # that was let out
-    ends: list[int] = field(default_factory=list)  # characters of the answer after each of its tokens
-    draws: list[torch.Tensor] = field(default_factory=list)  # for the tokens to come
+    text: str = ""  # what the stop finder has let through
+    ends: list[int] = field(default_factory=list)  # characters of the answer up to and with each of its tokens
+    draws: list[torch.Tensor] = field(default_factory=list)  # random numbers for the tokens to come
 
     @property
     def position(self) -> int:
-        """Tokens in the row so far."""
+        """Tokens of prompt and answer."""
         return len(self.prompt) + len(self.answer)
 
     def draw(self, ahead: int) -> torch.Tensor:
-        """The number in [0, 1) that chooses the row's next token, or the one so many tokens ahead: float32 ()."""
+        """The number in [0, 1) that chooses the next token (`ahead` 0) or the one `ahead` tokens later: float32 ()."""
         while len(self.draws) <= ahead:
             self.draws.append(torch.rand((), generator=self.generator))
         return self.draws[ahead]
 
     def accept(self, token: int, logprob: float | None, top_logprobs: Alternatives | None) -> Step:
-        self.left -= 1
+        """Append the next token, or end at it where it is a stop."""
+        self.remaining -= 1
         self.draws = self.draws[1:]
-        stopped = token in self.stops
-        if not stopped:
+        is_stop = token in self.stops
+        is_last = is_stop or self.remaining == 0
+        text = ""
+        if not is_stop:
             self.answer.append(token)
-        over = stopped or self.left == 0
-        text = self.finder.push(("" if stopped else self.decoder.push(token)) + (self.decoder.flush() if over else ""))
-        if not stopped:
-            self.ends.append(self.finder.seen)
+            text = self.decoder.push(token)
+        text = self.stop_finder.push(text + (self.decoder.flush() if is_last else ""))
+        if not is_stop:
+            self.ends.append(self.stop_finder.seen)
         self.text += text
         length = len(self.answer)
-        if self.finder.found is not None:
-            self.finish_reason, self.stop, length = "stop", self.finder.found, self._length_before(self.finder.start)
-        elif over:
-            text += self.finder.rest()
-            self.finish_reason, self.stop = ("stop", token) if stopped else ("length", None)
+        if self.stop_finder.stop is not None:
+            self.finish_reason, self.stop = "stop", self.stop_finder.stop
+            length = self._length_before(self.stop_finder.start)
+        elif is_last:
+            text += self.stop_finder.flush()
+            self.finish_reason, self.stop = ("stop", token) if is_stop else ("length", None)
         return Step(self.index, token, text, logprob, self.finish_reason, self.stop, length, top_logprobs)
 
     def _length_before(self, start: int) -> int:
-        """Tokens that read as the text, or its beginning, before this character, which began a stop."""
+        """How many tokens lie before the character at which a stop begins, and decode to the text before it."""
         length = sum(end <= start for end in self.ends)
-        while not self.text.startswith(self._decoded(length)):
-            length -= 1  # the first part of a character that ended later
+        while not self.text.startswith(self._decode(length)):
+            length -= 1  # its last token is a part of a character that a later token completed
         return length
 
-    def _decoded(self, length: int) -> str:
+    def _decode(self, length: int) -> str:
+        """The text of the answer's first `length` tokens."""
         self.decoder.flush()
         return "".join(map(self.decoder.push, self.answer[:length])) + self.decoder.flush()
 
 
-def in_common(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """How many items two sequences begin with alike."""
-    most = min(len(a), len(b))
-    return most if a[:most] == b[:most] else next(i for i in range(most) if a[i] != b[i])
+def count_common_prefix(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
+    """How many items `a` and `b` have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    return shorter if a[:shorter] == b[:shorter] else next(i for i in range(shorter) if a[i] != b[i])

@@ -1,31 +1,35 @@
-"""A conversation that stays in the KV cache: a further turn prefills only what is new, an edited one what has changed.
+"""A conversation that stays in the KV cache: each turn prefills only what has changed since the last one.
 
-Knows rows and the cache; knows no dialog and no text.
+Knows sequences and what the cache holds; knows no dialog and no text.
 """
 
 from collections import abc
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Unpack
+from typing import Any, Protocol
 
-from ..settings import Options
-from .engine import OutputOptions
-from .sequence import Sequence, Step, in_common
+from .engine import Engine
+from .model_runner import OutputOptions
+from .sequence import Sequence, Step, count_common_prefix
 from .speculative import SPECULATE_K
 
-if TYPE_CHECKING:
-    from ..generation import Llama
+
+class HasEngine(Protocol):
+    """What a session needs of a `Llama`."""
+
+    engine: Engine
 
 
 class Session:
-    """One row of a Llama, from turn to turn. What else that Llama does in between takes the cache from it.
+    """One conversation with a `Llama`. Any other call on that `Llama` takes the KV cache; the next turn is then slower.
 
-    reused, prefilled: of the last prompt, the tokens that were in the cache, and those that weren't.
+    On several ranks every rank makes the same calls.
     """
 
-    def __init__(self, llama: "Llama"):
-        self.reused = self.prefilled = 0
-        self._llama = llama
-        self._cached: list[int] = []  # tokens whose keys and values the first slot has
+    def __init__(self, llama: HasEngine):
+        self.reused = 0  # tokens of the last prompt that the cache already held
+        self.prefilled = 0  # tokens of the last prompt that it didn't hold
+        self._engine = llama.engine
+        self._cached: list[int] = []  # the tokens that the first slot holds
         self._ticket: object = None  # of the stream that wrote them
 
     def stream(
@@ -38,35 +42,35 @@ class Session:
         *,
         lookup_ngram: int | None = None,
         speculate_k: int = SPECULATE_K,
-        **options: Unpack[Options],
+        **settings: Any,
     ) -> Generator[Step, None, None]:
-        """As `Llama.stream` of one prompt, the whole conversation so far; the same tokens, sooner."""
-        shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **options}
-        (row,) = self._llama.rows([prompt_tokens], 1, shared, None, 0)
-        return self._stream(row, OutputOptions(logprobs), lookup_ngram, speculate_k)
+        """Generate as `Llama.stream` does from one prompt, the whole conversation so far: the same tokens, sooner."""
+        shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **settings}
+        (sequence,) = self._engine.make_sequences([prompt_tokens], shared)
+        return self._stream(sequence, OutputOptions(logprobs), lookup_ngram, speculate_k)
 
     def _stream(
-        self, row: Sequence, output: OutputOptions, lookup_ngram: int | None, speculate_k: int
+        self, sequence: Sequence, output: OutputOptions, lookup_ngram: int | None, speculate_k: int
     ) -> Generator[Step, None, None]:
-        engine = self._llama.engine
-        self.reused = self._reusable(row.prompt) if engine.current is self._ticket else 0
-        self.prefilled = len(row.prompt) - self.reused
-        self._cached = []  # what stands there if anything fails
+        runner = self._engine.runner
+        self.reused = self._count_reusable(sequence.prompt) if runner.cache_owner is self._ticket else 0
+        self.prefilled = len(sequence.prompt) - self.reused
+        self._cached = []  # if anything fails, nothing in the slot is relied on
         try:
-            for steps in self._llama.steps([row], output, lookup_ngram, speculate_k, self.reused):
-                self._ticket = engine.current
+            for steps in self._engine.run([sequence], output, lookup_ngram, speculate_k, self.reused):
+                self._ticket = runner.cache_owner
                 yield from steps
-        except GeneratorExit:  # a caller who has heard enough
-            self._cached = (row.prompt + row.answer)[: row.cached]
+        except GeneratorExit:  # the caller stopped listening
+            self._cached = (sequence.prompt + sequence.answer)[: sequence.cached]
             raise
-        self._cached = (row.prompt + row.answer)[: row.cached]
+        self._cached = (sequence.prompt + sequence.answer)[: sequence.cached]
 
-    def _reusable(self, prompt: abc.Sequence[int]) -> int:
-        """How many tokens the prompt begins with that are cached: all but its last, whose logits are wanted, at most.
+    def _count_reusable(self, prompt: abc.Sequence[int]) -> int:
+        """How many of the prompt's first tokens are cached. Its last token never counts: its logits are wanted.
 
-        Where angles depend on a row's length, what is cached was turned by others: none.
+        0 with dynamic rotary scaling, where the angles in the cache depend on the length that the sequence had.
         """
-        scaling = self._llama.model.params.rope_scaling
+        scaling = self._engine.model.params.rope_scaling
         if scaling is not None and scaling.type == "dynamic":
             return 0
-        return in_common(self._cached, prompt[:-1])
+        return count_common_prefix(self._cached, prompt[:-1])

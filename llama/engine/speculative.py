@@ -1,7 +1,8 @@
-"""Decoding several tokens in a pass: some are proposed, and the model looks at all of them at once.
+"""Several tokens in one forward pass: some are proposed, and the model checks all of them at once.
 
-Every token is chosen as without proposals, from the same distribution by the same draw, so that the text is the same,
-sampled or not. What is saved is passes. Knows rows and a engine; knows no text.
+The model chooses every token as it does without proposals, from the same distribution with the same random number. So
+the text is the same, sampled or not, and only the number of passes is smaller. Knows sequences and their runner; knows
+no text.
 """
 
 from collections import abc
@@ -13,18 +14,17 @@ from torch import Tensor
 
 from .. import parallel
 from ..model import Transformer
-from .engine import Engine, OutputOptions, sampled, together_if_foreign, told
-from .sequence import Sequence, Step, in_common
+from .model_runner import ModelRunner, OutputOptions, choose_tokens, describe_choices, share_processor_errors
+from .sequence import Sequence, Step, count_common_prefix
 from .transfer import exact_dtype
 
 SPECULATE_K = 5  # tokens that are proposed at a time
-Propose = Callable[
-    [list[Sequence], list[int]], list[list[int]]
-]  # what may follow each row's own tokens, at most so many
+# From sequences, and the number of tokens that each may get at most, to the tokens proposed for each.
+Propose = Callable[[list[Sequence], list[int]], list[list[int]]]
 
 
 def lookup(tokens: abc.Sequence[int], ngram: int, most: int) -> list[int]:
-    """What followed when the last `ngram` tokens stood in the text before, the last time; nothing where they never did.
+    """The up to `most` tokens that followed where the last `ngram` tokens occurred before, most recently.
 
     Prompt lookup decoding (https://github.com/apoorvumang/prompt-lookup-decoding).
     """
@@ -35,122 +35,123 @@ def lookup(tokens: abc.Sequence[int], ngram: int, most: int) -> list[int]:
     return []
 
 
-def looking_up(ngram: int) -> Propose:
-    """By `lookup` in each row's own text."""
+def make_lookup_proposer(ngram: int) -> Propose:
+    """Proposes by `lookup` in each sequence's own tokens."""
 
-    def propose(rows: list[Sequence], mosts: list[int]) -> list[list[int]]:
-        return [lookup(row.prompt + row.answer, ngram, most) for row, most in zip(rows, mosts, strict=True)]
+    def propose(sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        return [lookup(s.prompt + s.answer, ngram, limit) for s, limit in zip(sequences, limits, strict=True)]
 
     return propose
 
 
 @torch.no_grad()
-def speculated(
-    engine: Engine, rows: list[Sequence], output: OutputOptions, propose: Propose, most: int, cached: int = 0
+def run_speculative(
+    runner: ModelRunner, sequences: list[Sequence], output: OutputOptions, propose: Propose, most: int, cached: int = 0
 ) -> Iterator[list[Step]]:
-    """As `Engine.run`, with up to 1 + `most` steps of each row after a pass, in their order."""
-    ticket, live, h = yield from engine.begin(rows, output, cached)
+    """As `ModelRunner.run`, with 1 to 1 + `most` steps of each sequence after a pass, in their order."""
+    ticket, live, h = yield from runner.begin(sequences, output, cached)
     proposals: list[list[int]] = [[] for _ in live]
-    states = h[:, None]  # (B, T, dim)
+    h = h[:, None]  # (B, T, dim)
     while live:
-        yield checked(engine, engine.model.logits(states), live, proposals, output)
-        going = [row for row in live if row.finish_reason is None]
-        if not going:
+        yield verify(runner, runner.model.logits(h), live, proposals, output)
+        unfinished = [s for s in live if s.finish_reason is None]
+        if not unfinished:
             return
-        engine.refuse_if_not(ticket)
-        live = engine.compact(live, going)
-        room = min(engine.model.params.max_seq_len - row.position for row in live)  # which padding needs too
-        proposals = propose(live, [min(most, room, row.left - 1) for row in live])
-        states = look_at(engine.model, live, proposals)
+        runner.check_owner(ticket)
+        live = runner.compact(live, unfinished)
+        room = min(runner.model.params.max_seq_len - s.position for s in live)  # padding needs room too
+        proposals = propose(live, [min(most, room, s.remaining - 1) for s in live])
+        h = run_proposals(runner.model, live, proposals)
 
 
-def look_at(model: Transformer, rows: list[Sequence], proposals: list[list[int]]) -> Tensor:
-    """Hidden states after each row's last token and after its proposals, padded: (B, T, dim)."""
+def run_proposals(model: Transformer, sequences: list[Sequence], proposals: list[list[int]]) -> Tensor:
+    """One pass over each sequence's last token and its proposals, padded: hidden states (B, T, dim)."""
     longest = max(map(len, proposals))
-    padded = [[*own, *[0] * (longest - len(own))] for own in proposals]
-    tokens = [[row.answer[-1], *own] for row, own in zip(rows, padded, strict=True)]  # (B, T)
-    starts, device = torch.tensor([row.cached for row in rows]), model.norm.weight.device
-    one_by_one = torch.arange(1, 2 + longest, device=device).expand(len(rows), -1)  # (B, T)
-    return model.hidden_states(torch.tensor(tokens, device=device), starts, one_by_one)
+    tokens = [[s.answer[-1], *p, *[0] * (longest - len(p))] for s, p in zip(sequences, proposals, strict=True)]
+    starts = torch.tensor([s.cached for s in sequences])
+    lengths = torch.arange(1, 2 + longest, device=model.device).expand(len(sequences), -1)  # (B, T)
+    return model.hidden_states(torch.tensor(tokens, device=model.device), starts, lengths)
 
 
-def checked(
-    engine: Engine, logits: Tensor, live: list[Sequence], proposals: list[list[int]], output: OutputOptions
+def verify(
+    runner: ModelRunner, logits: Tensor, live: list[Sequence], proposals: list[list[int]], output: OutputOptions
 ) -> list[Step]:
-    """Each row's steps, up to the first that isn't what was proposed: of logits (B, T, vocab_size).
+    """The steps of each sequence, up to and with the first token that differs from its proposal.
 
-    All of them are chosen at once, as if all proposals were right: those that come after a wrong one aren't looked at.
+    logits: (B, T, vocab_size). Tokens are chosen at all places at once, as if all proposals were right; those after a
+    wrong proposal are dropped.
     """
-    counts = [1 + len(own) for own in proposals]
-    told_of = torch.zeros(2 + 2 * output.top, sum(counts), dtype=exact_dtype(logits.device), device=logits.device)
-    with together_if_foreign(live):
-        if parallel.leads_group():
-            wanted = torch.cat([own[:count] for own, count in zip(logits, counts, strict=True)])  # (sum, vocab_size)
-            each = [row for row, count in zip(live, counts, strict=True) for _ in range(count)]
-            ahead = [own[:i] for own in proposals for i in range(1 + len(own))]  # if these are right
-            told_of[:] = told(wanted, sampled(wanted, each, ahead), output)
-    lines = iter(parallel.broadcast(told_of).T.tolist())
+    counts = [1 + len(p) for p in proposals]
+    shape = 2 + 2 * output.top, sum(counts)
+    choices = torch.zeros(shape, dtype=exact_dtype(logits.device), device=logits.device)
+    with share_processor_errors(live):
+        if parallel.is_group_leader():
+            unpadded = torch.cat([own[:count] for own, count in zip(logits, counts, strict=True)])  # (N, vocab_size)
+            repeated = [s for s, count in zip(live, counts, strict=True) for _ in range(count)]
+            before = [p[:i] for p in proposals for i in range(1 + len(p))]  # the proposals before each place
+            choices[:] = describe_choices(unpadded, choose_tokens(unpadded, repeated, before), output)
+    columns = iter(parallel.broadcast(choices).T.tolist())
     steps: list[Step] = []
-    for row, own, count in zip(live, proposals, counts, strict=True):
-        before = len(steps)
-        for line, guess in zip(list(islice(lines, count)), [*own, None], strict=True):
-            steps.append(engine.accepted(row, line, output))
-            if row.finish_reason is not None or line[0] != guess:
+    for s, proposal, count in zip(live, proposals, counts, strict=True):
+        before_it = len(steps)
+        for choice, proposed in zip(list(islice(columns, count)), [*proposal, None], strict=True):
+            steps.append(runner.accept(s, choice, output))
+            if s.finish_reason is not None or choice[0] != proposed:
                 break
-        row.cached = row.position - 1  # whatever stands beyond was proposed in vain
-        engine.proposed += len(own)
-        engine.kept += len(steps) - before - 1
+        s.cached = s.position - 1  # what the slot holds beyond comes from wrong proposals
+        runner.proposed += len(proposal)
+        runner.accepted += len(steps) - before_it - 1
     return steps
 
 
-class Drafting:
-    """Proposes what a smaller model says, which chooses by the rows' own draws: so it often says what the model will.
+class DraftProposer:
+    """Proposes what a smaller model chooses, with each sequence's own random numbers, so that it is often right.
 
-    A row's slot of its cache is the row's index; what stands there from an earlier stream is used again.
+    A sequence's slot in the smaller model's cache is its index. What an earlier stream left there is used again.
     """
 
     def __init__(self, model: Transformer, chunk: int):
         self._model = model
         self._chunk = chunk
-        self._fed: list[list[int]] = [[] for _ in range(model.params.max_batch_size)]  # what each slot has cached
+        self._cached: list[list[int]] = [[] for _ in range(model.params.max_batch_size)]  # the tokens of each slot
 
-    def __call__(self, rows: list[Sequence], mosts: list[int]) -> list[list[int]]:
-        found: list[list[int]] = [[] for _ in rows]
-        for _ in range(max(mosts)):
-            h = self._feed(rows, [row.prompt + row.answer + own for row, own in zip(rows, found, strict=True)])
+    def __call__(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
+        proposals: list[list[int]] = [[] for _ in sequences]
+        for _ in range(max(limits)):
+            h = self._feed(sequences, [s.prompt + s.answer + p for s, p in zip(sequences, proposals, strict=True)])
             if h is None:
                 break
-            logits = self._model.logits(h)  # (rows, vocab_size), in which all ranks take part
-            tokens = torch.zeros(len(rows), dtype=torch.long, device=h.device)
-            with together_if_foreign(rows):
-                if parallel.leads_group():
-                    tokens[:] = sampled(logits, rows, found)
-            for own, token in zip(found, parallel.broadcast(tokens).tolist(), strict=True):
-                own.append(max(token, 0))
-        return [own[:most] for own, most in zip(found, mosts, strict=True)]
+            logits = self._model.logits(h)  # (B, vocab_size); all ranks take part
+            tokens = torch.zeros(len(sequences), dtype=torch.long, device=h.device)
+            with share_processor_errors(sequences):
+                if parallel.is_group_leader():
+                    tokens[:] = choose_tokens(logits, sequences, proposals)
+            for proposal, token in zip(proposals, parallel.broadcast(tokens).tolist(), strict=True):
+                proposal.append(max(token, 0))
+        return [proposal[:limit] for proposal, limit in zip(proposals, limits, strict=True)]
 
-    def _feed(self, rows: list[Sequence], texts: list[list[int]]) -> Tensor | None:
-        """Put what is new of texts through the model: hidden states of their last tokens (rows, dim).
+    def _feed(self, sequences: list[Sequence], texts: list[list[int]]) -> Tensor | None:
+        """Put those tokens of `texts` that aren't cached through the model: hidden states of the last ones (B, dim).
 
-        None where padding would not fit the cache: the last few tokens of a full window are chosen one by one.
+        None where padding would not fit the cache; the last few tokens of a full context then get no proposals.
         """
-        slots = {row.index: place for place, row in enumerate(rows)}
-        count = max(slots) + 1
-        for slot, fed in enumerate(self._fed[:count]):  # the slots of rows that ended go along idly, from 0 on
-            del fed[in_common(fed, texts[slots[slot]][:-1]) if slot in slots else 0 :]
+        places = {s.index: place for place, s in enumerate(sequences)}
+        count = max(places) + 1
+        for slot, tokens in enumerate(self._cached[:count]):
+            # The slots of sequences that have ended are fed padding from position 0 on, and hold nothing.
+            del tokens[count_common_prefix(tokens, texts[places[slot]][:-1]) if slot in places else 0 :]
         chunk = max(self._chunk // count, 1)
         last: dict[int, Tensor] = {}
-        while len(last) < len(rows):
-            new = {row.index: text[len(self._fed[row.index]) :][:chunk] for row, text in zip(rows, texts, strict=True)}
+        while len(last) < len(sequences):
+            new = {slot: texts[place][len(self._cached[slot]) :][:chunk] for slot, place in places.items()}
             longest = max(map(len, new.values()))
-            starts = [len(fed) for fed in self._fed[:count]]
+            starts = [len(tokens) for tokens in self._cached[:count]]
             if max(starts) + longest > self._model.params.max_seq_len:
                 return None
-            tokens = [new.get(slot, []) + [0] * (longest - len(new.get(slot, []))) for slot in range(count)]
-            device = self._model.norm.weight.device
-            h = self._model.hidden_states(torch.tensor(tokens, device=device), torch.tensor(starts))
-            for slot, own in new.items():
-                self._fed[slot] += own
-                if own and len(self._fed[slot]) == len(texts[slots[slot]]):
-                    last[slot] = h[slot, len(own) - 1]
-        return torch.stack([last[row.index] for row in rows])
+            padded = [new.get(slot, []) + [0] * (longest - len(new.get(slot, []))) for slot in range(count)]
+            h = self._model.hidden_states(torch.tensor(padded, device=self._model.device), torch.tensor(starts))
+            for slot, tokens in new.items():
+                self._cached[slot] += tokens
+                if tokens and len(self._cached[slot]) == len(texts[places[slot]]):
+                    last[slot] = h[slot, len(tokens) - 1]
+        return torch.stack([last[s.index] for s in sequences])

@@ -1,42 +1,42 @@
-"""Texts that end an answer, found in a text that comes in pieces. Knows strings only."""
+"""Texts that end an answer, looked for in a text that comes in pieces. Knows strings only."""
 
 from collections.abc import Sequence
 
 
 class StopFinder:
-    """Lets a text through piece by piece, but for what may begin one of `stops`, and ends before the first.
+    """Passes a text on piece by piece, and ends it before the first stop.
 
-    The first is the one that is complete first, and of several the longest: whatever pieces the text comes in, the same
-    one is found. found: which that was, or None; start: where it begins in the text.
+    What may be the beginning of a stop is held back until it is certain. The first stop is the one that is complete
+    first; of several that end at one place, the longest. So the pieces in which the text comes make no difference.
     """
 
     def __init__(self, stops: Sequence[str]):
-        self.found: str | None = None
-        self.start = 0
+        self.stop: str | None = None  # the stop that the text has reached
+        self.start = 0  # the character of the text at which it begins
         self.seen = 0  # characters of the text so far
         self._stops = stops
-        self._held = ""
+        self._held = ""  # the end of the text so far, which may begin a stop
 
     def push(self, text: str) -> str:
-        """What can be let out now that `text` has come."""
+        """Add the next piece; returns what is certain now."""
         self.seen += len(text)
         text = self._held + text
         first = self.seen - len(text)
         ends = [(text.find(stop) + len(stop), -len(stop), stop) for stop in self._stops if stop in text]
         if ends:
-            end, _, self.found = min(ends)
-            self.start, self._held = first + end - len(self.found), ""
-            return text[: end - len(self.found)]
-        held = max((beginning(stop, text) for stop in self._stops), default=0)
+            end, _, self.stop = min(ends)
+            self.start, self._held = first + end - len(self.stop), ""
+            return text[: end - len(self.stop)]
+        held = max((count_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
-    def rest(self) -> str:
+    def flush(self) -> str:
         """What was held back, when nothing more comes."""
         held, self._held = self._held, ""
         return held
 
 
-def beginning(stop: str, text: str) -> int:
-    """The most characters at the end of `text` with which `stop` begins."""
+def count_overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may begin `stop`: at most all but its last."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -167,7 +167,7 @@ class SequenceClassifier(Head):
         return Output(logits, None if labels is None else self.loss(logits, labels))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        kind = self.config.inferred(labels)
+        kind = self.config.infer_problem_type(labels)
         if kind == "single_label_classification":
             return class_loss(logits, labels)
         if labels.shape not in (logits.shape, logits.squeeze(-1).shape):

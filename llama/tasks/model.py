@@ -14,20 +14,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import parallel
-from .._util.files import unfinished_directory
+from .._util.files import make_unfinished_directory
 from .._util.validate import check_count
 from ..adapters.lora import LoraLinear
 from ..adapters.peft import load_adapter
-from ..checkpoints.convert import check_target, local, on_disk, write
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.convert import as_local_path, check_target, write
 from ..checkpoints.fit import check_vocabulary, check_weights
-from ..checkpoints.loader import Checkpoint, find_tokenizer, load_model, open_checkpoint
-from ..checkpoints.opened import on_this_machine, sized
+from ..checkpoints.loader import fetch_checkpoint, load_model, open_checkpoint, resolve_sizes
 from ..checkpoints.schema import Stored, shared_over, split_dim, tensor_shapes
+from ..checkpoints.side_files import find_tokenizer
 from ..checkpoints.task_spec import TAG_DROPOUT, TENSORS, HeadConfig, ProblemType, Task
-from ..errors import LlamaError, one_line, shortened
+from ..checkpoints.writing import allocate_on_disk
+from ..errors import LlamaError, shorten, to_one_line
 from ..model import Transformer
-from ..tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
-from ..tokenizer import Tokenizer
+from ..tokenization.hf_tokenizer import open_tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .heads import CausalLM, Head, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from .predict import Answer, AnswerOptions, Label, answer, answer_all, classify, tag
 from .spans import Span
@@ -62,12 +64,12 @@ class TaskModel:
         with; what is saved has it merged. Raises LlamaError, on every rank, for whatever can't work.
         """
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
-        directory = on_this_machine(ckpt_dir)
-        with parallel.together():
+        directory = fetch_checkpoint(ckpt_dir)
+        with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
             checkpoint = for_task(open_checkpoint(directory), task, labels, problem_type)
-            args, place = sized(checkpoint, place, max_seq_len, max_batch_size, dtype == "auto")
+            args, place = resolve_sizes(checkpoint, place, max_seq_len, max_batch_size, dtype == "auto")
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
             check_weights(args, place, place.dtype.itemsize, "choose a smaller dtype")
@@ -76,11 +78,11 @@ class TaskModel:
         tensors = checkpoint.head_tensors
         if adapter_dir is not None:
             tensors = {**tensors, **load_adapter(model, adapter_dir)}
-        with parallel.together():
+        with parallel.raise_together():
             fill(head, tensors, TENSORS[checkpoint.task], adapter_dir or checkpoint.directory)
         return TaskModel(head.eval(), tokenizer, checkpoint)
 
-    def __init__(self, head: Head | CausalLM, tokenizer: Tokenizer | HFTokenizer, checkpoint: Checkpoint):
+    def __init__(self, head: Head | CausalLM, tokenizer: AnyTokenizer, checkpoint: Checkpoint):
         """checkpoint: what it was built from, and what it is written as."""
         self.head = head
         self.tokenizer = tokenizer
@@ -127,15 +129,15 @@ class TaskModel:
         dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, for what
         can't be written, and where `directory` holds files, unless `force` lets the checkpoint there be replaced.
         """
-        with parallel.patience() as ranks:
-            with parallel.together(ranks), written(directory):
+        with parallel.long_timeout_group() as ranks:
+            with parallel.raise_together(ranks), written(directory):
                 kept = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
-                target = local(directory)
+                target = as_local_path(directory)
                 if parallel.is_main_process():
                     check_target(self.checkpoint, target, force)
                 places = self._places(target) if parallel.is_main_process() and parallel.group().size() > 1 else {}
             tensors = gathered(self.model, places)
-            with parallel.together(ranks), written(directory):
+            with parallel.raise_together(ranks), written(directory):
                 if parallel.is_main_process():
                     head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
                     found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
@@ -144,9 +146,12 @@ class TaskModel:
     def _places(self, target: Path) -> dict[str, list[Tensor]]:
         """Where all ranks' parts of each tensor go, in the order of the ranks: in files without names."""
         own, new = dict(self.model.named_parameters()), not target.exists()
-        with unfinished_directory(target) as unfinished:
+        with make_unfinished_directory(target) as unfinished:
             places = {
-                name: [on_disk(unfinished, own[name].shape, own[name].dtype) for _ in range(parallel.group().size())]
+                name: [
+                    allocate_on_disk(unfinished, own[name].shape, own[name].dtype)
+                    for _ in range(parallel.group().size())
+                ]
                 for name in tensor_shapes(self.model.params)
                 if split_dim(name) is not None
             }
@@ -162,7 +167,7 @@ def written(directory: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise LlamaError(f"{directory} can't be written ({one_line(e)})") from e
+        raise LlamaError(f"{directory} can't be written ({to_one_line(e)})") from e
 
 
 def fill(head: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str], where: str | Path) -> None:
@@ -189,7 +194,7 @@ def for_task(
     if task not in TENSORS:
         raise LlamaError(f"task is {task!r}, expected one of {', '.join(TENSORS)}")
     if labels is not None and (task not in ("classify", "tag") or not isinstance(labels, list | tuple)):
-        raise LlamaError(f"labels is {shortened(labels)}, expected a list of names to classify or tag by, or None")
+        raise LlamaError(f"labels is {shorten(labels)}, expected a list of names to classify or tag by, or None")
     if problem_type is not None and task != "classify":
         raise LlamaError(f"problem_type is {problem_type!r}, expected None: the task is {task}, and not classify")
     if task == "language":

@@ -16,17 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .. import parallel
 from .._util.validate import check_count, check_list, check_texts, is_integer
-from ..engine.scoring import batches, check_lengths, encoded, not_finite
+from ..engine.scoring import batch_by_length, check_lengths, encode_texts, not_finite_error
 from ..errors import LlamaError
-from ..tokenization.hf_tokenizer import HFTokenizer
 from ..tokenization.offsets import Offsets, encode_with_offsets
-from ..tokenizer import Tokenizer
+from ..tokenization.protocol import AnyTokenizer
 from .spans import Candidate, Span, best_spans, merged, of_whole_words, stripped, tagged_spans, windows
 
 if TYPE_CHECKING:
     from .heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 
-AnyTokenizer = Tokenizer | HFTokenizer
 COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines look at
 
 
@@ -78,14 +76,14 @@ def classify(
     Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character and at most
     max_seq_len tokens each; after a pass for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
-        rows = encoded(tokenizer, texts)
+        rows = encode_texts(tokenizer, texts)
         check_lengths(rows, max_seq_len)
     found: list[list[Label]] = [[] for _ in rows]
     for batch, output in passes(head, rows, max_batch_size, "classifying"):
         for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.inferred())
+            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.infer_problem_type())
     return found
 
 
@@ -108,7 +106,7 @@ def tag(
     Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character each, or a
     max_seq_len without room for any; after a pass for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         check_texts(texts, "text")
         read = [encode_with_offsets(tokenizer, text, bos=False) for text in texts]
@@ -180,7 +178,7 @@ def answer_all(
     at least one character each, a question that leaves no room within max_seq_len, or a context of nothing but white
     space; after a pass for logits that aren't finite.
     """
-    with parallel.together(parallel.group()):
+    with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         check_answers(doc_stride, max_answer_tokens, n_best, null_threshold)
         contexts, offsets, places = laid_out(tokenizer, pairs, max_seq_len, doc_stride)
@@ -233,7 +231,7 @@ def room_after(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
 
 def finite(logits: Tensor, text: int, head: nn.Module) -> Tensor:
     if not logits.isfinite().all():
-        raise not_finite(text, "logits", next(head.parameters()).dtype)
+        raise not_finite_error(text, "logits", next(head.parameters()).dtype)
     return logits
 
 
@@ -245,7 +243,7 @@ def passes(
 ) -> Iterator[tuple[list[int], Any]]:
     """What the head gives for rows of tokens, a batch at a time, with the rows' numbers."""
     device = next(head.parameters()).device
-    for batch in batches(range(len(rows)), lambda i: len(rows[i]), max_batch_size, doing):
+    for batch in batch_by_length(range(len(rows)), lambda i: len(rows[i]), max_batch_size, doing):
         tokens = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
         lengths = torch.tensor([len(rows[i]) for i in batch])  # (B)
         yield batch, head(tokens.to(device), lengths.to(device))

@@ -1,7 +1,7 @@
-"""Dialogs as the model's own chat template writes them: a Jinja template that came with the model.
+"""Dialogs by the Jinja template that comes with a model.
 
-`TemplateFormat` is to `HFTokenizer` what `ChatFormat` is to `Tokenizer`; `formatter` gives the one that fits. What a
-user writes stays text: it can neither be nor become a control token.
+`TemplateFormat` is to `HFTokenizer` what `ChatFormat` is to `Tokenizer`; `make_formatter` chooses. What a user writes
+stays text: it can neither be nor become a control token.
 
 Knows no files, no tensors and no model.
 """
@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Set
 from datetime import datetime
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
@@ -18,9 +18,10 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ..errors import LlamaError, one_line, shortened
-from ..tokenizer import ROLES, ChatFormat, Dialog, Message, Tokenizer, field_of
-from .hf_tokenizer import HFTokenizer, names_pattern, without_surrogates
+from ..errors import LlamaError, shorten, to_one_line
+from ..tokenizer import END_OF_TURN, ROLES, ChatFormat, Dialog, Message, Tokenizer, get_field
+from .hf_tokenizer import HFTokenizer, names_pattern, replace_surrogates
+from .protocol import AnyChatFormat, AnyTokenizer
 
 _STAND_INS = range(0xF0000, 0x110000)  # Unicode's private use, planes 15 and 16
 
@@ -28,16 +29,17 @@ _STAND_INS = range(0xF0000, 0x110000)  # Unicode's private use, planes 15 and 16
 class TemplateFormat:
     """Dialogs by a model's chat template, as transformers' apply_chat_template encodes them.
 
-    The template sees `role` and `content` of each message, and of the content not the names of control tokens: where
-    one stands, and where a piece of one stands at an edge, it sees a character of Unicode's private use. So it can't
-    take a message's text for its own. In the assistant's messages it sees the names that aren't flagged special, since
-    templates look there for such as </think>: these become tokens.
+    The template gets `role` and `content` of each message. In the content, each name of a control token, and each piece
+    of one at an edge, is replaced by a character of Unicode's private use, a stand-in, so that what a user writes can't
+    become a control token. In the assistant's messages, the names that aren't flagged special stay, since templates
+    look there for names such as </think>: these become tokens.
     """
 
     def __init__(self, tokenizer: HFTokenizer, now: datetime) -> None:
-        """`now` is what templates that write the date take for today."""
+        """now: the date for templates that write it."""
         self.tokenizer = tokenizer
         self.now = now
+        self.end_of_turn = tokenizer.special_tokens.get(END_OF_TURN, tokenizer.eos_id)  # the id that ends a message
         self._pattern = names_pattern(tokenizer.special_tokens.keys()) if tokenizer.special_tokens else None
         self._all = _Edges(tokenizer.special_tokens.keys())
         self._flagged = _Edges(tokenizer.flagged_special)
@@ -54,13 +56,13 @@ class TemplateFormat:
         messages = []
         for number, message in enumerate(dialog, start=1):
             try:
-                messages.append(_checked(message))
+                messages.append(_check_message(message))
             except LlamaError as error:
                 raise LlamaError(f"message {number} of {len(dialog)}: {error}") from None
         stand_ins = _StandIns([self.tokenizer.chat_template or "", *(content for _, content in messages)])
-        hidden = [{"role": role, "content": self._hidden(role, content, stand_ins)} for role, content in messages]
+        safe = [{"role": role, "content": self._hide_names(role, content, stand_ins)} for role, content in messages]
         try:
-            text = self._render(hidden)
+            text = self._render(safe)
         except LlamaError as error:
             raise LlamaError(stand_ins.put_back(str(error))) from None
         parts = self.tokenizer.split(text, self.tokenizer.special_tokens.keys())
@@ -81,7 +83,7 @@ class TemplateFormat:
         except LlamaError:
             raise
         except Exception as error:  # the template is a program, and may fail in any way a program can
-            raise LlamaError(f"the chat template fails ({type(error).__name__}: {one_line(error)})") from None
+            raise LlamaError(f"the chat template fails ({type(error).__name__}: {to_one_line(error)})") from None
 
     @cached_property
     def _template(self) -> jinja2.Template:
@@ -99,26 +101,26 @@ class TemplateFormat:
         environment.globals["strftime_now"] = self.now.strftime
         try:
             return environment.from_string(source)
-        except Exception as error:  # mostly TemplateSyntaxError; RecursionError and others for what was made to harm
-            raise LlamaError(f"the chat template isn't Jinja that can be read ({one_line(error)})") from None
+        except Exception as error:  # mostly TemplateSyntaxError; RecursionError and others for hostile templates
+            raise LlamaError(f"the chat template isn't Jinja that can be read ({to_one_line(error)})") from None
 
-    def _hidden(self, role: str, content: str, stand_ins: "_StandIns") -> str:
-        """`content` with stand-ins for control tokens' names, and for their pieces at the edges."""
+    def _hide_names(self, role: str, content: str, stand_ins: "_StandIns") -> str:
+        """Put stand-ins for the names of control tokens in `content`, and for their pieces at the edges."""
         if self._pattern is None:
             return content
-        hidden = self._flagged if role == "assistant" else self._all
+        edges = self._flagged if role == "assistant" else self._all
         parts = self._pattern.split(content)
         for i, part in enumerate(parts):
             if i % 2 == 0:
-                # A template may cut the text at a name that it sees, so that every part has two edges.
-                parts[i] = hidden.hide(part, stand_ins)
-            elif part in hidden.names:
+                # A template may cut the text at a name that stayed, so every part has two edges.
+                parts[i] = edges.hide(part, stand_ins)
+            elif part in edges.names:
                 parts[i] = stand_ins.take(part)
         return "".join(parts)
 
 
 class _Edges:
-    """What of some names could be completed by text that comes before or after."""
+    """The pieces of some names that text before or after could complete."""
 
     def __init__(self, names: Set[str]) -> None:
         self.names = names
@@ -127,9 +129,9 @@ class _Edges:
         self._longest = max(map(len, names), default=0)
 
     def hide(self, text: str, stand_ins: "_StandIns") -> str:
-        """`text` with stand-ins for the start of a name that it ends with, and the end of one that it starts with.
+        """Put stand-ins for the start of a name at the end of `text`, and for the end of a name at its start.
 
-        White space around is left out of both, because templates strip it.
+        White space around `text` is passed over, because templates strip it.
         """
         end = len(text.rstrip())
         for i in range(max(0, end - self._longest), end):  # the longest first
@@ -144,10 +146,10 @@ class _Edges:
 
 
 class _StandIns:
-    """Characters that stand for texts until the template is done; each is in none of the `taken` texts."""
+    """Characters that stand for texts while a template is rendered; none of them is in `texts`."""
 
-    def __init__(self, taken: Iterable[str]) -> None:
-        used = set().union(*taken)
+    def __init__(self, texts: Iterable[str]) -> None:
+        used = set().union(*texts)
         self._free = (chr(code) for code in _STAND_INS if chr(code) not in used)
         self._of: dict[str, str] = {}
 
@@ -164,7 +166,7 @@ class _StandIns:
 
 
 class _Generation(Extension):
-    """{% generation %} .. {% endgeneration %}, with which templates mark what is trained on; here it marks nothing."""
+    """{% generation %} .. {% endgeneration %}, which mark what a model is trained on; they have no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 (the base class has it so)
 
@@ -173,23 +175,25 @@ class _Generation(Extension):
         return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
-def formatter(tokenizer: Tokenizer | HFTokenizer, now: datetime) -> ChatFormat | TemplateFormat:
-    """What writes dialogs for the model of `tokenizer`; `now` is today for templates that write the date."""
-    return ChatFormat(tokenizer) if isinstance(tokenizer, Tokenizer) else TemplateFormat(tokenizer, now)
+def make_formatter(tokenizer: AnyTokenizer, now: datetime) -> AnyChatFormat:
+    """The chat format of a tokenizer's model: its template, or Llama 3's. now: see TemplateFormat."""
+    if isinstance(tokenizer, HFTokenizer):
+        return TemplateFormat(tokenizer, now)
+    return ChatFormat(cast(Tokenizer, tokenizer))  # any other tokenizer has Llama 3's control tokens
 
 
-def _checked(message: Message) -> tuple[str, str]:
-    """Role and content of `message`, in characters that a tokenizer can take."""
-    role, content = field_of(message, "role"), field_of(message, "content")
+def _check_message(message: Message) -> tuple[str, str]:
+    """(role, content) of `message`, without surrogates. Raises LlamaError for what isn't a message."""
+    role, content = get_field(message, "role"), get_field(message, "content")
     if role not in ROLES:
-        raise LlamaError(f"unknown role {shortened(role)}; known roles are {', '.join(ROLES)}")
-    return role, without_surrogates(content)
+        raise LlamaError(f"unknown role {shorten(role)}; known roles are {', '.join(ROLES)}")
+    return role, replace_surrogates(content)
 
 
 def _raise_exception(message: object) -> NoReturn:
-    raise LlamaError(f"the chat template refuses the dialog: {one_line(message)}")
+    raise LlamaError(f"the chat template refuses the dialog: {to_one_line(message)}")
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """Jinja's own escapes HTML."""
+    """JSON as it is: Jinja's own filter escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -1,4 +1,4 @@
-"""Llama 3's tokenizer.model -> the files that Hugging Face's readers want: tokenizer.json, settings, a chat template.
+"""Llama 3's tokenizer.model -> the files of Hugging Face's format: tokenizer.json, its settings, a chat template.
 
 Knows vocabularies; knows no checkpoints.
 """
@@ -12,23 +12,15 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.models import BPE
 
 from .._util.files import write_json, write_whole
-from ..tokenizer import Tokenizer
+from ..tokenizer import ChatFormat, Tokenizer
 from .hf_tokenizer import byte_letters
-
-# What ChatFormat writes, in Jinja.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
-    "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
 
 
 def write_tokenizer_json(tokenizer: Tokenizer, directory: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json of `tokenizer` to `directory`."""
     names = {token: name for name, token in tokenizer.special_tokens.items()}
     bos, eos = names[tokenizer.bos_id], names[tokenizer.eos_id]
-    text = backend(tokenizer, bos).to_str(pretty=True)
+    text = make_backend(tokenizer, bos).to_str(pretty=True)
     write_whole(directory / "tokenizer.json", lambda f: f.write(text.encode()))
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -36,19 +28,19 @@ def write_tokenizer_json(tokenizer: Tokenizer, directory: Path) -> None:
         "eos_token": eos,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": ChatFormat.template,
     }
     write_json(directory / "tokenizer_config.json", settings)
     stops = {"bos_token_id": tokenizer.bos_id, "eos_token_id": sorted(tokenizer.stop_tokens)}
     write_json(directory / "generation_config.json", stops)
 
 
-def backend(tokenizer: Tokenizer, bos: str) -> Backend:
-    """The same byte-pair encoding in the library of Hugging Face, with `bos` before every text."""
+def make_backend(tokenizer: Tokenizer, bos: str) -> Backend:
+    """The same byte-pair encoding in Hugging Face's library, with the token `bos` before every text."""
     letters = {byte: letter for letter, byte in byte_letters().items()}
     ranks = {tokenizer.decode_bytes(rank): rank for rank in range(tokenizer.n_words - len(tokenizer.special_tokens))}
     words = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    pairs = [pair for token in ranks if (pair := last_merge(token, ranks)) is not None]
+    pairs = [pair for token in ranks if (pair := find_last_merge(token, ranks)) is not None]
     merges = [(words[left], words[right]) for left, right in pairs]
     model = BPE(vocab={words[token]: rank for token, rank in ranks.items()}, merges=merges, ignore_merges=True)
     result = Backend(model)
@@ -64,18 +56,18 @@ def backend(tokenizer: Tokenizer, bos: str) -> Backend:
     return result
 
 
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two tokens that byte-pair encoding puts together last to make `token`; None if it never makes it.
+def find_last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that byte-pair encoding merges into `token`; None if it never makes this token.
 
-    A vocabulary of ranks says what is merged but not of what: here the encoder merges those of lower rank until two are
-    left.
+    Ranks say which tokens there are, but not what they are merged from. So the token is encoded with the merges of
+    lower rank, until two parts are left.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        made = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        lowest = min(made)
+        merged = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        lowest = min(merged)
         if lowest >= ranks[token]:
             return None
-        i = made.index(lowest)
+        i = merged.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None

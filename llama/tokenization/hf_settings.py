@@ -1,4 +1,4 @@
-"""What the files beside a tokenizer.json say: names of its tokens, the chat template, where a generation ends.
+"""The settings in the files beside a tokenizer.json: names of its tokens, the chat template, the stop tokens.
 
 Knows JSON of strangers; knows no tokenizer.
 """
@@ -7,29 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from .._util.files import read_json, unreadable
-from ..errors import LlamaError, kind_of
+from ..errors import LlamaError, describe
 
 _NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
 
 
-def read_if_there(path: Path, what: str) -> dict[str, Any]:
+def read_optional_json(path: Path, what: str) -> dict[str, Any]:
+    """As `read_json`, but {} where there is no file."""
     return read_json(path, what) if path.exists() else {}
 
 
-def named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and so on, each a str or a dict with "content"; also those that a model invents, if str."""
+def read_named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    """bos_token, eos_token and so on -> the token. Other keys that end in "_token" are read if they are a str.
+
+    path: of `config`, for messages.
+    """
     named = {}
     for key, value in config.items():
         match value:
             case str(name) | {"content": str(name)} if key in _NAMED or (key.endswith("_token") and name is value):
                 named[key] = name
             case _ if key in _NAMED and value is not None:
-                raise LlamaError(f"{path}: {key} is {kind_of(value)}; expected a str, or a dict with the str 'content'")
+                raise LlamaError(
+                    f"{path}: {key} is {describe(value)}; expected a str, or a dict with the str 'content'"
+                )
     return named
 
 
-def chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str | None:
-    """The template in the file of its own; else the one in tokenizer_config.json, of several that named "default"."""
+def read_chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str | None:
+    """The template in the file `path`; else the one in tokenizer_config.json, of several that named "default"."""
     if path.exists():
         try:
             return path.read_text(encoding="utf-8")
@@ -45,16 +51,16 @@ def chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str 
             if template is None or isinstance(template, str):
                 return template
     raise LlamaError(
-        f"{config_path}: chat_template is {kind_of(config['chat_template'])}; expected a str, or a list of dicts with "
+        f"{config_path}: chat_template is {describe(config['chat_template'])}; expected a str, or a list of dicts with "
         "the strs 'name' and 'template'"
     )
 
 
-def stop_ids(path: Path, n_words: int) -> list[int]:
-    """The "eos_token_id" of a configuration, one or several; none if there is no file or it names none."""
-    value = read_if_there(path, "settings").get("eos_token_id")
+def read_stop_ids(path: Path, n_words: int) -> list[int]:
+    """The "eos_token_id" of a configuration, one or several; [] if there is no file, or it has none."""
+    value = read_optional_json(path, "settings").get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token in ids:
         if type(token) is not int or not 0 <= token < n_words:
-            raise LlamaError(f"{path}: eos_token_id is {kind_of(value)}; expected ids in 0..{n_words - 1}")
+            raise LlamaError(f"{path}: eos_token_id is {describe(value)}; expected ids in 0..{n_words - 1}")
     return ids

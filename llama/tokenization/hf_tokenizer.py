@@ -1,7 +1,7 @@
 """Text to token ids and back by a Hugging Face tokenizer.json, through the tokenizers library.
 
-`HFTokenizer` has the interface of `Tokenizer`, and the model's own chat template as text. `open_tokenizer` reads a file
-as whichever of the two it is for.
+`HFTokenizer` offers what `Tokenizer` does, and the source of the model's chat template. `open_tokenizer` reads the file
+of either.
 
 Knows no tensors and no model, and renders no chat template.
 """
@@ -19,34 +19,34 @@ from typing import Any, Literal
 import tokenizers
 
 from .._util.files import read_json
-from ..errors import LlamaError, kind_of, one_line, shortened
-from ..tokenizer import Tokenizer, checked_names
-from .hf_settings import chat_template, named_tokens, read_if_there, stop_ids
+from ..errors import LlamaError, describe, shorten, to_one_line
+from ..tokenizer import Tokenizer, check_special
+from .hf_settings import read_chat_template, read_named_tokens, read_optional_json, read_stop_ids
 
 _EXPECTED = "expected the tokenizer.json of a model, from where the model comes from"
 _SIBLINGS = "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a byte that is part of no other token; text is made of these
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # the token of a byte, for characters that are no tokens
 _ALIAS_CHARS = [chr(code) for code in range(0xE000, 0xF900)]  # Unicode's private use: no normalizer touches them
 
 
 class HFTokenizer:
-    """A tokenizer.json, and what the files beside it say: tokenizer_config.json, chat_template.jinja,
-    generation_config.json and config.json, as far as they are there.
+    """A tokenizer.json, with the settings in the files beside it: tokenizer_config.json, chat_template.jinja,
+    generation_config.json and config.json, those of them that are there.
 
     Control tokens are the added tokens flagged special, and those named by a word in angle or square brackets. All
     other added tokens are words.
-
-    Attributes:
-        n_words: how many ids there are; ids are 0 .. n_words - 1. The model may have more, as padding.
-        special_tokens: name -> id of each control token.
-        flagged_special: the names of those that are flagged special.
-        named_tokens: what tokenizer_config.json calls bos_token, eos_token and so on.
-        bos_id, eos_id: ids of the tokens before and after a text, -1 where the model has none.
-        pad_id: -1, which is no token.
-        stop_tokens: the ids that end a generation.
-        chat_template: the source of the Jinja template that writes a dialog as text, if the model has one.
     """
+
+    n_words: int  # how many ids there are: 0 .. n_words - 1. The model may have more, as padding
+    special_tokens: dict[str, int]  # name -> id of each control token
+    flagged_special: Set[str]  # the names of those that are flagged special
+    named_tokens: dict[str, str]  # bos_token, eos_token and so on of tokenizer_config.json -> name
+    bos_id: int  # of the token before a text; -1: the model has none
+    eos_id: int  # of the token after a text; -1: the model has none
+    pad_id: int  # -1, which is no token
+    stop_tokens: set[int]  # the ids that end a generation
+    chat_template: str | None  # the source of the Jinja template that writes a dialog as text
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Read the tokenizer.json at `path`, and the files beside it.
@@ -58,16 +58,16 @@ class HFTokenizer:
         stated = read_json(path, "a tokenizer")
         added = _added_tokens(path, stated)
         byte_names = {token["content"] for token in added if _BYTE.fullmatch(token["content"])}
-        self.flagged_special: Set[str] = {token["content"] for token in added if token["special"]} - byte_names
+        self.flagged_special = {token["content"] for token in added if token["special"]} - byte_names
         controls = {token["content"] for token in added if _BRACKETED.fullmatch(token["content"])} - byte_names
-        # In the library's eyes, control tokens have names that nobody can guess. Their true names are plain text to
-        # it, and it is still one call that encodes a text: how a word is cut depends on what stands before it.
+        # The library gets control tokens under random names, so that their true names are plain text to it. A text with
+        # control tokens is still encoded in one call, since how a word is split depends on what comes before it.
         aliases = {name: _new_alias() for name in controls | self.flagged_special}
         self._backend = _load(path, stated, aliases)
 
         ids = self._backend.get_vocab(with_added_tokens=True)
-        self.n_words: int = max(ids.values()) + 1
-        self.special_tokens: dict[str, int] = {
+        self.n_words = max(ids.values()) + 1
+        self.special_tokens = {
             token["content"]: ids[aliases[token["content"]]] for token in added if token["content"] in aliases
         }
         self._names = {token: name for name, token in self.special_tokens.items()}
@@ -79,30 +79,30 @@ class HFTokenizer:
 
         probe = self._backend.encode(next(iter(aliases.values()), "a"), add_special_tokens=True)
         self._prefix = probe.ids[: probe.sequence_ids.index(0)] if 0 in probe.sequence_ids else []
-        self._backend.post_processor = None  # some trim the white space off offsets
+        self._backend.post_processor = None  # some of them trim white space off the offsets
         self._read_siblings(path.parent)
 
     def _read_siblings(self, folder: Path) -> None:
         config_path, generation_path, model_path, template_path = (folder / name for name in _SIBLINGS)
-        config = read_if_there(config_path, "a tokenizer's settings")
-        self.named_tokens = named_tokens(config_path, config)
-        self.chat_template = chat_template(template_path, config_path, config)
-        stops = stop_ids(generation_path, self.n_words) or stop_ids(model_path, self.n_words)
+        config = read_optional_json(config_path, "a tokenizer's settings")
+        self.named_tokens = read_named_tokens(config_path, config)
+        self.chat_template = read_chat_template(template_path, config_path, config)
+        stops = read_stop_ids(generation_path, self.n_words) or read_stop_ids(model_path, self.n_words)
         bos = self._named_id(config_path, "bos_token")
         eos = self._named_id(config_path, "eos_token")
         if bos is None:
             bos = self._prefix[0] if len(self._prefix) == 1 else -1
         if eos is None:
             eos = stops[0] if stops else -1
-        self.bos_id: int = bos
-        self.eos_id: int = eos
-        self.pad_id: int = -1
-        self.stop_tokens: set[int] = set(stops or [eos]) - {-1}
+        self.bos_id = bos
+        self.eos_id = eos
+        self.pad_id = -1
+        self.stop_tokens = set(stops or [eos]) - {-1}
 
     def _named_id(self, config_path: Path, key: str) -> int | None:
         name = self.named_tokens.get(key)
         if name is not None and name not in self.special_tokens:
-            raise LlamaError(f"{config_path}: {key} is {shortened(name)}, no control token of the tokenizer.json by it")
+            raise LlamaError(f"{config_path}: {key} is {shorten(name)}, no control token of the tokenizer.json by it")
         return None if name is None else self.special_tokens[name]
 
     def encode(
@@ -117,7 +117,8 @@ class HFTokenizer:
         """Encode `s`; lone surrogates are encoded as U+FFFD.
 
         Args:
-            bos, eos: put before what the tokenizer puts before a text, which may be nothing; put eos_id after.
+            bos: put the tokens before the text that the tokenizer.json asks for, which may be none.
+            eos: put eos_id after the text.
             allowed_special: the control tokens whose names in `s` become those tokens. All others are plain text,
                 so by default no text can make a control token.
             disallowed_special: names that `s` may not contain; "all" is every control token that isn't allowed.
@@ -125,48 +126,48 @@ class HFTokenizer:
         Raises:
             LlamaError: `s` isn't a str, contains a disallowed name, or can't be encoded; there is no eos_id.
         """
-        allowed = checked_names(s, self.special_tokens.keys(), allowed_special, disallowed_special)
+        allowed = check_special(s, self.special_tokens.keys(), allowed_special, disallowed_special)
         if eos and self.eos_id < 0:
             raise LlamaError("the model has no token for the end of a text; encode with eos=False")
         tokens = self._prefix if bos else []
         return tokens + self.encode_parts(self.split(s, allowed)) + ([self.eos_id] if eos else [])
 
     def split(self, text: str, names: Set[str]) -> list[str | int]:
-        """`text` in parts: the ids of those of the control tokens `names` that stand in it, and the text between."""
+        """`text` in parts: the ids of the control tokens that are in it and in `names`, and the text between them."""
         parts = names_pattern(names).split(text) if names else [text]
         return [self.special_tokens[part] if i % 2 else part for i, part in enumerate(parts)]
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """Encode parts as the one text that they are: an int is that control token, a str is plain text whatever it
-        says. Nothing is put before or after.
+        """Encode parts as one text: an int is a control token, a str is plain text, even where it has a token's name.
+
+        Nothing is put before or after.
 
         Raises:
-            LlamaError: the tokenizer can't encode this text, or finds other control tokens in it than were put there.
+            LlamaError: the tokenizer can't encode this text, or finds other control tokens in it than the ints.
         """
         return self.encoding(parts).ids
 
     def encoding(self, parts: Iterable[str | int]) -> tokenizers.Encoding:
-        """What `encode_parts` finds, with the offsets of plain text as the library has them: of its characters, each
-        pair of surrogates as one."""
+        """As `encode_parts`, with the library's offsets, in characters; a pair of surrogates is one character."""
         parts = list(parts)
-        text = "".join(self._aliases[part] if isinstance(part, int) else without_surrogates(part) for part in parts)
+        text = "".join(self._aliases[part] if isinstance(part, int) else replace_surrogates(part) for part in parts)
         try:
             encoding = self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library has no narrower one
-            raise LlamaError(f"the tokenizer can't encode the text ({one_line(error)})") from None
-        put = Counter(part for part in parts if isinstance(part, int))
-        found = Counter(token for token in encoding.ids if token in self._names)
-        for token in (put | found).keys() - {self._unknown}:  # any text may have characters that are unknown
-            if put[token] != found[token]:
+            raise LlamaError(f"the tokenizer can't encode the text ({to_one_line(error)})") from None
+        given = Counter(part for part in parts if isinstance(part, int))
+        encoded = Counter(token for token in encoding.ids if token in self._names)
+        for token in (given | encoded).keys() - {self._unknown}:  # which stands for any character without a token
+            if given[token] != encoded[token]:
                 raise LlamaError(
-                    f"the tokenizer finds the control token {self._names[token]!r} {found[token]} times in a text that "
-                    f"has it {put[token]} times; set its 'normalized' to false in tokenizer.json"
+                    f"the tokenizer finds the control token {self._names[token]!r} {encoded[token]} times in a text "
+                    f"that has it {given[token]} times; set its 'normalized' to false in tokenizer.json"
                 )
         return encoding
 
     def decode(self, t: Sequence[int]) -> str:
-        """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD, and nothing for
-        ids that are no tokens.
+        """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD; ids of padding,
+        which are no tokens, have no text.
 
         Raises:
             LlamaError: an id is negative.
@@ -175,13 +176,10 @@ class HFTokenizer:
             if token < 0:
                 raise LlamaError(f"token id {token} at position {position} is negative; expected ids from 0 up")
         text = b"".join(map(self.decode_bytes, t)).decode("utf-8", errors="replace")
-        return _without_lead(text, self._pieces.lead)[0]
+        return _strip_lead(text, self._pieces.lead)[0]
 
     def decode_bytes(self, token: int) -> bytes:
-        """The bytes of one id inside a text, which needn't be whole UTF-8 characters.
-
-        Raises LlamaError if it is negative.
-        """
+        """The bytes of one id inside a text, which needn't be whole UTF-8 characters. Raises LlamaError if negative."""
         if token < 0:
             raise LlamaError(f"token id {token} is negative; expected ids from 0 up")
         if name := self._names.get(token):
@@ -190,27 +188,27 @@ class HFTokenizer:
         return b"" if piece is None else self._pieces.decode(piece)
 
     def stream_decoder(self) -> "HFStreamDecoder":
-        """What turns ids that come one at a time into text."""
+        """A decoder for ids that come one at a time."""
         return HFStreamDecoder(self, self._pieces.lead)
 
 
 class HFStreamDecoder:
-    """Ids to text, one id at a time; a character split over several ids comes out whole, with the last of them.
+    """Ids to text, one id at a time. A character that is split over several ids comes out whole, with the last of them.
 
-    What `push` and then `flush` return, put together, is `tokenizer.decode` of the ids pushed. After `flush` the
-    decoder is as new.
+    All that `push` and then `flush` return, joined, is `tokenizer.decode` of the ids. After `flush` the decoder is as
+    new.
     """
 
     def __init__(self, tokenizer: HFTokenizer, lead: int) -> None:
-        """`lead` is how many spaces at the start of a text belong to the tokens and not to the text."""
+        """lead: how many spaces the tokens have before a text that aren't part of it."""
         self.tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._lead = self._lead_left = lead
 
     def push(self, token: int) -> str:
-        """The text that `token` makes complete, maybe none. Raises LlamaError if it is negative."""
+        """The text that `token` completes, which may be none. Raises LlamaError if it is negative."""
         text = self._utf8.decode(self.tokenizer.decode_bytes(token))
-        text, self._lead_left = _without_lead(text, self._lead_left)
+        text, self._lead_left = _strip_lead(text, self._lead_left)
         return text
 
     def flush(self) -> str:
@@ -220,10 +218,10 @@ class HFStreamDecoder:
 
 
 class _Pieces:
-    """The bytes of the vocabulary's pieces, by the two notations there are.
+    """The bytes of the vocabulary's pieces, which are in one of two notations.
 
-    GPT-2's has a letter for each byte ("ByteLevel"). SentencePiece's has "▁" for a space, <0x0A> for a byte that no
-    other piece has, and a space before every text that isn't the text's own (`lead` counts those).
+    GPT-2's has a letter for each byte ("ByteLevel"). SentencePiece's has "▁" for a space, and names such as <0x0A> for
+    single bytes; and it puts a space before every text, or several (`lead` of them).
     """
 
     def __init__(self, path: Path, decoder: Any) -> None:
@@ -242,19 +240,18 @@ class _Pieces:
                     self.lead += step.get("prepend_scheme") != "never"
                 case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
                     self.lead += start
-                case {"type": "ByteFallback" | "Fuse"}:  # every byte name is read as its byte, and all is fused
+                case {"type": "ByteFallback" | "Fuse"}:  # `decode` does both for any vocabulary
                     pass
                 case _:
                     raise LlamaError(
-                        f"{path}: 'decoder' has the step {shortened(step)}; expected GPT-2's ByteLevel, or "
+                        f"{path}: 'decoder' has the step {shorten(step)}; expected GPT-2's ByteLevel, or "
                         "SentencePiece's Replace, ByteFallback, Fuse, Strip and Metaspace"
                     )
 
     def decode(self, piece: str) -> bytes:
         if self._letters is not None:
-            codes = [self._letters.get(letter) for letter in piece]
-            known = [code for code in codes if code is not None]
-            return bytes(known) if len(known) == len(codes) else piece.encode()
+            codes = [self._letters[letter] for letter in piece if letter in self._letters]
+            return bytes(codes) if len(codes) == len(piece) else piece.encode()
         if _BYTE.fullmatch(piece):
             return bytes([int(piece[3:5], base=16)])
         for old, new in self._replaced:
@@ -263,7 +260,7 @@ class _Pieces:
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | HFTokenizer:
-    """The tokenizer in the file at `path`: a JSON object is a tokenizer.json, all else Llama 3's tokenizer.model.
+    """The tokenizer in the file at `path`: a tokenizer.json if it is a JSON object, else Llama 3's tokenizer.model.
 
     Raises:
         LlamaError: the file is neither; it says what was found.
@@ -272,34 +269,34 @@ def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | HFTokenizer:
         with open(path, "rb") as file:
             start = file.read(256)
     except (OSError, ValueError):
-        return Tokenizer(path)  # which reads URLs too, and has the words for what can't be read
+        return Tokenizer(path)  # it reads URLs too, and says why a file can't be read
     is_object = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
     return HFTokenizer(path) if is_object or os.fspath(path).endswith(".json") else Tokenizer(path)
 
 
 def names_pattern(names: Set[str]) -> re.Pattern[str]:
-    """Matches any of `names`, the longest where several begin; its one group makes `split` keep them."""
+    """A pattern of any of `names`, the longest of those that match; its one group makes `split` keep them."""
     return re.compile("(" + "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))) + ")")
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2's letter -> byte: Latin-1's visible ones stand for themselves, the letters from U+0100 on for the rest."""
+    """GPT-2's letter -> byte: visible letters of Latin-1 stand for themselves, those from U+0100 on for other bytes."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
 
 
-def without_surrogates(text: str) -> str:
-    """Pairs of surrogates as their character, lone ones as U+FFFD."""
+def replace_surrogates(text: str) -> str:
+    """Replace pairs of surrogates by their character, and lone ones by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _without_lead(text: str, lead: int) -> tuple[str, int]:
-    """The text without up to `lead` spaces at its start, and how many of them may still come."""
+def _strip_lead(text: str, lead: int) -> tuple[str, int]:
+    """Strip up to `lead` spaces off the start; returns the rest, and how many may be stripped off what follows."""
     kept = text.removeprefix(" ") if lead else text
     if not lead or kept == text:
         return text, 0 if text else lead
-    return _without_lead(kept, lead - 1)
+    return _strip_lead(kept, lead - 1)
 
 
 def _new_alias() -> str:
@@ -307,38 +304,42 @@ def _new_alias() -> str:
 
 
 def _added_tokens(path: Path, stated: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of "added_tokens", as far as they are read here: "content", "special" and "id" are what they must be.
+    """The entries of "added_tokens", whose "content", "special" and "id" are checked.
 
     Raises:
         LlamaError: `stated` is no tokenizer.json.
     """
     if not isinstance(stated.get("model"), dict):
-        raise LlamaError(f"{path}: found JSON without a 'model', only {shortened(sorted(stated))}; {_EXPECTED}")
+        raise LlamaError(f"{path}: found JSON without a 'model', only {shorten(sorted(stated))}; {_EXPECTED}")
     added = stated.get("added_tokens", [])
     if not isinstance(added, list):
-        raise LlamaError(f"{path}: 'added_tokens' is {kind_of(added)}; expected a list")
+        raise LlamaError(f"{path}: 'added_tokens' is {describe(added)}; expected a list")
     for token in added:
         match token:
             case {"content": str(content), "special": bool(), "id": int()} if content:
                 pass
             case _:
-                raise LlamaError(f"{path}: 'added_tokens' has {kind_of(token)}; expected 'id', 'content' and 'special'")
+                raise LlamaError(
+                    f"{path}: 'added_tokens' has {describe(token)}; expected 'id', 'content' and 'special'"
+                )
     return added
 
 
 def _load(path: Path, stated: dict[str, Any], aliases: dict[str, str]) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(_renamed(stated, aliases)))
-    except Exception as error:  # of the library, which has no narrower one; and of what isn't of the type it must be
-        raise LlamaError(f"{path}: no tokenizer could be made of it ({one_line(error)}); {_EXPECTED}") from None
+        backend = tokenizers.Tokenizer.from_str(json.dumps(_rename_controls(stated, aliases)))
+    except Exception as error:  # the library has no narrower one, and values may be of any type
+        raise LlamaError(f"{path}: no tokenizer could be made of it ({to_one_line(error)}); {_EXPECTED}") from None
     if backend.get_vocab_size(with_added_tokens=True) == 0:
         raise LlamaError(f"{path}: the vocabulary is empty; {_EXPECTED}")
     return backend
 
 
-def _renamed(stated: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
-    """A tokenizer.json with the control tokens under other names, also in the vocabulary: there they keep their ids,
-    and no text can be put together to them. Without truncation and padding, which are for training."""
+def _rename_controls(stated: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+    """A tokenizer.json with the control tokens under their aliases, in the vocabulary too, where they keep their ids.
+
+    Merges that would make a control token from text are left out; so are truncation and padding.
+    """
 
     def new(name: str) -> str:
         return aliases.get(name, name)
@@ -362,20 +363,20 @@ def _renamed(stated: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
 
 
 def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], aliases: dict[str, str]) -> None:
-    """Raises LlamaError if a control token shares its id with a word, or an added token has another than the stated."""
+    """Raise LlamaError if a control token shares its id with a word, or an added token hasn't the stated id."""
     for token in added:
         name = token["content"]
-        if (found := ids.get(aliases.get(name, name))) != token["id"]:
+        if (own := ids.get(aliases.get(name, name))) != token["id"]:
             raise LlamaError(
-                f"{path}: 'added_tokens' gives {shortened(name)} the id {token['id']}, but by its place it has "
-                f"{found}; expected the ids that follow the vocabulary's: get the file anew"
+                f"{path}: 'added_tokens' gives {shorten(name)} the id {token['id']}, but by its place it has "
+                f"{own}; expected the ids that follow the vocabulary's: get the file anew"
             )
     controls = {ids[alias]: name for name, alias in aliases.items()}
-    unguessable = set(aliases.values())
+    alias_names = set(aliases.values())
     for word, shared in ids.items():
-        if shared in controls and word not in unguessable:
+        if shared in controls and word not in alias_names:
             raise LlamaError(
-                f"{path}: {shortened(word)} has the id {shared} of the control token {shortened(controls[shared])}; "
+                f"{path}: {shorten(word)} has the id {shared} of the control token {shorten(controls[shared])}; "
                 "expected one id for each: get the file anew"
             )
 

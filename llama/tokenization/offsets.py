@@ -1,4 +1,4 @@
-"""Where in the caller's text each token stands: ids with offsets, by either tokenizer.
+"""Token ids with offsets: the characters of the caller's text that each token stands for.
 
 Knows tokenizers; knows no tensors and no model.
 """
@@ -6,46 +6,47 @@ Knows tokenizers; knows no tensors and no model.
 from collections.abc import Sequence
 from itertools import accumulate
 
-from ..tokenizer import Tokenizer
-from .hf_tokenizer import HFTokenizer, without_surrogates
+from .hf_tokenizer import HFTokenizer, replace_surrogates
+from .protocol import AnyTokenizer
 
-Offsets = list[tuple[int, int]]  # of each token: the characters of a text that it stands for, [start, end)
+Offsets = list[tuple[int, int]]  # of each token: it stands for the characters text[start:end]
 
 
-def encode_with_offsets(tokenizer: Tokenizer | HFTokenizer, text: str, bos: bool) -> tuple[list[int], Offsets]:
-    """`tokenizer.encode(text, bos=bos, eos=False)`, and for each id the characters text[start:end] it stands for.
+def encode_with_offsets(tokenizer: AnyTokenizer, text: str, bos: bool) -> tuple[list[int], Offsets]:
+    """(`tokenizer.encode(text, bos=bos, eos=False)`, the offsets of each id).
 
-    Neither starts nor ends ever go back. A part of a character's bytes has the whole character; a character that
-    normalization puts into the one before it (a combining mark, in NFC) goes with it. A token that stands for no
-    character, as the space that SentencePiece puts before a text, is empty: start = end. What `bos` puts before the
-    text has (0, 0). The vocabulary must have something for every character: bytes, or an unknown token.
+    Starts never decrease, and neither do ends. A token of some of a character's bytes has the offsets of the whole
+    character. A character that normalization merges into the one before it (a combining mark, in NFC) goes with that
+    one. A token without characters, such as the space that SentencePiece puts before a text, has start = end; tokens
+    that `bos` puts before the text have (0, 0). The vocabulary must encode every character: as bytes, or as an unknown
+    token.
     """
     prefix = tokenizer.encode("", bos=bos, eos=False)
     if isinstance(tokenizer, HFTokenizer):
-        read = without_surrogates(text)
-        ids, offsets = _by_alignment(tokenizer, read)
+        read = replace_surrogates(text)
+        ids, offsets = _align_by_library(tokenizer, read)
     else:
-        ids, offsets, read = _by_bytes(tokenizer, text)
-    starts = _starts(text, read)
+        ids, offsets, read = _align_by_bytes(tokenizer, text)
+    starts = _find_starts(text, read)
     return prefix + ids, [(0, 0)] * len(prefix) + [(starts[start], starts[end]) for start, end in offsets]
 
 
-def _by_bytes(tokenizer: Tokenizer, text: str) -> tuple[list[int], Offsets, str]:
-    """Ids, offsets, and the text that the offsets are of: the tokens' bytes are those of the text, in their order."""
+def _align_by_bytes(tokenizer: AnyTokenizer, text: str) -> tuple[list[int], Offsets, str]:
+    """(ids, offsets, the text that the offsets are of), for tokens whose bytes, joined, are the text's."""
     ids = tokenizer.encode(text, bos=False, eos=False)
     pieces = [tokenizer.decode_bytes(token) for token in ids]
     read = b"".join(pieces)
-    begun = list(accumulate(int(byte & 0xC0 != 0x80) for byte in read))  # characters, up to each byte and with it
+    counts = list(accumulate(int(byte & 0xC0 != 0x80) for byte in read))  # of characters, up to and with each byte
     ends = accumulate(map(len, pieces))
-    offsets = [(begun[end - len(piece)] - 1, begun[end - 1]) for piece, end in zip(pieces, ends, strict=True)]
+    offsets = [(counts[end - len(piece)] - 1, counts[end - 1]) for piece, end in zip(pieces, ends, strict=True)]
     return ids, offsets, read.decode()
 
 
-def _by_alignment(tokenizer: HFTokenizer, text: str) -> tuple[list[int], Offsets]:
-    """Ids and offsets as the library aligns them, but for two things.
+def _align_by_library(tokenizer: HFTokenizer, text: str) -> tuple[list[int], Offsets]:
+    """(ids, offsets), as the library has them, with two corrections.
 
-    Of characters that were composed it names the first alone: the rest goes with it. And a space that was put before a
-    text has the place of what follows.
+    Of characters that were composed, the library names only the first: here the others are added. A space that was put
+    before a text gets no characters instead of the next token's.
     """
     encoding = tokenizer.encoding([text])
     starts = [start for start, _ in encoding.offsets] + [len(text)]
@@ -53,13 +54,16 @@ def _by_alignment(tokenizer: HFTokenizer, text: str) -> tuple[list[int], Offsets
     rest = {end: start for end, start in zip(ends, starts, strict=True) if end < start}
     offsets = []
     for token, (start, end), following in zip(encoding.ids, encoding.offsets, starts[1:], strict=True):
-        put = start == following and not tokenizer.decode_bytes(token).strip(b" ")
-        offsets.append((start, start if put else rest.get(end, end)))
+        is_added = start == following and not tokenizer.decode_bytes(token).strip(b" ")
+        offsets.append((start, start if is_added else rest.get(end, end)))
     return encoding.ids, offsets
 
 
-def _starts(text: str, read: str) -> Sequence[int]:
-    """Where each character of `read` starts in `text`, and where the last ends: a pair of surrogates is read as one."""
+def _find_starts(text: str, read: str) -> Sequence[int]:
+    """Where each character of `read` starts in `text`, and where the last ends.
+
+    read: `text`, in which pairs of surrogates became one character.
+    """
     if len(read) == len(text):
         return range(len(text) + 1)
     starts = [0]

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .._util.files import unreadable
-from .._util.json_lines import parsed
+from .._util.json_lines import parse_object
 from .._util.validate import is_integer, is_number
 from ..checkpoints.task_spec import ProblemType, Task
-from ..errors import LlamaError, counted, kind_of, shortened
+from ..errors import LlamaError, describe, pluralize, shorten
 
 SHOWN = 5  # spoiled lines that an error names
 OUTSIDE = "O"  # the label of tokens in no span
@@ -43,7 +43,7 @@ def read_records(path: str | Path, task: Task) -> list[Record]:
         if not line.strip():
             continue
         try:
-            record = Record(number, parsed(line))
+            record = Record(number, parse_object(line))
             CHECKS[task](record.given)
             records.append(record)
         except LlamaError as e:
@@ -57,7 +57,7 @@ def read_records(path: str | Path, task: Task) -> list[Record]:
 def raise_all(path: str | Path, problems: Sequence[str]) -> None:
     """Raises LlamaError where there are any."""
     if problems:
-        more = f"; and {counted(len(problems) - SHOWN, 'more line')}" if len(problems) > SHOWN else ""
+        more = f"; and {pluralize(len(problems) - SHOWN, 'more line')}" if len(problems) > SHOWN else ""
         raise LlamaError(f"{path}: {'; '.join(problems[:SHOWN])}{more}")
 
 
@@ -65,7 +65,7 @@ def text_of(given: dict[str, Any], name: str) -> str:
     if name not in given:
         raise LlamaError(f"no {name}, expected a text")
     if not isinstance(given[name], str) or not given[name]:
-        raise LlamaError(f"{name} is {kind_of(given[name])}, expected a text of at least one character")
+        raise LlamaError(f"{name} is {describe(given[name])}, expected a text of at least one character")
     return given[name]
 
 
@@ -79,7 +79,7 @@ def check_language(given: dict[str, Any]) -> None:
         return
     messages = given["messages"]
     if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise LlamaError(f"messages is {kind_of(messages)}, expected a list of messages")
+        raise LlamaError(f"messages is {describe(messages)}, expected a list of messages")
     if messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
         raise LlamaError("the last message isn't the assistant's, which is what is learnt")
 
@@ -91,19 +91,19 @@ def check_classify(given: dict[str, Any]) -> None:
     if "labels" in given:
         labels = given["labels"]
         if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
-            raise LlamaError(f"labels is {shortened(labels)}, expected a list of names")
+            raise LlamaError(f"labels is {shorten(labels)}, expected a list of names")
     elif not (isinstance(given["label"], str) and given["label"]) and not is_number(given["label"]):
-        raise LlamaError(f"label is {shortened(given['label'])}, expected a name or a number")
+        raise LlamaError(f"label is {shorten(given['label'])}, expected a name or a number")
 
 
 def check_tag(given: dict[str, Any]) -> None:
     text, spans = text_of(given, "text"), given.get("spans")
     if not isinstance(spans, list):
-        raise LlamaError(f"spans is {kind_of(spans)}, expected a list")
+        raise LlamaError(f"spans is {describe(spans)}, expected a list")
     for span in spans:
         start, end, label = (span.get(name) if isinstance(span, dict) else None for name in ("start", "end", "label"))
         if not isinstance(label, str) or not label or not is_integer(start, 0) or not is_integer(end, 0):
-            raise LlamaError(f"a span is {shortened(span)}, expected start, end and label")
+            raise LlamaError(f"a span is {shorten(span)}, expected start, end and label")
         if not start < end <= len(text):  # type: ignore[operator]
             raise LlamaError(f"a span is from {start} to {end} of a text of {len(text)} characters")
     for one, other in pairwise(sorted(spans, key=lambda span: span["start"])):
@@ -115,14 +115,14 @@ def check_answer(given: dict[str, Any]) -> None:
     text_of(given, "question")
     context, answers = text_of(given, "context"), given.get("answers")
     if not isinstance(answers, list):
-        raise LlamaError(f"answers is {kind_of(answers)}, expected a list, empty where the context doesn't say")
+        raise LlamaError(f"answers is {describe(answers)}, expected a list, empty where the context doesn't say")
     for answer in answers:
         text = answer.get("text") if isinstance(answer, dict) else None
         start = answer.get("start") if isinstance(answer, dict) else None
         if not isinstance(text, str) or not text or not is_integer(start, 0):
-            raise LlamaError(f"an answer is {shortened(answer)}, expected text and start")
+            raise LlamaError(f"an answer is {shorten(answer)}, expected text and start")
         if context[start : start + len(text)] != text:  # type: ignore[operator]
-            raise LlamaError(f"the context doesn't say {shortened(text)} at character {start}")
+            raise LlamaError(f"the context doesn't say {shorten(text)} at character {start}")
 
 
 CHECKS: dict[Task, Callable[[dict[str, Any]], None]] = {

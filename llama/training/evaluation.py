@@ -42,7 +42,7 @@ def measured(built: TaskModel, examples: Sequence[Example], records: Sequence[Re
     """The loss, and what its task's texts are measured by, of records that weren't trained on."""
     built.head.eval()
     total, items = 0.0, 0
-    device, batch_size = built.model.norm.weight.device, built.model.params.max_batch_size
+    device, batch_size = built.model.device, built.model.params.max_batch_size
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     for i in range(0, len(ordered), batch_size):
         batch = ordered[i : i + batch_size]

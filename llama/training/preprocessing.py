@@ -18,10 +18,8 @@ from ..errors import LlamaError
 from ..tasks.losses import IGNORED
 from ..tasks.predict import laid_out
 from ..tasks.spans import windows
-from ..tokenization.chat_template import TemplateFormat
-from ..tokenization.hf_tokenizer import HFTokenizer
 from ..tokenization.offsets import encode_with_offsets
-from ..tokenizer import ChatFormat, Tokenizer
+from ..tokenization.protocol import AnyChatFormat, AnyTokenizer
 from .dataset import OUTSIDE, Record, raise_all
 
 DOC_STRIDE = 128  # tokens that windows of a context have in common
@@ -44,8 +42,8 @@ class Example:
 class Preprocessor:
     """What turns records into examples. places: of the head's labels, among its logits."""
 
-    tokenizer: Tokenizer | HFTokenizer
-    formatter: ChatFormat | TemplateFormat
+    tokenizer: AnyTokenizer
+    formatter: AnyChatFormat
     places: Mapping[str, int]
     max_seq_len: int
 
@@ -80,7 +78,7 @@ def of_language(reader: Preprocessor, given: dict[str, Any]) -> list[Example]:
         *before, last = given["messages"]
         prompt = reader.formatter.encode_dialog_prompt(before)
         answer = tokenizer.encode(last["content"], bos=False, eos=False)
-        answer.append(tokenizer.special_tokens.get("<|eot_id|>", tokenizer.eos_id))
+        answer.append(reader.formatter.end_of_turn)
     return [Example(fitting(reader, prompt + answer), [IGNORED] * len(prompt) + answer)]
 
 

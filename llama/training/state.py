@@ -16,7 +16,7 @@ from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_m
 from .. import parallel
 from .._util.files import PARTIAL, read_json, write_json, write_whole
 from .._util.validate import is_integer
-from ..errors import LlamaError, one_line, shortened
+from ..errors import LlamaError, shorten, to_one_line
 
 NAME = "training.json"
 BEGIN_ANEW = "name another --output, or start with --force to begin anew"
@@ -45,7 +45,7 @@ class Keeper:
     def __init__(self, directory: Path, about: dict[str, Any], force: bool):
         """Called on all ranks; writes nothing. Raises LlamaError for a directory that holds something else."""
         self.directory, self.about = directory, about
-        with parallel.together():
+        with parallel.raise_together():
             found = self._found(force) if parallel.is_main_process() else Progress()
         self.progress = parallel.broadcast_object(found)
 
@@ -71,10 +71,10 @@ class Keeper:
                 raise ValueError("its steps aren't counted")
             datetime.fromisoformat(progress.begun)
         except (KeyError, TypeError, ValueError) as e:
-            raise LlamaError(f"{path} is no training's progress ({one_line(e)}): {BEGIN_ANEW}") from None
+            raise LlamaError(f"{path} is no training's progress ({to_one_line(e)}): {BEGIN_ANEW}") from None
         for name, value in self.about.items():
             if about.get(name) != value:
-                different = f"{name} was {shortened(about.get(name))} and is {shortened(value)}"
+                different = f"{name} was {shorten(about.get(name))} and is {shorten(value)}"
                 raise LlamaError(f"{path} is of another training ({different}): {BEGIN_ANEW}")
         return progress
 
@@ -85,7 +85,7 @@ class Keeper:
         """
         if self.progress.step > 0:
             return
-        with parallel.together():
+        with parallel.raise_together():
             if parallel.is_main_process():
                 try:
                     self.directory.mkdir(parents=True, exist_ok=True)
@@ -101,21 +101,21 @@ class Keeper:
     def restore(self, into: Callable[[dict[str, Any]], None]) -> None:
         """Give away what this rank had kept after `progress.step`, on the CPU. Raises LlamaError on all ranks."""
         path = self._path(self.progress.step)
-        with parallel.together():
+        with parallel.raise_together():
             try:
                 into(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as e:
-                raise LlamaError(f"{path} can't be read ({one_line(e)}): {BEGIN_ANEW}") from e
+                raise LlamaError(f"{path} can't be read ({to_one_line(e)}): {BEGIN_ANEW}") from e
 
     def keep(self, state: dict[str, Any]) -> None:
         """Let a later run go on from here. Of data-parallel copies the first writes. Called on all ranks."""
-        with parallel.together():
+        with parallel.raise_together():
             if get_data_parallel_rank() == 0:
                 path = self._path(self.progress.step)
                 try:
                     write_whole(path, lambda f: torch.save(state, f))
                 except (OSError, RuntimeError) as e:  # torch's words for a disk that is full
-                    raise LlamaError(f"{path} can't be written ({one_line(e)})") from e
+                    raise LlamaError(f"{path} can't be written ({to_one_line(e)})") from e
         self.note()
 
     def note(self) -> None:
@@ -123,7 +123,7 @@ class Keeper:
 
         Called on all ranks.
         """
-        with parallel.together():
+        with parallel.raise_together():
             if parallel.is_main_process():
                 write_json(self.directory / NAME, {"about": self.about, "progress": vars(self.progress)})
                 own = () if self.progress.ended else self.directory.glob(f"state-{self.progress.step}-*.pt")

@@ -15,20 +15,19 @@ from typing import Any
 import torch
 from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_data_parallel_world_size
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from .. import parallel
-from .._util.console import say
+from .._util.console import ProgressBar, progress_bar, say
 from ..adapters.lora import add_lora
 from ..adapters.peft import Task as PeftTask
 from ..adapters.peft import save_adapter
 from ..checkpoints.convert import check_target
 from ..checkpoints.fit import check_weights
-from ..checkpoints.task_spec import TENSORS, Task, body_name
+from ..checkpoints.task_spec import TENSORS, Task
 from ..errors import LlamaError
 from ..parallel import Place
 from ..tasks.model import TaskModel
-from ..tokenization.chat_template import formatter
+from ..tokenization.chat_template import make_formatter
 from . import gradients
 from .config import TrainingConfig, about, problem_in
 from .dataset import Record, labels_in, read_records
@@ -62,14 +61,14 @@ def finetune(
     model_parallel_size, None: all of them, are data-parallel copies. Raises LlamaError, on all ranks.
     """
     place = parallel.initialize(model_parallel_size, device, dtype)
-    with parallel.together():
+    with parallel.raise_together():
         if place.dtype == torch.float16:
             raise LlamaError("float16 has too few exponents for gradients: train in bfloat16 or float32")
         check_packages(plan.eval is not None)
         files = [plan.data] if plan.eval is None else [plan.data, plan.eval]
         read = [read_records(path, plan.task) for path in files] if parallel.is_main_process() else []
     trained, held = (*parallel.broadcast_object(read), [])[:2]
-    with parallel.together():
+    with parallel.raise_together():
         problem = problem_in(plan, trained, held) if plan.task == "classify" else None
         labels = labels_in([*trained, *held], plan.task, problem)
     kept = about(plan, place, ckpt_dir, tokenizer_path, [*trained, *held])
@@ -99,9 +98,9 @@ class Training:
     ):
         self.plan, self.built, self.place, self.held = plan, built, place, held
         self.keeper, self.progress = keeper, keeper.progress
-        with parallel.together():
+        with parallel.raise_together():
             labels = built.checkpoint.head.labels if built.checkpoint.head else ()
-            form = formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
+            form = make_formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
             reader = Preprocessor(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
             self.examples = examples(reader, plan.task, trained, plan.data)
             self.held_examples = examples(reader, plan.task, held, plan.eval or "")
@@ -127,8 +126,7 @@ class Training:
         if self.progress.step > 0:
             self.keeper.restore(self.resume)
             say(f"{self.keeper.directory}: going on after step {self.progress.step}")
-        silent = not parallel.is_main_process() or None  # None: unless on a terminal
-        with tqdm(desc="training", total=self.steps, initial=self.progress.step, unit=" steps", disable=silent) as bar:
+        with progress_bar("training", self.steps, " steps", done=self.progress.step) as bar:
             while self.progress.step < self.steps and not self.progress.ended:
                 self.progress.losses.append(self.step())
                 self.progress.step += 1
@@ -167,7 +165,7 @@ class Training:
         """Numbers that all ranks have alike. Raises LlamaError."""
         for name, value in found.items():
             if not math.isfinite(value):
-                with parallel.together():
+                with parallel.raise_together():
                     raise LlamaError(f"step {step}: the {name} is {value}: lower the learning rate")
 
     def batch(self, step: int) -> list[Example]:
@@ -190,7 +188,7 @@ class Training:
 
     # --- between the steps ------------------------------------------------------------------------------------------
 
-    def pause(self, bar: tqdm) -> None:
+    def pause(self, bar: ProgressBar) -> None:
         """Measure, keep the best model, and let a run that is killed from now on go on from here."""
         progress, plan = self.progress, self.plan
         told: dict[str, float] = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch}
@@ -212,7 +210,7 @@ class Training:
             say(line_of(told))
         if better and (self.held or progress.ended):
             self.write()
-        with parallel.together():
+        with parallel.raise_together():
             if parallel.is_main_process():
                 draw(progress.losses, progress.history, self.keeper.directory / "curves.png")
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}
@@ -232,7 +230,7 @@ class Training:
                 str(checkpoint.directory),
                 extra=head,
                 task_type=PEFT_TASKS[plan.task],
-                prefix=body_name(checkpoint.family or "llama", plan.task),
+                prefix=checkpoint.body,
             )
 
     def resume(self, state: dict[str, Any]) -> None:

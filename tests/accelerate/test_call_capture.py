@@ -14,8 +14,8 @@ from tiny import ARGS, write_checkpoint
 from torch import Tensor
 
 from llama import Llama
-from llama.accelerate.call_capture import record_calls
-from llama.accelerate.kernels import dispatch as kernels
+from llama.accelerate.call_capture import capture_calls
+from llama.accelerate.kernels import cpu
 
 ALL_AT_ONCE = replace(
     ARGS,
@@ -31,7 +31,7 @@ ALL_AT_ONCE = replace(
 BATCHES = [[[5, 6, 7]], [[1] * 30, [9], [3, 4]], [[8] * 3] * 5, [[7] * 120, [5], [2] * 126, [4]], [[1]] * 3]
 OPTIONS = {"max_seq_len": 200, "max_batch_size": 11, "device": "cpu"}
 
-compiled = pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+compiled = pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,9 @@ def llama(checkpoint: Path) -> Llama:
 def unrecorded(llama: Llama) -> Llama:
     """The same layers, run as they are written."""
     model = copy.deepcopy(llama.model)
-    del model.run
+    model.refresh()
+    model.fast._make_steps = lambda: None
+    model.fast.steps = None  # steps run as they are written
     return Llama(model, llama.tokenizer)
 
 
@@ -64,7 +66,7 @@ def test_texts_are_the_same(checkpoint: Path, options: dict[str, str]) -> None:
     for prompts in (*BATCHES, *BATCHES, [[3, 1]] * 11, [[3, 1]] * 9):
         found = llama.generate(prompts, 40, temperature=0, logprobs=True)
         assert found == plain.generate(prompts, 40, temperature=0, logprobs=True)
-    assert {size for size, _ in llama.model.run.step._recordings} == {1, 4, 8, 11}
+    assert {size for size, *_ in llama.model.fast.steps.captured.captures} == {1, 4, 8, 11}
 
 
 @compiled
@@ -72,7 +74,7 @@ def test_nothing_of_the_layers_runs_in_a_replay(llama: Llama, monkeypatch: pytes
     tokens = torch.arange(6).view(1, 6)
     step(llama, tokens, 0)
     expected = step(unrecorded(llama), tokens, 0)
-    monkeypatch.setattr(type(llama.model.layers[0]), "forward", None)
+    monkeypatch.setattr("llama.accelerate.layers.FastNorm.__call__", None)
     assert torch.equal(step(llama, tokens, 0), expected)
 
 
@@ -135,13 +137,13 @@ def threads() -> Iterator[int]:
 
 @compiled
 def test_the_number_of_threads_is_that_of_now(llama: Llama, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, prepared = [], kernels.prepared
+    asked, prepared = [], cpu.bind
 
     def noting(*arguments: object) -> object:
         asked.append(torch.get_num_threads())
         return prepared(*arguments)
 
-    monkeypatch.setattr(kernels, "prepared", noting)
+    monkeypatch.setattr(cpu, "bind", noting)
     tokens = torch.arange(6).view(1, 6)
     for position, count in enumerate((threads, threads + 1, threads + 1, threads)):
         torch.set_num_threads(count)
@@ -171,12 +173,12 @@ def test_all_kinds_of_operations() -> None:
         y[:1], y[1:] = first * 2, rest.flip(0).reshape(-1).view(2, 4)
         return (y.T.contiguous() @ y)[places] + most[:, None] + kept.softmax(0)
 
-    recording = record_calls(function)
+    capture = capture_calls(function)
     for _ in range(3):
         x.copy_(torch.randn(3, 4))
         before = kept.clone()
-        recording.replay()
-        found = recording.output.clone()
+        capture.replay()
+        found = capture.output.clone()
         kept.copy_(before)
         assert torch.equal(found, function())
         kept.copy_(before)
@@ -190,8 +192,8 @@ def test_what_depends_on_numbers_is_done_as_it_was(asks: str) -> None:
         twice = x.sum().item() > 0 if asks == "item" else len(x[x > 0]) > 0
         return x * 2 if twice else x * 3
 
-    recording = record_calls(function)
-    assert torch.equal(recording.output, 2 * torch.ones(3))
+    capture = capture_calls(function)
+    assert torch.equal(capture.output, 2 * torch.ones(3))
     x.neg_()
-    recording.replay()
-    assert torch.equal(recording.output, -3 * torch.ones(3))
+    capture.replay()
+    assert torch.equal(capture.output, -3 * torch.ones(3))

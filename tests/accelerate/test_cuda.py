@@ -10,11 +10,11 @@ import torch
 from tiny import ARGS, PROMPTS, run_program, write_checkpoint
 
 from llama import Llama
-from llama.accelerate.cuda_graphs import GraphedStep
+from llama.accelerate.kernels import cpu
 from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.layers import FastAttention
-from llama.accelerate.quantization import IntegerPanels
-from llama.bench.measure import Bandwidth
+from llama.accelerate.quantization import QuantizedMatrix
+from llama.bench.measure import BandwidthMeter
+from llama.model import Attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -38,7 +38,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(params=["with kernels", "without"])
 def triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     if request.param == "without":
-        monkeypatch.setattr(kernels, "on_gpu", lambda: None)
+        monkeypatch.setattr(kernels, "gpu_kernels", lambda: None)
     return request.param != "without"
 
 
@@ -65,26 +65,26 @@ def assert_same(llama: Llama, cpu: Llama) -> None:
 def test_texts_are_those_of_the_cpu(checkpoints: dict[str, Path], triton: bool, name: str) -> None:
     """Of ragged batches that shrink, and are filled up; and no size of them is recorded twice."""
     llama, cpu = (Llama.build(checkpoints[name], **OPTIONS, device=device) for device in ("cuda", "cpu"))
-    assert llama.engine.ahead
+    assert llama.engine.runner.ahead
     for _ in range(2):
         assert_same(llama, cpu)
-    recordings = llama.model.run.step._recordings
-    assert {size for size, _ in recordings} == {1, 4, 5}
-    whole = triton and CASES[name].head_size % kernels.LANES == 0
-    assert {end for _, end in recordings} == ({None} if whole else {128, 256})
-    assert isinstance(llama.model.layers[0].attention, FastAttention) == triton
+    captures = llama.model.fast.steps.captured.captures
+    assert {size for size, *_ in captures} == {1, 4, 5}
+    whole = triton and CASES[name].head_size % cpu.LANES == 0
+    assert {end for _, end, _ in captures} == ({None} if whole else {128, 256})
+    assert llama.model.fast.network.kernels == triton
 
 
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_other_forms(checkpoints: dict[str, Path], triton: bool, quantization: str | None, compile: bool) -> None:
-    """Rounded matrices are those of the CPU, whose kernels round x too: it's compared with what has none."""
+    """Quantized matrices are those of the CPU, whose kernels round x too: it's compared with what has none."""
     directory = checkpoints["larger heads"]
     llama = Llama.build(directory, **OPTIONS, device="cuda", quantization=quantization, compile=compile)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "library", lambda: None)
+        patch.setattr(cpu, "library", lambda: None)
         assert_same(llama, Llama.build(directory, **OPTIONS, device="cpu", quantization=quantization))
-    assert isinstance(llama.model.run.step, GraphedStep)
+    assert llama.model.fast.steps.captured is not None
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8])
@@ -94,9 +94,9 @@ def test_no_token_is_waited_for(checkpoints: dict[str, Path], triton: bool, temp
     prompts = [[1] * 280, [2] * 7, [3] * 200]
     llama.tokenizer.stop_tokens = set(range(0, 256, 16))
     for _ in range(2):  # the first time steps are recorded
-        llama._asked.clear()
+        llama.engine._seeds.times_given.clear()
         expected = list(llama.stream(prompts, 90, temperature, logprobs=True))
-    llama._asked.clear()
+    llama.engine._seeds.times_given.clear()
     stream = llama.stream(prompts, 90, temperature, logprobs=True)
     found = [next(stream)]
     with no_waiting():
@@ -145,8 +145,7 @@ def test_attention_copies_no_keys(place: object, triton: bool) -> None:
     """Of one token or of many: what it takes of memory, masks aside, is less than the keys of all query heads."""
     args = replace(LARGER, dim=256, n_heads=16, n_kv_heads=1, head_dim=64, max_seq_len=8192, max_batch_size=1)
     with torch.device("cuda"):
-        layer = FastAttention(args).to(torch.bfloat16)
-    layer.window = None
+        layer = Attention(args).to(torch.bfloat16)
     for length, start in ((1, 8000), (64, 8000)):
         x = [torch.randn(1, length, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (16, 1, 1)]
         angles = torch.polar(*torch.ones(2, length, 32, device="cuda"))
@@ -161,7 +160,7 @@ def test_attention_copies_no_keys(place: object, triton: bool) -> None:
 
 
 def test_bandwidth_is_that_of_a_gpu() -> None:
-    assert Bandwidth(torch.device("cuda")).measure() > 50e9
+    assert BandwidthMeter(torch.device("cuda")).measure() > 50e9
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
@@ -177,7 +176,7 @@ def test_on_ranks(checkpoints: dict[str, Path], options: tuple[str, ...]) -> Non
 def test_rounded_matrices_of_many_rows(triton: bool) -> None:
     weight = torch.randn(100, 96, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     for bits in (8, 4):
-        panels = IntegerPanels(weight, bits)
+        matrix = QuantizedMatrix(weight, bits)
         for rows in (1, 16, 17, 200):
             x = torch.randn(rows, 96, device="cuda")
-            assert torch.allclose(panels.product(x), x @ panels.unpacked().T, atol=1e-3)
+            assert torch.allclose(matrix.product(x), x @ matrix.unpack().T, atol=1e-3)

@@ -8,9 +8,9 @@ import torch
 import torch._dynamo.utils
 from tiny import ARGS, run_program, write_checkpoint
 
-from llama import Llama, LlamaError, Transformer
-from llama.accelerate.decode_steps import CompiledSteps
-from llama.accelerate.kernels import dispatch as kernels
+from llama import Llama, LlamaError
+from llama.accelerate.decode_steps import DecodeSteps
+from llama.accelerate.kernels import cpu
 
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 3, "device": "cpu", "dtype": "float32"}
 BATCHES = [[[5, 6, 7]], [[1] * 30, [9]], [[2], [3] * 11, [4] * 50], [[8] * 3] * 3]
@@ -45,7 +45,7 @@ def test_text_is_the_same_and_nothing_is_compiled_in_an_answer(checkpoint: Path,
 @pytest.mark.slow
 def test_without_kernels_steps_are_compiled_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: attention is masked over a power of two of positions, of which each number is the same function."""
-    monkeypatch.setattr("llama.accelerate.kernels.dispatch.library", lambda: None)
+    monkeypatch.setattr("llama.accelerate.kernels.cpu.library", lambda: None)
     before = graphs()
     compiled = Llama.build(checkpoint, **{**OPTIONS, "max_seq_len": 300}, compile=True)
     after = graphs()
@@ -64,14 +64,14 @@ def with_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("kernels"), args, endless=True)
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 def test_kernels_are_compiled_around(with_kernels: Path) -> None:
     """As on a GPU with Triton: each is one operation that torch doesn't look into."""
     plain, compiled = (Llama.build(with_kernels, **OPTIONS) for _ in range(2))
     before = graphs()
-    compiled.model.run = steps = CompiledSteps(compiled.model, kernels=True)
-    steps._plain = Transformer.run.__get__(compiled.model)
-    steps.warm_up()
+    fast = compiled.model.fast
+    fast.steps = DecodeSteps(fast.network, compiled.model.params, compiled=True)
+    fast.steps.warm_up(compiled.model.prepare)
     after = graphs()
     assert after - before == 2
     for prompts in BATCHES:
@@ -79,16 +79,17 @@ def test_kernels_are_compiled_around(with_kernels: Path) -> None:
     assert graphs() == after
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 def test_with_kernels_every_size_is_recorded_before_the_first_answer(with_kernels: Path) -> None:
     before = graphs()
     plain = Llama.build(with_kernels, **OPTIONS)
     ready = Llama.build(with_kernels, **OPTIONS, compile=True)
-    recorded = dict(ready.model.run.step._recordings)
-    assert {size for size, _ in recorded} == {1, 2, 3}
+    captures = ready.model.fast.steps.captured.captures
+    before_answers = dict(captures)
+    assert {size for size, *_ in captures} == {1, 2, 3}
     for prompts in BATCHES:
         assert ready.generate(prompts, None, temperature=0) == plain.generate(prompts, None, temperature=0)
-    assert ready.model.run.step._recordings == recorded
+    assert captures == before_answers
     assert graphs() == before, "torch compiles nothing here"
 
 

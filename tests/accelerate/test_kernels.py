@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llama.accelerate.kernels import cpu
 from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.quantization import IntegerPanels
+from llama.accelerate.quantization import QuantizedMatrix
 from llama.model import RMSNorm
 
 few = settings(deadline=None, max_examples=30)
@@ -28,8 +29,8 @@ ALL = 1 << 60
 NOT_FINITE = [float("nan"), float("inf"), -float("inf")]
 # Instructions that not every processor with 64-byte vectors has. Optimized less, since that takes seconds to compile.
 GENERAL = ["-O1", "-march=x86-64-v4"]
-library_anew = kernels.library.__wrapped__
-compiled = pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+library_anew = cpu.library.__wrapped__
+compiled = pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 
 
 @pytest.fixture(scope="module", params=["the processor's instructions", "general ones"])
@@ -37,14 +38,14 @@ def instructions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "general ones":
             patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-            patch.setattr(kernels, "FLAGS", GENERAL)
+            patch.setattr(cpu, "FLAGS", GENERAL)
             library = library_anew()
             if library is None:
                 pytest.skip("the compiler makes nothing for x86-64-v4")
-            patch.setattr(kernels, "library", lambda: library)
-        kernels.FUNCTIONS.clear()
+            patch.setattr(cpu, "library", lambda: library)
+        cpu.FUNCTIONS.clear()
         yield request.param
-    kernels.FUNCTIONS.clear()
+    cpu.FUNCTIONS.clear()
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -52,9 +53,9 @@ def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def packed(weight: Tensor) -> Tensor:
-    panels = kernels.new_panels(weight)
-    kernels.pack(weight, panels)
-    return panels
+    blocks = cpu.new_packed(weight)
+    cpu.pack(weight, blocks)
+    return blocks
 
 
 def assert_within(found: Tensor, exact: Tensor, bound: Tensor, roundings: int = 1) -> None:
@@ -80,27 +81,27 @@ def test_packing_there_and_back(rows: int, words: int, dtype: torch.dtype, sourc
         weight = weight.repeat_interleave(2, dim=1)[:, ::2]
     elif source == 2:
         weight = torch.cat([torch.zeros(1, dtype=dtype), weight.flatten()])[1:].view(rows, columns)
-    panels = packed(weight)
-    assert panels.shape == (-(-rows // 64), words, 64, 4 // dtype.itemsize)
-    assert torch.equal(kernels.unpack(panels, rows).view(torch.int32), bits.to(torch.int32))
+    blocks = packed(weight)
+    assert blocks.shape == (-(-rows // 64), words, 64, 4 // dtype.itemsize)
+    assert torch.equal(cpu.unpack(blocks, rows).view(torch.int32), bits.to(torch.int32))
     chosen = torch.tensor([[0, rows - 1], [rows // 2, rows // 3]])
     for which in (chosen, chosen.int(), chosen[0, 0], chosen[:0]):
-        assert torch.equal(kernels.lookup(panels, which).view(torch.int32), bits.to(torch.int32)[which])
+        assert torch.equal(cpu.lookup(blocks, which).view(torch.int32), bits.to(torch.int32)[which])
 
 
 @compiled
 def test_rows_that_a_panel_lacks_are_zeros() -> None:
-    panels = torch.full((2, 3, 64, 1), torch.nan)
-    kernels.pack(torch.ones(70, 3), panels)
-    assert torch.equal(panels[1, :, :, 0], (torch.arange(64) < 6).float().expand(3, 64))
+    blocks = torch.full((2, 3, 64, 1), torch.nan)
+    cpu.pack(torch.ones(70, 3), blocks)
+    assert torch.equal(blocks[1, :, :, 0], (torch.arange(64) < 6).float().expand(3, 64))
 
 
 @compiled
 def test_which_matrices_fit() -> None:
     fitting = [torch.zeros(3, 5), torch.zeros(3, 6, dtype=torch.bfloat16)]
     others = [torch.zeros(3, 5, dtype=torch.bfloat16), torch.zeros(8), torch.zeros(2, 2, 2), torch.zeros(3, 4).half()]
-    assert all(map(kernels.fit, fitting)) and not any(map(kernels.fit, others))
-    assert not kernels.fit(torch.zeros(3, 4, device="meta"))
+    assert all(map(kernels.packs, fitting)) and not any(map(kernels.packs, others))
+    assert not kernels.packs(torch.zeros(3, 4, device="meta"))
 
 
 # --- products --------------------------------------------------------------------------------------------------------
@@ -111,11 +112,11 @@ def test_which_matrices_fit() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [*product([1, 63, 64, 65, 200], [2, 34, 64, 130])])
 def test_product(instructions: str, rows: int, columns: int, dtype: torch.dtype) -> None:
     weight = numbers(rows, columns, dtype=dtype, seed=rows)
-    panels = packed(weight)
+    blocks = packed(weight)
     for count in ROWS:
         x = numbers(count, columns, dtype=dtype, seed=count)
         sizes = x.double().abs() @ weight.double().abs().T
-        found = kernels.product(x, panels, rows)
+        found = kernels.product(x, blocks, rows)
         assert found.dtype == dtype
         assert_within(found, x.double() @ weight.double().T, columns * EPS[torch.float32] * sizes)
 
@@ -124,39 +125,39 @@ def test_product(instructions: str, rows: int, columns: int, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_product_of_any_shape(dtype: torch.dtype) -> None:
     weight, x = numbers(70, 6, dtype=dtype), numbers(3, 5, 12, dtype=dtype, seed=1)
-    panels = packed(weight)
-    whole = kernels.product(x[..., :6].contiguous(), panels, 70)
+    blocks = packed(weight)
+    whole = kernels.product(x[..., :6].contiguous(), blocks, 70)
     assert whole.shape == (3, 5, 70)
-    assert torch.equal(kernels.product(x[..., :6], panels, 70), whole)  # a view that isn't contiguous
+    assert torch.equal(kernels.product(x[..., :6], blocks, 70), whole)  # a view that isn't contiguous
     assert torch.equal(
-        kernels.product(x.flatten()[1:7], panels, 70), kernels.product(x.flatten()[1:7].clone(), panels, 70)
+        kernels.product(x.flatten()[1:7], blocks, 70), kernels.product(x.flatten()[1:7].clone(), blocks, 70)
     )
-    assert torch.equal(kernels.product(x[1, 2, :6], panels, 70), whole[1, 2])  # a row is computed as it is alone
-    assert kernels.product(x[:0, :, :6], panels, 70).shape == (0, 5, 70)
+    assert torch.equal(kernels.product(x[1, 2, :6], blocks, 70), whole[1, 2])  # a row is computed as it is alone
+    assert kernels.product(x[:0, :, :6], blocks, 70).shape == (0, 5, 70)
 
 
 @compiled
 def test_what_a_matrix_is_not_for_is_refused() -> None:
     """As torch does: else numbers of one size would be read as those of another, past the end."""
-    panels = packed(numbers(70, 6))
+    blocks = packed(numbers(70, 6))
     for x in (numbers(2, 12), numbers(2, 3), numbers(2, 6, dtype=torch.bfloat16)):
         with pytest.raises(RuntimeError, match="columns"):
-            kernels.product(x, panels, 70)
+            kernels.product(x, blocks, 70)
     integers, scales = torch.zeros(2, 1, 16, 64, 4, dtype=torch.uint8), torch.zeros(2, 1, 64, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="columns"):
         kernels.integer_product(numbers(2, 65), integers, scales, 70, 8)
 
 
-def integer_panels(integers: Tensor, bits: int) -> Tensor:
-    """Of unsigned integers (N, groups, group), as panels.py says where they lie: (N / 64, groups, words, 64, 4)."""
+def integer_blocks(integers: Tensor, bits: int) -> Tensor:
+    """Of unsigned integers (N, groups, group), where quantization.py has them: (N / 64, groups, words, 64, 4)."""
     group = integers.shape[2]
-    panels = torch.zeros(-(-len(integers) // 64), integers.shape[1], group * bits // 32, 64, 4, dtype=torch.uint8)
+    blocks = torch.zeros(-(-len(integers) // 64), integers.shape[1], group * bits // 32, 64, 4, dtype=torch.uint8)
     for number in range(group):
         word, place = divmod(number, 32 // bits)
         byte, high = divmod(place * bits, 8)
         column = F.pad(integers[:, :, number], (0, 0, 0, -len(integers) % 64)).unflatten(0, (-1, 64)).mT
-        panels[:, :, word, :, byte] |= column << high
-    return panels
+        blocks[:, :, word, :, byte] |= column << high
+    return blocks
 
 
 @compiled
@@ -170,7 +171,7 @@ def test_integer_product(instructions: str, rows: int, columns: int, bits: int, 
     integers = torch.randint(1 << bits, (rows, groups, group), generator=random).to(torch.uint8)
     scales = torch.rand(rows, groups, generator=random).bfloat16()
     lying = F.pad(scales, (0, 0, 0, -rows % 64)).unflatten(0, (-1, 64)).mT.contiguous()
-    panels, weight = integer_panels(integers, bits), integers.double() - (1 << bits - 1)
+    blocks, weight = integer_blocks(integers, bits), integers.double() - (1 << bits - 1)
     for count in ROWS:
         x = numbers(count, columns, dtype=dtype, seed=count)
         x[0, : group // 2] = 0
@@ -179,7 +180,7 @@ def test_integer_product(instructions: str, rows: int, columns: int, bits: int, 
         inverse = torch.full_like(most, 127) / most.where(most > 0, torch.inf)
         rounded = (grouped * inverse).round().double()
         parts = torch.einsum("mgk,ngk->mng", rounded, weight) * (most.double() / 127).mT * scales.double()
-        found = kernels.integer_product(x, panels, lying, rows, bits)
+        found = kernels.integer_product(x, blocks, lying, rows, bits)
         assert_within(found, parts.sum(-1), (groups + 4) * EPS[torch.float32] * parts.abs().sum(-1))
 
 
@@ -355,7 +356,7 @@ def results(dtype: torch.dtype) -> list[Tensor]:
         kernels.swiglu(x.repeat(20, 1), x.repeat(20, 1)),
         attend(**sizes, room=40, seqlen=1, starts=[8, 0, 39])[0],
         attend(**sizes, room=200, seqlen=170, starts=[8, 0, 30])[0],
-        IntegerPanels(weight, 4).integers.data,
+        QuantizedMatrix(weight, 4).integers.data,
     ]
 
 
@@ -436,7 +437,7 @@ def test_attention_to_nan_is_nan(instructions: str, dtype: torch.dtype, seqlen: 
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of one's own, whose kernels are compiled fast and run slowly."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "FLAGS", ["-O0", "-march=native"])
+    monkeypatch.setattr(cpu, "FLAGS", ["-O0", "-march=native"])
     return tmp_path
 
 
@@ -449,7 +450,7 @@ def test_it_is_compiled_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert library_anew() is not None
     (library,) = made(home)
     written = library.stat().st_mtime_ns
-    monkeypatch.setattr(kernels, "compile_to", pytest.fail)
+    monkeypatch.setattr(cpu, "compile_to", pytest.fail)
     assert library_anew() is not None
     assert made(home) == [library] and library.stat().st_mtime_ns == written
 
@@ -470,9 +471,9 @@ def test_a_damaged_file_is_made_again(home: Path, damage: str) -> None:
     }
     os.unlink(library)  # this process has it mapped
     library.write_bytes(damaged.get(damage, bytes(other)))
-    assert not kernels.is_complete(library), "loading it would end this process"
+    assert not cpu.is_complete(library), "loading it would end this process"
     assert library_anew() is not None
-    assert kernels.is_complete(library) and made(home) == [library]
+    assert cpu.is_complete(library) and made(home) == [library]
 
 
 @compiled
@@ -511,8 +512,8 @@ def home_is_a_file(home: Path, patch: pytest.MonkeyPatch) -> None:
         no_home,
         home_is_a_file,
         pytest.param(lambda home, patch: patch.setenv("HOME", "/proc/self"), id="a home that can't be written"),
-        pytest.param(lambda home, patch: patch.setattr(kernels, "SECONDS_TO_COMPILE", 0.001), id="no time"),
-        pytest.param(lambda home, patch: patch.setattr(kernels, "FLAGS", ["-march=none"]), id="no such processor"),
+        pytest.param(lambda home, patch: patch.setattr(cpu, "SECONDS_TO_COMPILE", 0.001), id="no time"),
+        pytest.param(lambda home, patch: patch.setattr(cpu, "FLAGS", ["-march=none"]), id="no such processor"),
     ],
 )
 def test_where_it_cannot_be_compiled_there_is_none(
@@ -520,12 +521,12 @@ def test_where_it_cannot_be_compiled_there_is_none(
 ) -> None:
     trouble(home, monkeypatch)
     assert library_anew() is None
-    monkeypatch.setattr(kernels, "library", library_anew)
-    assert not kernels.available(torch.zeros(1)) and not kernels.fit(torch.zeros(2, 2))
+    monkeypatch.setattr(cpu, "library", library_anew)
+    assert not kernels.available(torch.zeros(1)) and not kernels.packs(torch.zeros(2, 2))
 
 
 @compiled
 def test_processors_with_short_vectors_have_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There torch's own products are faster, and compiling takes half a minute."""
-    monkeypatch.setattr(kernels, "FLAGS", ["-O3", "-march=x86-64-v3"])
+    monkeypatch.setattr(cpu, "FLAGS", ["-O3", "-march=x86-64-v3"])
     assert library_anew() is None

@@ -5,6 +5,7 @@ transformers, on one rank and on more; test_kernels.py has each kernel by itself
 """
 
 import copy
+import operator
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,19 +21,21 @@ from tiny import ARGS, PROMPTS, ROOT, write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.accelerate import quantization as panels
-from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.layers import FastAttention, FastFeedForward, FastNorm, Form
-from llama.accelerate.quantization import FloatPanels
-from llama.checkpoints.loader import find_tokenizer, load_model, open_checkpoint
+from llama.accelerate import quantization
+from llama.accelerate.accelerator import Acceleration, Accelerator
+from llama.accelerate.fast_model import FastModel
+from llama.accelerate.kernels import cpu
+from llama.accelerate.quantization import FloatMatrix
+from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.checkpoints.meta import save_checkpoint
+from llama.checkpoints.side_files import find_tokenizer
 from llama.model import Transformer
 from llama.parallel import initialize
 from llama.tokenization.hf_tokenizer import open_tokenizer
 
 few = settings(deadline=None, max_examples=10)
 SIZES = {"max_seq_len": 64, "max_batch_size": 4}
-LARGER = replace(ARGS, n_heads=4, n_kv_heads=2, multiple_of=8)  # heads that the kernel has, panels that are not full
+LARGER = replace(ARGS, n_heads=4, n_kv_heads=2, multiple_of=8)  # heads that the kernel has, blocks that are not full
 CASES = {
     "small heads": ARGS,
     "larger heads": LARGER,
@@ -58,7 +61,7 @@ DEMO_PROMPTS = [
     "a",
     "In the morning the two friends went down to the river, where they",
 ]
-compiled = pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+compiled = pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +116,11 @@ def copied(llama: Llama) -> Transformer:
     return copy.deepcopy(llama.model)
 
 
-def with_kernels(model: Transformer) -> list[str]:
-    """The layers whose work is done by kernels."""
-    kinds = (FloatPanels, FastAttention, FastNorm, FastFeedForward)
-    return [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+def packed_matrices(model: Transformer) -> list[FloatMatrix]:
+    """Those that decode by kernels; none where the model has no fast form, or runs its plain text."""
+    model.refresh()
+    fast = model.fast if isinstance(model.fast, FastModel) and model.fast.usable else None
+    return [] if fast is None else [matrix for matrix in fast.packed_matrices if isinstance(matrix, FloatMatrix)]
 
 
 @compiled
@@ -124,14 +128,15 @@ def with_kernels(model: Transformer) -> list[str]:
 def test_what_is_fast(built: "type[Pair]", name: str) -> None:
     """All matrices, once each; but neither the embedding, of which rows are read, nor small heads' attention."""
     args, model = CASES[name], built(name).fast.model
-    packed = [layer for layer in model.modules() if isinstance(layer, FloatPanels)]
+    packed, network = packed_matrices(model), model.fast.network
     assert len(packed) == 7 * args.n_layers + 1
-    assert sum(layer.rows for layer in packed) == sum(
+    assert sum(matrix.rows for matrix in packed) == sum(
         len(tensor) for key, tensor in model.state_dict().items() if tensor.ndim == 2 and key != "tok_embeddings.weight"
     )
-    others = 4 if args.head_size % kernels.LANES == 0 else 3
-    assert len(with_kernels(model)) >= len(packed) + others * args.n_layers + 1
-    assert with_kernels(built(name).plain.model) == []
+    norms = [norm for block in network.blocks for norm in (block.attention_norm, block.ffn_norm)]
+    assert network.kernels and all(norm.kernels for norm in [*norms, network.norm])
+    assert network.attends == (args.head_size % cpu.LANES == 0)
+    assert packed_matrices(built(name).plain.model) == []
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -334,7 +339,7 @@ def test_training_gives_the_same_gradients(built: "type[Pair]", name: str) -> No
         before = slow(tokens)
         assert_close(fast.eval()(tokens), before)
         assert_close(fast(tokens[:, :1], 0), slow(tokens[:, :1], 0))
-    assert with_kernels(fast) == with_kernels(pair.fast.model)
+    assert len(packed_matrices(fast)) == len(packed_matrices(pair.fast.model))
     assert float((before - pair.plain.model(tokens).detach()).abs().max()) > 1e-3
 
 
@@ -349,7 +354,7 @@ def test_gradients_flow_through_packed_matrices(built: "type[Pair]", name: str) 
         loss.backward(retain_graph=True)
         loss.backward()
     expected = dict(slow.named_parameters())
-    shared = {key: weight for key, weight in fast.named_parameters() if key in expected and "panels" not in key}
+    shared = {key: weight for key, weight in fast.named_parameters() if key in expected}
     assert {key for key in expected if not key.endswith("weight") or "norm" in key} <= shared.keys()
     for key, weight in shared.items():
         assert float((weight.grad - expected[key].grad).norm()) <= 1e-4 * float(expected[key].grad.norm()), key
@@ -359,11 +364,10 @@ def test_gradients_flow_through_packed_matrices(built: "type[Pair]", name: str) 
 def test_who_remembers_the_mode_brings_it_back(built: "type[Pair]", name: str) -> None:
     """What many a program does around an evaluation unpacks nothing of a model that was never trained."""
     model = copied(built(name).fast)
-    before, was = with_kernels(model), model.training
+    before, was = packed_matrices(model), model.training
     model.eval()
     model.train(was)
-    assert with_kernels(model) == before
-    assert all(not parameter.requires_grad for key, parameter in model.named_parameters() if "output" in key)
+    assert all(map(operator.is_, packed_matrices(model), before)) and len(packed_matrices(model)) == len(before)
 
 
 @pytest.mark.parametrize("name", ["larger heads", "tied"])
@@ -383,7 +387,7 @@ def test_copies_are_models_of_their_own(built: "type[Pair]", name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", ["larger heads", "tied"])
 def test_a_model_may_be_cast(built: "type[Pair]", name: str, dtype: torch.dtype) -> None:
-    """Panels have the shape that their dtype asks for, and not every dtype has kernels."""
+    """Packed matrices have the shape that their dtype asks for, and not every dtype has kernels."""
     pair = built(name)
     tokens = pair.tokens(2, 6)
     with torch.no_grad():
@@ -395,11 +399,11 @@ def test_a_model_may_be_cast(built: "type[Pair]", name: str, dtype: torch.dtype)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_matrices_are_packed_in_pieces(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     weight = torch.randn(200, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
-    whole = FloatPanels(weight)
+    whole = FloatMatrix(weight)
     for size in (1, 6000, 10**6):
-        monkeypatch.setattr(panels, "SLAB", size)
-        pieces = FloatPanels(weight)
-        assert torch.equal(pieces.unpacked(), weight) and torch.equal(pieces.panels, whole.panels)
+        monkeypatch.setattr(quantization, "SLAB", size)
+        pieces = FloatMatrix(weight)
+        assert torch.equal(pieces.unpack(), weight) and torch.equal(pieces.packed, whole.packed)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -413,9 +417,9 @@ def test_files_that_were_let_go_of_read_the_same_again(directories: dict[str, Pa
     before = {key: stored.read().clone() for key, stored in checkpoint.tensors.items()}
     place, states = initialize(device="cpu", dtype=dtype), []
     for _ in range(2):
-        form = Form()
-        model = load_model(checkpoint, replace(checkpoint.sizes, **SIZES), place, form.take)
-        form.finish(model)
+        accelerator = Accelerator()
+        model = load_model(checkpoint, replace(checkpoint.sizes, **SIZES), place, accelerator.pack_weight)
+        accelerator.finish(model)
         states.append(model.state_dict())
         assert all(torch.equal(stored.read(), before[key]) for key, stored in checkpoint.tensors.items())
     for key, tensor in before.items():
@@ -426,19 +430,19 @@ def test_files_that_were_let_go_of_read_the_same_again(directories: dict[str, Pa
 def test_without_kernels_the_plain_form_is_built(
     directories: dict[str, Path], built: "type[Pair]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "library", lambda: None)
+    monkeypatch.setattr(cpu, "library", lambda: None)
     llama = Llama.build(directories["tied"], device="cpu", dtype="float32", **SIZES)
-    assert with_kernels(llama.model) == []
+    assert packed_matrices(llama.model) == []
     prompts = built("tied").tokens(3, 9).tolist()
     assert llama.generate(prompts, 20, temperature=0) == built("tied").plain.generate(prompts, 20, temperature=0)
 
 
 def test_models_of_other_dtypes_stay_plain(directories: dict[str, Path]) -> None:
     llama = Llama.build(directories["tied"], device="cpu", dtype="float16", **SIZES)
-    assert with_kernels(llama.model) == []
+    assert packed_matrices(llama.model) == []
     llama.generate([[1, 2, 3]], 4, temperature=0)
 
 
 def test_forms_that_are_not_known_are_refused() -> None:
     with pytest.raises(LlamaError, match="int3"):
-        Form("int3")  # type: ignore[arg-type]
+        Acceleration("int3")  # type: ignore[arg-type]

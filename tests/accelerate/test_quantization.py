@@ -15,13 +15,13 @@ from tiny import ROOT, run_program, write_checkpoint
 from torch import Tensor, nn
 
 from llama import Llama, LlamaError
-from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.layers import PackedLinear
-from llama.accelerate.quantization import BITS, GROUP, IntegerPanels, rounded
+from llama.accelerate.fast_model import FastModel
+from llama.accelerate.kernels import cpu
+from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, quantize_rows
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.parallel import Place
 
-compiled = pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+compiled = pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 QUANTIZATIONS = ["int8", "int4"]
 TEXTS = [
     "What is the capital of France? The capital of France is Paris.",
@@ -48,16 +48,16 @@ def error(found: Tensor, weight: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_of_a_matrix(bits: int, shape: tuple[int, int], dtype: torch.dtype, generator: torch.Generator) -> None:
     weight = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
-    panels = IntegerPanels(weight, bits)
-    unpacked = panels.unpacked()
+    matrix = QuantizedMatrix(weight, bits)
+    unpacked = matrix.unpack()
     assert (unpacked.shape, unpacked.dtype) == (weight.shape, dtype)
     own, plain = error(unpacked, weight), error(rounded_to_nearest(weight, bits), weight)
     print(f"int{bits} {shape} {dtype}: {own:.5f}, to nearest {plain:.5f}")
     assert own < {8: 0.01, 4: 0.1}[bits]
     assert own < plain * {8: 1.05 if dtype == torch.float32 else 1.3, 4: 0.95}[bits]
     rows = torch.randint(shape[0], (2, 5), generator=generator)
-    assert torch.equal(panels.lookup(rows), unpacked[rows])
-    held = sum(p.nbytes for p in panels.parameters())
+    assert torch.equal(matrix.lookup(rows), unpacked[rows])
+    held = matrix.nbytes
     whole = -(-shape[0] // 64) * 64 * -(-shape[1] // GROUP[bits]) * GROUP[bits]
     assert held == whole * (bits + 16 / GROUP[bits]) / 8
 
@@ -69,7 +69,7 @@ def test_what_integers_can_say_is_kept(bits: int) -> None:
     weight = torch.randint(1 - half, half, (64, 128), generator=torch.Generator().manual_seed(1)).float() / 4
     weight[:, :: GROUP[bits]] = (1 - half) / 4 if bits == 8 else -half / 4
     weight[3] = 0
-    assert torch.equal(IntegerPanels(weight, bits).unpacked(), weight)
+    assert torch.equal(QuantizedMatrix(weight, bits).unpack(), weight)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -77,7 +77,7 @@ def test_what_integers_can_say_is_kept(bits: int) -> None:
 def test_what_is_not_finite_is_not_lost(bits: int, value: float) -> None:
     weight = torch.ones(64, 128)
     weight[5, 7] = value
-    assert not torch.isfinite(IntegerPanels(weight, bits).unpacked()[5, 7])
+    assert not torch.isfinite(QuantizedMatrix(weight, bits).unpack()[5, 7])
 
 
 MATRICES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,12 +98,12 @@ def test_kernels_round_as_torch_does(kind: str, bits: int, dtype: torch.dtype, g
     """Bit for bit, whatever the matrix."""
     for shape in [(1, 1), (7, 20), (64, 64), (100, 96), (130, 1000)]:
         weight = MATRICES[kind](torch.randn(shape, generator=generator)).to(dtype)
-        panels, expected = IntegerPanels(weight, bits), rounded(weight, bits)
-        found = panels.by_rows()
-        assert panels.fast and torch.equal(found.words, expected.words)
+        matrix, expected = QuantizedMatrix(weight, bits), quantize_rows(weight, bits)
+        found = matrix.by_rows()
+        assert matrix.fast and torch.equal(found.words, expected.words)
         assert torch.equal(found.scales.isnan(), expected.scales.isnan())
         assert torch.equal(*(x.scales.nan_to_num().view(torch.int16) for x in (found, expected)))
-        again = IntegerPanels(expected, bits, dtype).by_rows()
+        again = QuantizedMatrix(expected, bits, dtype).by_rows()
         assert torch.equal(again.words, expected.words) and torch.equal(again.scales.isnan(), expected.scales.isnan())
 
 
@@ -111,12 +111,12 @@ def test_kernels_round_as_torch_does(kind: str, bits: int, dtype: torch.dtype, g
 def test_without_kernels(bits: int, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
     """The same numbers, looked up and multiplied."""
     weight, x = torch.randn(70, 100, generator=generator), torch.randn(3, 100, generator=generator)
-    expected = IntegerPanels(weight, bits).unpacked()
-    monkeypatch.setattr(kernels, "library", lambda: None)
-    panels = IntegerPanels(weight, bits)
-    assert not panels.fast and torch.equal(panels.unpacked(), expected)
-    assert torch.equal(panels.lookup(torch.tensor([69, 0])), expected[[69, 0]])
-    assert torch.equal(panels.product(x), F.linear(x, expected))
+    expected = QuantizedMatrix(weight, bits).unpack()
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    matrix = QuantizedMatrix(weight, bits)
+    assert not matrix.fast and torch.equal(matrix.unpack(), expected)
+    assert torch.equal(matrix.lookup(torch.tensor([69, 0])), expected[[69, 0]])
+    assert torch.equal(matrix.product(x), F.linear(x, expected))
 
 
 @compiled
@@ -125,14 +125,14 @@ def test_without_kernels(bits: int, monkeypatch: pytest.MonkeyPatch, generator: 
 def test_products_are_those_of_the_rounded_matrix(bits: int, dtype: torch.dtype, generator: torch.Generator) -> None:
     """Up to rounding of x to 8 bits, whose error is bounded by half a step in each number."""
     weight = torch.randn(100, 200, generator=generator).to(dtype)
-    panels = IntegerPanels(weight, bits)
+    matrix = QuantizedMatrix(weight, bits)
     for rows in (1, 2, 3, 4, 5, 9):
         x = torch.randn(rows, 200, generator=generator).to(dtype)
         step = F.pad(x.float(), (0, -200 % GROUP[bits])).unflatten(1, (-1, GROUP[bits])).abs().amax(-1) / 127
-        bound = step.repeat_interleave(GROUP[bits], 1)[:, :200] / 2 @ panels.unpacked().float().abs().T  # (rows, 100)
-        expected = x.float() @ panels.unpacked().float().T
+        bound = step.repeat_interleave(GROUP[bits], 1)[:, :200] / 2 @ matrix.unpack().float().abs().T  # (rows, 100)
+        expected = x.float() @ matrix.unpack().float().T
         slack = expected.abs() * (2e-2 if dtype == torch.bfloat16 else 1e-5) + 1e-4
-        assert bool(((panels.product(x).float() - expected).abs() <= bound + slack).all())
+        assert bool(((matrix.product(x).float() - expected).abs() <= bound + slack).all())
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,10 @@ def test_text_on_ranks(endless: Path, quantization: str) -> None:
         assert done.returncode == 0, done.stderr
         assert len(done.stdout) > len("hello")
     llama = Llama.build(endless, device="cpu", quantization=quantization)
-    packed = [layer for layer in llama.model.modules() if isinstance(layer, PackedLinear)]
-    assert len(packed) == 7 * len(list(llama.model.layers)) + 1
-    assert all(isinstance(layer.panels, IntegerPanels) for layer in packed)
+    assert isinstance(llama.model.fast, FastModel)
+    packed = llama.model.fast.packed_matrices
+    assert len(packed) == 7 * llama.model.params.n_layers + 1
+    assert all(isinstance(matrix, QuantizedMatrix) for matrix in packed)
 
 
 def test_other_names_are_refused(endless: Path) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from rank_pool import RankPool
-from shared_memory_program import check_sums_and_sequences, meetings_without
+from shared_memory_program import check_sums_and_sequences, shares_memory_without
 from tiny import ROOT, environment, launched
 
-from llama.accelerate.kernels import dispatch as kernels
+from llama.accelerate.kernels import cpu
 
 shared = pytest.mark.skipif(
-    kernels.library() is None or not Path("/dev/shm").is_dir(), reason="ranks meet where there is shared memory"
+    cpu.library() is None or not Path("/dev/shm").is_dir(), reason="ranks meet where there is shared memory"
 )
 
 
@@ -61,4 +61,4 @@ def test_a_rank_that_ended_is_noticed(tmp_path: Path) -> None:
 def test_without_shared_memory_ranks_use_sockets(pool: RankPool, tmp_path: Path) -> None:
     """Where it can't be had, on one rank or on all, none of them meets; also where the ranks are on several machines,
     whose files differ."""
-    assert pool.run(meetings_without, tmp_path, ranks=2).results == [[True, False, False, False]] * 2
+    assert pool.run(shares_memory_without, tmp_path, ranks=2).results == [[True, False, False, False]] * 2

@@ -15,8 +15,9 @@ from tiny import ROOT, environment, launched
 from torch import Tensor
 
 from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.quantization import IntegerPanels
-from llama.model import Attention, ModelArgs, RMSNorm, attention_mask, precompute_freqs_cis
+from llama.accelerate.quantization import QuantizedMatrix
+from llama.kv_cache import attention_mask
+from llama.model import Attention, ModelArgs, RMSNorm, precompute_freqs_cis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -27,9 +28,9 @@ ALL = 1 << 60
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """gpu_kernels.py. Without a GPU, in a process where Triton interprets, which takes long for many programs."""
+    """triton.py. Without a GPU, in a process where Triton interprets, which takes long for many programs."""
     if DEVICE == "cuda":
-        assert kernels.on_gpu() is not None, "there is a GPU, but kernels don't run"
+        assert kernels.gpu_kernels() is not None, "there is a GPU, but kernels don't run"
     elif not INTERPRETED:
         pytest.skip("no GPU")
     module = importlib.import_module("llama.accelerate.kernels.triton")
@@ -81,10 +82,10 @@ def test_swiglu(gpu: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 200), (7, 20), (130, 1000)])
 def test_integer_product(gpu: ModuleType, bits: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Every number of rows that it takes, the last one's included."""
-    panels = IntegerPanels(numbers(*shape, dtype=dtype), bits)
+    panels = QuantizedMatrix(numbers(*shape, dtype=dtype), bits)
     for count in (1, 3, 16):
         x = numbers(count, shape[1], dtype=dtype, seed=count)
-        expected = x.float() @ panels.unpacked().float().T
+        expected = x.float() @ panels.unpack().float().T
         assert_near(
             gpu.integer_product(x[:, None], panels.integers, panels.scales, shape[0], bits)[:, 0], expected, dtype
         )

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llama import LlamaError, ModelArgs, Transformer
-from llama.accelerate.layers import Form
+from llama.accelerate.accelerator import Accelerator
 from llama.adapters import peft as adapter
 from llama.adapters.lora import TARGETS, Lora, LoraLinear, add_lora, lora_parameters, merge_lora
 from llama.adapters.peft import load_adapter, save_adapter
@@ -270,11 +270,29 @@ def test_what_has_no_place_for_an_adapter(twin: Twin, model: Transformer, tmp_pa
     with pytest.raises(LlamaError, match="output, which in this model is the embedding"):
         add_lora(tied, Lora(targets=TARGETS), 1)
     save_checkpoint(tmp_path / "ckpt", ARGS, twin.ours.state_dict())
-    form, checkpoint = Form(), open_checkpoint(tmp_path / "ckpt")
-    fast = load_model(checkpoint, checkpoint.sizes, place, form.take)
-    form.finish(fast)
+    model.layers[0].attention.wq = torch.nn.Linear(64, 64)
+    merge_lora(model)
     with pytest.raises(LlamaError, match="fairscale"):
-        add_lora(fast, Lora(), 1)
+        add_lora(model, Lora(), 1)
+
+
+def test_a_model_with_a_fast_form_takes_an_adapter(twin: Twin, place: Place, tmp_path: Path) -> None:
+    """Its layers run plain with it, and packed once it is merged; both as in a model that was never packed."""
+    save_checkpoint(tmp_path / "ckpt", ARGS, twin.ours.state_dict())
+    accelerator, checkpoint = Accelerator(), open_checkpoint(tmp_path / "ckpt")
+    fast = load_model(checkpoint, checkpoint.sizes, place, accelerator.pack_weight)
+    accelerator.finish(fast)
+    plain, tokens = load_model(checkpoint, checkpoint.sizes, place), twin.tokens(2, 9)
+    before = fast(tokens, 0)
+    for model in (fast, plain):
+        add_lora(model, Lora(), 1)
+        for name, parameter in lora_parameters(model).items():
+            if name.endswith("lora_B"):
+                parameter.data.normal_(generator=torch.Generator().manual_seed(0))
+    assert_close(fast(tokens, 0), plain(tokens, 0))
+    merge_lora(fast), merge_lora(plain)
+    assert_close(fast(tokens, 0), plain(tokens, 0))
+    assert float((fast(tokens, 0) - before).abs().max()) > 1e-2
 
 
 # --- on disk --------------------------------------------------------------------------------------------------------

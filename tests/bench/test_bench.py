@@ -1,6 +1,6 @@
-"""The benchmark: what it counts against counts by hand, what it times against the model's own tokens, and its command.
+"""The benchmark: bytes are compared with counts by hand, subjects' tokens with the model's own; and the command.
 
-No test asks for a speed, which is the machine's and the moment's.
+No test asserts a speed, which depends on the machine.
 """
 
 import json
@@ -21,12 +21,20 @@ from torch import Tensor
 
 from llama import Llama, LlamaError, ModelArgs
 from llama.accelerate.quantization import Quantization
-from llama.bench.llama_cpp import LlamaCpp, check_architecture, write_gguf
-from llama.bench.measure import RAGGED, Bandwidth, Batch, Peak, Run, Spread, interleaved
+from llama.bench.llama_cpp import LlamaCppSubject, check_architecture, write_gguf
+from llama.bench.measure import RAGGED, BandwidthMeter, Batch, PeakMemory, Run, Spread, time_interleaved
 from llama.bench.plots import Chart
-from llama.bench.report import HEAD, BenchReport, Figures, Ratio
-from llama.bench.runner import SHAPES, BenchConfig, cache_bytes, shape
-from llama.bench.subjects import NoText, Streaming, Transformers, Walking, build_peers, check_peers, random_model
+from llama.bench.report import TABLE_HEADER, BenchReport, PeerRatio, SubjectFigures
+from llama.bench.runner import SHAPES, BenchConfig, compute_cache_bytes, find_shape
+from llama.bench.subjects import (
+    LlamaSubject,
+    MetaSubject,
+    NoText,
+    TransformersSubject,
+    build_peers,
+    build_random_model,
+    check_peers,
+)
 from llama.checkpoints.schema import part_sizes, tensor_shapes
 from llama.parallel import Place
 from llama.rotary import RopeScaling
@@ -39,7 +47,7 @@ Command = Callable[..., tuple[str, str]]
 
 @pytest.fixture
 def bench(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`python -m llama bench ...` within this process: what it prints, and its error."""
+    """Runs `python -m llama bench ...` in this process: (standard output, standard error)."""
     monkeypatch.setattr("llama.bench.runner.RAGGED", Batch((3, 9, 5, 12), 4))
     monkeypatch.setattr("llama.bench.measure.METER_BYTES", 1 << 20)
 
@@ -60,11 +68,11 @@ def bench(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_bytes_of_weights_are_those_by_hand(place: Place, tied: bool) -> None:
     args = ModelArgs(64, 3, 8, 2, 96, 32, max_batch_size=2, max_seq_len=8, tied_embeddings=tied)
-    model = random_model(args, place)
+    model = build_random_model(args, place)
     q, kv, hidden = 64 * 64, 16 * 64, 192 * 64  # hidden_dim: 2/3 of 256, rounded up to 32s
     layer = 2 * q + 2 * kv + 3 * hidden + 2 * 64
     by_hand = 4 * (3 * layer + 64 + 96 * 64)  # the last is the output, tied or not
-    streaming = Streaming("ours", Llama(model, NoText()))
+    streaming = LlamaSubject("ours", Llama(model, NoText()))
     assert streaming.weight_bytes == by_hand
     list(streaming.run([[1, 2]], 2))  # which makes the caches
     assert streaming.weight_bytes == by_hand
@@ -78,25 +86,27 @@ def test_the_bytes_of_the_cache_are_those_by_hand() -> None:
     steps = [10 + step for step in range(1, 32)]  # positions that each of the 31 steps after the first token sees
     keys_and_values = 2 * 6 * 2 * 8 * 2  # both, layers, heads, head_dim, bytes
     mean = sum(steps) / len(steps)
-    assert cache_bytes(args, 1, torch.bfloat16, Batch((10, 10), 32)) == 2 * mean * keys_and_values
-    assert cache_bytes(args, 2, torch.bfloat16, Batch((10,), 32)) == mean * keys_and_values / 2
-    assert cache_bytes(args, 4, torch.bfloat16, Batch((10,), 32)) == mean * keys_and_values / 2, "ranks share a head"
+    assert compute_cache_bytes(args, 1, torch.bfloat16, Batch((10, 10), 32)) == 2 * mean * keys_and_values
+    assert compute_cache_bytes(args, 2, torch.bfloat16, Batch((10,), 32)) == mean * keys_and_values / 2
+    assert compute_cache_bytes(args, 4, torch.bfloat16, Batch((10,), 32)) == mean * keys_and_values / 2, (
+        "ranks share a head"
+    )
     windowed = replace(args, sliding_window=16, sliding_layers=(1, 4, 5))
-    assert cache_bytes(windowed, 1, torch.bfloat16, Batch((10,), 32)) == (mean + 16) / 2 * keys_and_values
+    assert compute_cache_bytes(windowed, 1, torch.bfloat16, Batch((10,), 32)) == (mean + 16) / 2 * keys_and_values
     everywhere = replace(args, sliding_window=16)
-    assert cache_bytes(everywhere, 1, torch.bfloat16, Batch((10,), 32)) == 16 * keys_and_values
+    assert compute_cache_bytes(everywhere, 1, torch.bfloat16, Batch((10,), 32)) == 16 * keys_and_values
 
 
 def test_the_shapes_are_the_published_ones() -> None:
     published = {"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248, "demo": 5_999_872}
-    assert {name: sum(part_sizes(shape(name), 1).values()) for name in [*SHAPES, "demo"]} == published
+    assert {name: sum(part_sizes(find_shape(name), 1).values()) for name in [*SHAPES, "demo"]} == published
 
 
 def test_figures_of_given_moments() -> None:
     steady = Run([2.0, 2.5, 3.0, 9.0, 9.5], 1000.0)  # one step was interrupted
     slower = Run([4.0, 5.0, 6.0, 7.0, 8.0], 800.0)
     batch = Batch((6, 6, 6), 5)
-    figures = Figures.of("x", batch, [steady, slower], bytes_per_step=300)
+    figures = SubjectFigures.from_runs("x", batch, [steady, slower], bytes_per_step=300)
     assert (figures.batch, figures.rows, figures.prompt, figures.gen) == ("3 x 6", 3, 6, 5)
     assert figures.first_seconds == Spread(3, 2, 4)
     assert figures.prefill_rate == Spread(6.75, 4.5, 9)
@@ -106,14 +116,14 @@ def test_figures_of_given_moments() -> None:
     assert figures.read_rate == Spread(450, 300, 600)
     assert figures.bandwidth == Spread(900, 800, 1000)
     assert figures.share == Spread((0.6 + 0.375) / 2, 0.375, 0.6)
-    ratio = Ratio.of("y", batch, [steady, steady], [slower, steady])
+    ratio = PeerRatio.from_runs("y", batch, [steady, steady], [slower, steady])
     assert (ratio.prefill, ratio.decode) == (Spread(1.5, 1, 2), Spread(1.5, 1, 2))
     assert ratio.total.max == 1 and ratio.total.min == 8 / 9.5
-    assert Figures.of("x", RAGGED, [steady], 300).prompt is None
+    assert SubjectFigures.from_runs("x", RAGGED, [steady], 300).prompt is None
 
 
 def test_subjects_take_turns_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And others' turns, and the meter, don't count."""
+    """The time of others' turns and of the meter isn't counted."""
     heard, clock = [], [0.0]
 
     class Subject:
@@ -126,27 +136,27 @@ def test_subjects_take_turns_on_the_same_prompts(monkeypatch: pytest.MonkeyPatch
                 clock[0] += 1
                 yield [0]
 
-    class Meter(Bandwidth):
+    class Meter(BandwidthMeter):
         def measure(self) -> float:
             clock[0] += 100
             return clock[0]
 
     prompts = Batch((3, 2), 6).prompts(9)
     monkeypatch.setattr("llama.bench.measure.time.perf_counter", lambda: clock[0])
-    runs = interleaved([Subject("a"), Subject("b")], prompts, 6, 2, Meter(torch.device("cpu")), turn=3)
+    runs = time_interleaved([Subject("a"), Subject("b")], prompts, 6, 2, Meter(torch.device("cpu")), steps_per_turn=3)
     assert "".join(name for name, _ in heard) == "ab" + "aaabbb" + "aabb" + "ab" + "aaabbb" + "aabb"
     assert len({said for _, said in heard}) == 1
     for own in runs:
-        assert [run.moments for run in own] == 2 * [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
+        assert [run.token_seconds for run in own] == 2 * [[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]
     # The first meets the meter after both prefills at 302, after its next 3 steps at 405, then at 508 and 610.
     assert runs[0][0].bandwidth == ((302 + 405) / 2 + (508 + 610) / 2) / 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what of its memory is private")
 def test_the_peak_is_what_was_held_and_not_what_is() -> None:
-    with Peak() as idle:
+    with PeakMemory() as idle:
         pass
-    with Peak() as peak:
+    with PeakMemory() as peak:
         held = torch.ones(25_000_000)
         del held
     assert 90e6 < peak.private - idle.private < 300e6  # type: ignore[operator]
@@ -157,7 +167,7 @@ def test_the_peak_is_what_was_held_and_not_what_is() -> None:
 
 
 def test_all_subjects_make_the_models_own_tokens(grouped: Twin) -> None:
-    """On the same weights, as transformers computes them without any cache."""
+    """Those that transformers computes without any cache, on the same weights."""
     prompts = [grouped.tokens(length, seed=length).tolist() for length in (4, 11, 7)]
     expected = []
     for prompt in prompts:
@@ -168,16 +178,16 @@ def test_all_subjects_make_the_models_own_tokens(grouped: Twin) -> None:
     steps = [list(step) for step in zip(*expected, strict=True)]
     ours = replace(CASES["grouped"])
     assert grouped.ours.params == ours
-    assert list(Streaming("ours", Llama(grouped.ours, NoText())).run(prompts, 6)) == steps
-    assert list(Transformers(grouped.theirs).run(prompts, 6)) == steps
-    walked = list(Walking(grouped.ours).run(prompts, 6))
+    assert list(LlamaSubject("ours", Llama(grouped.ours, NoText())).run(prompts, 6)) == steps
+    assert list(TransformersSubject(grouped.theirs).run(prompts, 6)) == steps
+    walked = list(MetaSubject(grouped.ours).run(prompts, 6))
     assert [step[1] for step in walked] == expected[1], "it yields from the longest prompt's first token on"
-    alone = list(Walking(grouped.ours).run(prompts[2:], 6))
+    alone = list(MetaSubject(grouped.ours).run(prompts[2:], 6))
     assert alone == [[token] for token in expected[2]]
 
 
-def given(args: ModelArgs, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """In the order of the data, without the output layer where it is the embedding."""
+def in_file_order(args: ModelArgs, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order of the file, without the output layer if it is tied to the embedding."""
     return ((name, weights[name]) for name in tensor_shapes(args))
 
 
@@ -194,20 +204,20 @@ def given(args: ModelArgs, weights: dict[str, Tensor]) -> Iterator[tuple[str, Te
     ids=["plain", "tied", "wide heads", "llama3", "linear"],
 )
 def test_llama_cpp_makes_the_models_own_logits_and_tokens(place: Place, changes: dict[str, Any]) -> None:
-    """Of rows of different lengths, prefilled and then decoded together; in float32, so that close means close."""
+    """Rows of different lengths are prefilled and decoded together; in float32, so that the comparison is strict."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
     args = replace(CASES["grouped"], max_seq_len=64, **changes)
-    model = random_model(args, place)
+    model = build_random_model(args, place)
     generator = torch.Generator().manual_seed(7)
     for parameter in model.parameters():  # those of the benchmark are so small that all tokens look alike
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = 1 + 0.3 * noise if noise.ndim == 1 else 2 * noise / noise.shape[1] ** 0.5
-    peer = LlamaCpp(args, torch.float32, None, given(args, model.state_dict()))
-    streaming = Streaming("plain", Llama(model, NoText()))
+    peer = LlamaCppSubject(args, torch.float32, None, in_file_order(args, model.state_dict()))
+    streaming = LlamaSubject("plain", Llama(model, NoText()))
     assert peer.weight_bytes == streaming.weight_bytes + 4 * (args.head_size // 2) * (args.rope_scaling is not None)
     prompts = [list(range(3, 3 + length)) for length in (1, 17, 6, 30)]
     with torch.inference_mode():
-        for row, logits in zip(prompts, peer.logits(prompts, [0] * 4), strict=True):
+        for row, logits in zip(prompts, peer.compute_logits(prompts, [0] * 4), strict=True):
             assert_close(torch.from_numpy(logits), model(torch.tensor([row]), 0)[0, -1], share=1e-5)
     steps = list(streaming.run(prompts, 20))
     assert list(peer.run(prompts, 20)) == steps
@@ -229,12 +239,12 @@ def test_llama_cpp_computes_the_model_in_shorter_numbers(
 ) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
     args = ModelArgs(128, 2, 8, 2, 96, 32, max_batch_size=2, max_seq_len=32, tied_embeddings=True)
-    model = random_model(args, place)
-    peer = LlamaCpp(args, dtype, quantization, given(args, model.state_dict()))
+    model = build_random_model(args, place)
+    peer = LlamaCppSubject(args, dtype, quantization, in_file_order(args, model.state_dict()))
     vectors = sum(p.numel() for p in model.parameters() if p.ndim == 1)
     matrices = sum(p.numel() for p in model.parameters()) - vectors
     assert peer.weight_bytes == matrices * bits / 8 + vectors * 4
-    (logits,) = peer.logits([[5, 3, 8, 60]], [0])
+    (logits,) = peer.compute_logits([[5, 3, 8, 60]], [0])
     with torch.inference_mode():
         assert_close(torch.from_numpy(logits), model(torch.tensor([[5, 3, 8, 60]]), 0)[0, -1], share)
 
@@ -311,7 +321,7 @@ def test_the_report_has_every_field_and_they_agree(bench: Command) -> None:
     assert [(f["batch"], f["subject"]) for f in report["figures"]] == [(b, s) for b in batches for s in subjects]
     assert [(r["batch"], r["peer"]) for r in report["ratios"]] == [(b, s) for b in batches for s in subjects[1:]]
     for figures in report["figures"]:
-        assert figures.keys() == {field.name for field in fields(Figures)}
+        assert figures.keys() == {field.name for field in fields(SubjectFigures)}
         assert all(0 < figures[f]["min"] <= figures[f]["median"] <= figures[f]["max"] for f in SPREADS)
         assert figures["first_seconds"]["max"] < figures["total_seconds"]["max"]
         lengths = [int(n) for n in figures["batch"].split("+")] if figures["prompt"] is None else [figures["prompt"]]
@@ -340,7 +350,7 @@ def test_the_table_of_a_checkpoint(bench: Command) -> None:
     assert [line.split()[0] for line in facts.splitlines()] == ["model", "machine", "loaded", "peak", "figures"]
     assert "demo/model, a checkpoint: 6 million parameters" in facts
     head, *rows = table.splitlines()
-    assert all(name in head for name in HEAD)
+    assert all(name in head for name in TABLE_HEADER)
     assert [line.split("  ")[1].strip() for line in rows] == ["llama", "plain", "meta", "vs plain", "vs meta"]
     assert all(line.count("x (") == 3 for line in rows[3:])
     assert all("GB/s" not in line and line.endswith("%") for line in rows[:3])
@@ -408,9 +418,9 @@ def test_a_missing_matplotlib_is_told(bench: Command, monkeypatch: pytest.Monkey
     assert bench("--plot", "a.png")[1] == "error: --plot needs a package that isn't here: pip install matplotlib\n"
 
 
-def test_a_plan_runs_each_kind_of_batch_once() -> None:
-    plan = BenchConfig(batches=[1, 2, 1], prompts=[3, 4], gen=5, ragged=True)
-    assert [batch.name for batch in plan.kinds] == ["1 x 3", "2 x 3", "1 x 4", "2 x 4", "16+128+256+512"]
+def test_a_config_runs_each_batch_once() -> None:
+    config = BenchConfig(batches=[1, 2, 1], prompts=[3, 4], gen=5, ragged=True)
+    assert [batch.name for batch in config.all_batches] == ["1 x 3", "2 x 3", "1 x 4", "2 x 4", "16+128+256+512"]
 
 
 def test_the_profile_names_operations(

@@ -1,4 +1,4 @@
-"""Checkpoints whose matrices are stored rounded: they load as what loading rounds, on 1, 2 and 4 ranks, and say what
+"""Checkpoints with quantized matrices: they load as what loading quantizes, on 1, 2 and 4 ranks, and say what
 compressed-tensors' format says, by a decoder of its definition in numpy.
 """
 
@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compressed_program import OPTIONS, all_panels, check_same, same_panels
+from compressed_program import OPTIONS, all_quantized, check_same, same_quantized
 from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
 from tiny import ARGS, write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.accelerate.quantization import BITS, GROUP, IntegerPanels, bits_of
-from llama.bench.runner import quantization_of
+from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, bits_of
+from llama.bench.runner import find_quantization
 from llama.checkpoints.convert import convert
 from llama.checkpoints.huggingface import SINGLE
 from llama.checkpoints.inspect import report_on
@@ -81,7 +81,7 @@ def altered(stored: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
-    """As compressed-tensors defines it: from each word's lowest bits on, less the middle, times the group's scale."""
+    """Dequantize as defined: integers from each word's lowest bits on, minus an offset, times the scale."""
     words = tensors[f"{name}.weight_packed"].numpy().view(np.uint32)
     rows, columns = tensors[f"{name}.weight_shape"].tolist()
     integers = np.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).reshape(rows, columns)
@@ -90,21 +90,21 @@ def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
 
 
 def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quantization: str) -> None:
-    """All matrices, bit for bit, though the files have queries' and keys' rows in another order."""
+    """All matrices are equal bit for bit, though rows of wq and wk have another order in the files."""
     loaded = Llama.build(stored, **OPTIONS)
     rounded = Llama.build(source, **OPTIONS, quantization=quantization)
-    assert len(all_panels(rounded)) == 7 * SIZES.n_layers + 1
-    assert same_panels(loaded, rounded)
-    assert same_panels(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
-    assert quantization_of(loaded.model) == quantization_of(rounded.model) == quantization
-    assert quantization_of(Llama.build(source, **OPTIONS).model) is None
+    assert len(all_quantized(rounded)) == 7 * SIZES.n_layers + 1
+    assert same_quantized(loaded, rounded)
+    assert same_quantized(Llama.build(stored, **OPTIONS, quantization=quantization), rounded)
+    assert find_quantization(loaded.model) == find_quantization(rounded.model) == quantization
+    assert find_quantization(Llama.build(source, **OPTIONS).model) is None
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), rounded.model(tokens))
 
 
 def test_the_format_by_its_definition(source: Path, stored: Path, quantization: str) -> None:
-    """Files hold the format's tensors and no others, each near the matrix that it was made of."""
+    """Files have the format's tensors and no others, and each is near the original matrix."""
     bits, group = BITS[quantization], GROUP[BITS[quantization]]
     tensors = load_file(stored / SINGLE)
     convert(source, stored.parent / f"plain-{quantization}", "hf")
@@ -131,7 +131,7 @@ def test_the_format_by_its_definition(source: Path, stored: Path, quantization: 
 
 
 def test_back_to_numbers(stored: Path, quantization: str, tmp_path: Path, place: Place) -> None:
-    """Converted without --quantization, and loaded without a fast form: what the definition says they are."""
+    """Conversion without --quantization and loading without a fast form give the numbers of the definition."""
     tensors = load_file(stored / SINGLE)
     convert(stored, tmp_path / "meta", "meta", 2)
     convert(tmp_path / "meta", tmp_path / "hf", "hf")
@@ -159,7 +159,7 @@ def test_a_tied_embedding_stays_and_is_rounded_by_loading(tied: Path, quantizati
     assert config["quantization_config"]["ignore"] == ["lm_head"]
     loaded = Llama.build(tmp_path / "stored", **OPTIONS)
     rounded = Llama.build(tied, **OPTIONS, quantization=quantization)
-    assert same_panels(loaded, rounded) and "output" in all_panels(loaded)
+    assert same_quantized(loaded, rounded) and "output" in all_quantized(loaded)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(loaded.model(tokens), rounded.model(tokens))
@@ -172,18 +172,18 @@ def test_dtype_is_that_of_the_numbers_that_are_rounded(
     options = {**OPTIONS, "dtype": "bfloat16"}
     loaded = Llama.build(tmp_path / "half", **{**options, "dtype": "auto"})
     assert loaded.model.norm.weight.dtype == torch.bfloat16
-    assert same_panels(loaded, Llama.build(source, **options, quantization=quantization))
-    assert not same_panels(loaded, Llama.build(stored, **options))
+    assert same_quantized(loaded, Llama.build(source, **options, quantization=quantization))
+    assert not same_quantized(loaded, Llama.build(stored, **options))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_parts_of_ranks(source: Path, stored: Path, quantization: str, ranks: int) -> None:
-    """Every rank has the part that it would have rounded itself."""
+    """Every rank gets the part that it would have quantized itself."""
     plain, rounded = open_checkpoint(source), open_checkpoint(stored)
-    for name in filter(rounded.is_rounded, tensor_shapes(SIZES)):
+    for name in filter(rounded.is_quantized, tensor_shapes(SIZES)):
         for rank in range(ranks):
-            found = rounded.panels(name, rank, ranks, torch.float32).by_rows()
-            expected = IntegerPanels(plain.part(name, rank, ranks), BITS[quantization]).by_rows()
+            found = rounded.quantized_part(name, rank, ranks, torch.float32).by_rows()
+            expected = QuantizedMatrix(plain.part(name, rank, ranks), BITS[quantization]).by_rows()
             assert torch.equal(found.words, expected.words) and torch.equal(found.scales, expected.scales)
 
 
@@ -200,7 +200,7 @@ def test_groups_are_not_divided(quantization: str, tmp_path: Path) -> None:
     report = report_on(survey(tmp_path / "stored"), mp_size=4)
     assert report.mp_sizes == [1, 2]
     assert any(
-        f"rounded in groups of {group}): start with torchrun --nproc_per_node 1 or 2" in p for p in report.problems
+        f"quantized in groups of {group}): start with torchrun --nproc_per_node 1 or 2" in p for p in report.problems
     )
     with pytest.raises(LlamaError, match="can be divided over 1, 2 ranks"):
         convert(tmp_path / "stored", tmp_path / "meta", "meta", 4)
@@ -218,11 +218,11 @@ def test_what_is_not_stored_so(source: Path, stored: Path, quantization: str, tm
     assert "use --to hf, or leave out --quantization" in refusal(source, target, "meta", quantization=quantization)
     assert "expected None or one of int8, int4" in refusal(source, target, "hf", quantization="int3")
     for asked in QUANTIZATIONS:
-        assert f"rounded to {quantization} already" in refusal(stored, target, "hf", quantization=asked)
+        assert f"quantized to {quantization} already" in refusal(stored, target, "hf", quantization=asked)
     odd = write_checkpoint(tmp_path / "odd", replace(SIZES, dim=80, n_heads=4))
     assert "rows of 80, but" in refusal(odd, target, "hf", quantization=quantization)
     assert not target.exists()
-    with pytest.raises(LlamaError, match=f"rounded to {quantization}, but quantization is '{other}': leave it out"):
+    with pytest.raises(LlamaError, match=f"quantized to {quantization}, but quantization is '{other}': leave it out"):
         Llama.build(stored, **OPTIONS, quantization=other)
 
 
@@ -307,8 +307,8 @@ def test_inspect_tells_of_it(source: Path, stored: Path, quantization: str) -> N
     fitting = [1, 2, 4] if quantization == "int8" else [1, 2, 4, 8]
     assert report.ok and report.quantization == quantization and plain.quantization is None
     assert (report.parameters, report.sizes, report.mp_sizes) == (plain.parameters, plain.sizes, fitting)
-    assert f"rounded      {quantization}: integers of {BITS[quantization]} bits" in report.as_text()
-    assert "rounded" not in plain.as_text()
+    assert f"quantized    {quantization}: integers of {BITS[quantization]} bits" in report.as_text()
+    assert "quantized" not in plain.as_text()
     rounded = report.parameters - SIZES.vocab_size * SIZES.dim - (2 * SIZES.n_layers + 1) * SIZES.dim
     kept = report.parameters - rounded
     assert report.memory is not None and report.memory.dtype == "float32"
@@ -332,11 +332,11 @@ def test_memory_is_checked_by_what_it_takes(
 def test_over_several_files(
     source: Path, stored: Path, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files are filled by what rounded matrices take."""
+    """Files are filled by the sizes of quantized matrices."""
     whole = load_file(stored / SINGLE)
     for single in (True, False):
         room = sum(tensor.nbytes for tensor in whole.values()) // (1 if single else 3)
-        monkeypatch.setattr("llama.checkpoints.convert.FILE_BYTES", room)
+        monkeypatch.setattr("llama.checkpoints.huggingface.FILE_BYTES", room)
         convert(source, tmp_path / "out", "hf", force=True, quantization=quantization)  # type: ignore[arg-type]
         files = list((tmp_path / "out").glob("*.safetensors"))
         assert (len(files) == 1) == single

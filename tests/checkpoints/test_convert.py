@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny import ARGS, PROMPTS, greedy_by_hand, run_program, split_checkpoint, write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.checkpoints import convert
-from llama.checkpoints.convert import convert as convert_directory
+from llama.checkpoints import huggingface
+from llama.checkpoints.convert import convert
 from llama.checkpoints.hf_config import same_model
 from llama.checkpoints.loader import open_checkpoint
 from llama.checkpoints.meta import read_shard
@@ -75,7 +75,7 @@ class Listener(logging.Handler):
 
 @pytest.fixture
 def warned() -> Iterator[list[str]]:
-    """What transformers has to say while a model loads."""
+    """The warnings of transformers while a model loads."""
     listener, logger = Listener(), logging.getLogger("transformers")
     logger.addHandler(listener)
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def warned() -> Iterator[list[str]]:
 
 
 def config(directory: Path) -> dict:
-    """What transformers takes the configuration to say, defaults filled in."""
+    """The configuration as transformers reads it, with defaults filled in."""
     found = transformers.AutoConfig.from_pretrained(directory).to_dict()
     return {**found, "_name_or_path": ""}
 
@@ -98,9 +98,9 @@ def same(found: dict, expected: dict) -> bool:
 
 @pytest.mark.parametrize("mp_size", [1, 2, 8])
 def test_hugging_face_to_meta_and_back(hf: Path, tmp_path: Path, mp_size: int, warned: list[str]) -> None:
-    convert_directory(hf, tmp_path / "meta", "meta", mp_size)
+    convert(hf, tmp_path / "meta", "meta", mp_size)
     assert len(list((tmp_path / "meta").glob("consolidated.*.pth"))) == mp_size
-    convert_directory(tmp_path / "meta", tmp_path / "back", "hf")
+    convert(tmp_path / "meta", tmp_path / "back", "hf")
     assert same(load_file(tmp_path / "back" / "model.safetensors"), load_file(hf / "model.safetensors"))
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values())
@@ -134,11 +134,11 @@ def test_meta_to_hugging_face_and_back(tmp_path: Path, name: str, shards: int, t
     params = {**json.loads((whole / "params.json").read_text()), **METAS[name]}
     (whole / "params.json").write_text(json.dumps(params))
     source = split_checkpoint(whole, tmp_path / "meta", shards)
-    convert_directory(source, tmp_path / "hf", "hf")
+    convert(source, tmp_path / "hf", "hf")
     assert ("lm_head.weight" in load_file(tmp_path / "hf" / "model.safetensors")) != tied
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     assert warned == []
-    convert_directory(tmp_path / "hf", tmp_path / "back", "meta", shards)
+    convert(tmp_path / "hf", tmp_path / "back", "meta", shards)
     for rank in range(shards):
         shard = f"consolidated.{rank:02d}.pth"
         assert same(read_shard(tmp_path / "back" / shard), read_shard(source / shard))
@@ -152,9 +152,9 @@ def test_meta_to_hugging_face_and_back(tmp_path: Path, name: str, shards: int, t
 
 
 def test_a_hugging_face_directory_of_a_meta_tokenizer_is_whole(tmp_path: Path) -> None:
-    """It answers in transformers as it does here: weights, ids, template, stop tokens."""
+    """transformers gives the same answers: weights, ids, template and stop tokens are the same."""
     source = write_checkpoint(tmp_path / "meta")
-    convert_directory(source, tmp_path / "hf", "hf")
+    convert(source, tmp_path / "hf", "hf")
     ours = [Llama.build(d, device="cpu", dtype="float32", max_seq_len=128) for d in (source, tmp_path / "hf")]
     assert ours[0].text_completion(PROMPTS, temperature=0) == ours[1].text_completion(PROMPTS, temperature=0)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -189,22 +189,22 @@ def test_the_published_vocabulary_in_the_other_form(published: Tokenizer, tmp_pa
 
 
 def test_tensors_over_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warned: list[str]) -> None:
-    monkeypatch.setattr(convert, "FILE_BYTES", 200_000)
+    monkeypatch.setattr(huggingface, "FILE_BYTES", 200_000)
     source = write_checkpoint(tmp_path / "meta")
-    convert_directory(source, tmp_path / "hf", "hf")
+    convert(source, tmp_path / "hf", "hf")
     files = sorted(p.name for p in (tmp_path / "hf").glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert warned == []
-    convert_directory(tmp_path / "hf", tmp_path / "back", "meta")
+    convert(tmp_path / "hf", tmp_path / "back", "meta")
     assert same(read_shard(tmp_path / "back" / "consolidated.00.pth"), read_shard(source / "consolidated.00.pth"))
 
 
 @pytest.mark.parametrize("to", ["meta", "hf"])
 def test_dtype_is_converted_as_asked(tmp_path: Path, to: str) -> None:
     source = write_checkpoint(tmp_path / "meta")
-    convert_directory(source, tmp_path / "half", to, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    convert(source, tmp_path / "half", to, dtype=torch.bfloat16)  # type: ignore[arg-type]
     checkpoint = open_checkpoint(tmp_path / "half")
     expected = read_shard(source / "consolidated.00.pth")
     for name, stored in checkpoint.tensors.items():
@@ -215,7 +215,7 @@ def test_dtype_is_converted_as_asked(tmp_path: Path, to: str) -> None:
 
 def refusal(*arguments: object, **options: object) -> str:
     with pytest.raises(LlamaError) as error:
-        convert_directory(*arguments, **options)  # type: ignore[arg-type]
+        convert(*arguments, **options)  # type: ignore[arg-type]
     return str(error.value)
 
 
@@ -231,7 +231,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert "is a file" in refusal(source, tmp_path / "file", "hf")
     params = {**json.loads((source / "params.json").read_text()), "rope_scaling": {"type": "linear", "factor": 2}}
     (source / "params.json").write_text(json.dumps({**params, "sliding_window": 8}))
-    convert_directory(source, tmp_path / "mistral", "hf")
+    convert(source, tmp_path / "mistral", "hf")
     assert json.loads((tmp_path / "mistral" / "config.json").read_text())["model_type"] == "mistral"
     (source / "params.json").write_text(json.dumps({**params, "sliding_window": 8, "sliding_layers": [0]}))
     assert "no family of Hugging Face's" in refusal(source, tmp_path / "x", "hf")
@@ -241,21 +241,21 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
 def test_nothing_is_overwritten_unless_forced(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "meta")
     target = tmp_path / "out"
-    convert_directory(source, target, "meta", 4)
+    convert(source, target, "meta", 4)
     (target / "notes.txt").write_text("mine")
     assert "isn't empty" in refusal(source, target, "hf")
-    assert open_checkpoint(target).format == "meta"
-    convert_directory(source, target, "hf", force=True)
-    assert open_checkpoint(target).format == "hf"
+    assert open_checkpoint(target).format.name == "meta"
+    convert(source, target, "hf", force=True)
+    assert open_checkpoint(target).format.name == "hf"
     assert not list(target.glob("consolidated.*"))
-    convert_directory(source, target, "meta", 2, force=True)
+    convert(source, target, "meta", 2, force=True)
     assert [len(list(target.glob(p))) for p in ("consolidated.*.pth", "*.safetensors")] == [2, 0]
     assert (target / "notes.txt").read_text() == "mine"
 
 
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
-    """Makes Ctrl-C come when so many files were moved to their places in a directory."""
+    """Raise KeyboardInterrupt after so many files were moved to a directory."""
     replace = os.replace
 
     def interrupt(target: Path, moved: int) -> None:
@@ -279,10 +279,10 @@ def test_an_interrupted_run_leaves_nothing_that_loads(
     """Over an older checkpoint."""
     source = write_checkpoint(tmp_path / "meta")
     target = tmp_path / "out"
-    convert_directory(source, target, "hf" if to == "meta" else "meta", force=True)
+    convert(source, target, "hf" if to == "meta" else "meta", force=True)
     interrupt(target, moved)
     with pytest.raises(KeyboardInterrupt):
-        convert_directory(source, target, to, force=True)  # type: ignore[arg-type]
+        convert(source, target, to, force=True)  # type: ignore[arg-type]
     assert not list(target.glob("*.partial*")) and not (target / "config.json").exists()
     assert not (target / "params.json").exists()
     with pytest.raises(LlamaError):
@@ -296,7 +296,7 @@ def test_an_interrupted_run_into_a_new_directory_leaves_none(
     source = write_checkpoint(tmp_path / "meta")
     interrupt(tmp_path / "out", moved)
     with pytest.raises(KeyboardInterrupt):
-        convert_directory(source, tmp_path / "out", "hf")
+        convert(source, tmp_path / "out", "hf")
     assert not (tmp_path / "out").exists()
 
 
@@ -305,7 +305,7 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     (target / ".partial-killed").mkdir(parents=True)
     (target / ".partial-killed" / "model.safetensors").touch()
     assert "isn't empty" in refusal(source, target, "hf")
-    convert_directory(source, target, "hf", force=True)
+    convert(source, target, "hf", force=True)
     assert not list(target.glob(".partial-*"))
 
 
@@ -317,7 +317,7 @@ def test_a_failure_in_a_new_directory_leaves_none(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left"):
-        convert_directory(source, tmp_path / "out", "meta")
+        convert(source, tmp_path / "out", "meta")
     assert not (tmp_path / "out").exists()
 
 

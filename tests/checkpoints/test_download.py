@@ -11,8 +11,8 @@ import pytest
 from tiny import write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.accelerate.kernels.dispatch import library
-from llama.checkpoints.download import cache_directory, is_url, local_copy
+from llama.accelerate.kernels.cpu import library
+from llama.checkpoints.download import cache_directory, copy_to_cache, is_url
 
 URL = "gs://bucket/models/tiny"
 
@@ -74,12 +74,12 @@ def test_a_model_is_built_from_a_url_and_copied_once(store: Store, tmp_path: Pat
 
 
 def test_what_has_changed_is_copied_anew(store: Store, tmp_path: Path) -> None:
-    local_copy(URL, tmp_path / "cache")
+    copy_to_cache(URL, tmp_path / "cache")
     params = store.directory / "params.json"
     params.write_text(params.read_text() + " ")
     tokenizer = store.directory / "tokenizer.model"
     os.utime(tokenizer, (1e9, 1e9))
-    target = local_copy(URL, tmp_path / "cache")
+    target = copy_to_cache(URL, tmp_path / "cache")
     assert store.read == {"consolidated.00.pth": 1, "params.json": 2, "tokenizer.model": 2}
     assert (target / "params.json").read_text() == params.read_text()
 
@@ -90,7 +90,7 @@ def test_the_original_folder_comes_along(store: Store, tmp_path: Path) -> None:
     (store.directory / "other").mkdir()
     for path in [p for p in store.directory.iterdir() if p.is_file()]:
         path.rename(original / path.name)
-    target = local_copy(URL, tmp_path / "cache")
+    target = copy_to_cache(URL, tmp_path / "cache")
     assert [p.name for p in target.iterdir()] == ["original"]
     Llama.build(target, device="cpu", dtype="float32")
 

@@ -1,7 +1,7 @@
 """Checkpoints as others write them, read directly on 1, 2, 4 and 8 ranks: their logits are those of `transformers`.
 
 Every kind of model that Hugging Face's layout holds is saved by transformers itself; Meta's layout is written here from
-its description. The sizes that `llama.layout` states are compared with what such models really have.
+its description. The sizes that `llama.checkpoints.schema` states are compared with what such models really have.
 """
 
 import copy
@@ -37,7 +37,7 @@ Logits = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """A model of `transformers`. older: its config.json is spelled as years ago. edits: what is then set in that."""
+    """A model of `transformers`. older: its config.json has the older keys. edits: keys that are set at last."""
 
     family: str = "llama"
     config: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class Kind:
 
 
 def rope(kind: str, theta: float = 100.0, **keys: Any) -> dict[str, Any]:
-    """Pairs turn fast enough, and differently enough, for all that the types distinguish to lie within a short text."""
+    """With this base, all that distinguishes the types of scaling happens within a short text."""
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **keys}, "max_position_embeddings": SWITCH}
 
 
@@ -147,7 +147,7 @@ def run_alone(model: PreTrainedModel, tokens: Tensor, prompt: int) -> Tensor:
 
 @torch.no_grad()
 def expected_logits(model: PreTrainedModel, rows: Tensor) -> Logits:
-    """What family_program.py should find, in each of its ways."""
+    """The expected results of family_program.py, in each of its ways."""
     texts = [rows[:1, :length] for length in (SHORT, LENGTH)]
     whole = torch.cat([copy.deepcopy(model)(input_ids=text, use_cache=False).logits[0] for text in texts])
     pairs = zip(rows, PROMPTS, strict=True)
@@ -157,7 +157,7 @@ def expected_logits(model: PreTrainedModel, rows: Tensor) -> Logits:
 
 @dataclass(frozen=True)
 class Meta:
-    """A model in Meta's layout. config: what `transformers` calls it."""
+    """A model in Meta's layout. config: the same sizes in the keys of `transformers`."""
 
     shards: int
     config: dict[str, Any] = field(default_factory=dict)
@@ -185,7 +185,7 @@ METAS = {
 
 
 def shard(tensors: dict[str, Tensor], rank: int, count: int, kv_heads: int, embedding_dim: int) -> dict[str, Tensor]:
-    """What Meta's consolidated.RANK.pth of COUNT holds; past the key/value heads, neighbours hold the same one."""
+    """The tensors of consolidated.RANK.pth of COUNT; with more ranks than key/value heads, neighbours share a head."""
     part = {}
     for name, tensor in tensors.items():
         layer, pieces, dim = name.split(".")[-2], count, 0
@@ -228,7 +228,7 @@ def write_meta(directory: Path, meta: Meta) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class World:
-    """All models on disk, with what transformers says of them and what ranks do."""
+    """All models on disk, with the logits by transformers and those by ranks."""
 
     rows: Tensor
     directories: dict[str, Path]

@@ -126,7 +126,7 @@ def test_harmless_extras(directory: Path) -> None:
 
 @pytest.mark.parametrize("row", [None, 3, 511])
 def test_an_output_layer_that_repeats_a_tied_embedding(directory: Path, row: int | None) -> None:
-    """Is harmless; but not one that differs in a single row."""
+    """It is accepted if all rows are equal, and refused if a single row differs."""
 
     def repeat(tensors: dict) -> None:
         tensors["model.embed_tokens.weight"][0, 0] = float("nan")  # which is equal bit for bit
@@ -197,7 +197,7 @@ def test_parameters_are_tensors_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("vocab_size", "theta"), [(32000, 10000.0), (128256, 500000.0), (32016, None)])
 def test_a_theta_that_is_not_told(tmp_path: Path, vocab_size: int, theta: float | None) -> None:
-    """Llama 1 and 2 knew one, Llama 3 another; for another vocabulary nobody can say."""
+    """Llama 1 and 2 had one base, Llama 3 another; for another vocabulary it is unknown."""
     args = ARGS.__class__(dim=16, n_layers=1, n_heads=2, vocab_size=vocab_size, multiple_of=16)
     write_checkpoint(tmp_path, args)
     params = json.loads((tmp_path / "params.json").read_text())
@@ -211,7 +211,7 @@ def test_a_theta_that_is_not_told(tmp_path: Path, vocab_size: int, theta: float 
 
 
 def test_looking_reads_no_matrix_whole(tmp_path: Path) -> None:
-    """Not even where the output layer repeats the embedding: `survey` compares some rows, opening all."""
+    """Even where the output layer repeats the embedding: `survey` compares some rows, opening compares all."""
     args = ARGS.__class__(dim=16, n_layers=1, n_heads=2, vocab_size=512, multiple_of=16)
     write_checkpoint(tmp_path, args)
     tensors = torch.load(tmp_path / "consolidated.00.pth", weights_only=True)
@@ -234,7 +234,7 @@ TO_HALF = ("--to", "meta", "--dtype", "fp16")
 
 @pytest.mark.parametrize("kilobytes", [50, 100, 250])
 def test_a_write_that_fails_is_told_and_left_as_found(directory: Path, tmp_path: Path, kilobytes: int) -> None:
-    """Files that may not grow beyond a size are refused as a full disk refuses them."""
+    """A limit on the size of files gives the same errors as a full disk."""
     program = (
         "import resource, runpy, sys\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes << 10}, {kilobytes << 10}))\n"
@@ -248,7 +248,7 @@ def test_a_write_that_fails_is_told_and_left_as_found(directory: Path, tmp_path:
 
 @pytest.fixture(params=[300, 600])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A disk of so many kilobytes, where the tests may mount one."""
+    """A disk of so many kilobytes, if the tests may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "tmpfs", str(disk)], check=False)

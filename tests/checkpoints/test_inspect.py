@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import ARGS, run_program, split_checkpoint, write_checkpoint, write_tokenizer
 
 from llama import Llama, ModelArgs
+from llama.checkpoints.families import FAMILIES, label_of
 from llama.checkpoints.huggingface import INDEX, SINGLE, hf_name
-from llama.checkpoints.inspect import LISTED_MISFITS, CheckpointReport, family_of, human, report_on
+from llama.checkpoints.inspect import LISTED_MISFITS, CheckpointReport, human, report_on
 from llama.checkpoints.loader import survey
 from llama.checkpoints.meta import params_of
 from llama.checkpoints.schema import split_dim, tensor_shapes
@@ -81,7 +82,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def copy(originals: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A directory of that layout, to spoil."""
+    """A copy of a good directory of that layout, for a test to break."""
 
     def of(layout: str) -> Path:
         target = tmp_path / "ckpt"
@@ -182,7 +183,7 @@ problems     none
     ],
 )
 def test_a_task_head(task: str, labels: int, said: str, tmp_path: Path) -> None:
-    """Its labels, and its own numbers; no output layer that could be tied, and no cache."""
+    """Its labels and its own parameters are reported; it has no output layer that could be tied, and no KV cache."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -267,7 +268,7 @@ LLAMA3, LLAMA2 = ModelArgs(), ModelArgs(rope_theta=10000)
     ],
 )
 def test_family(args: ModelArgs, model_type: str | None, family: str) -> None:
-    assert family_of(args, model_type) == family
+    assert label_of(args, FAMILIES.get(model_type or "")) == family
 
 
 def test_what_not_every_model_has_is_told(copy: Callable[[str], Path]) -> None:
@@ -332,7 +333,7 @@ def config(**changes: object) -> Callable[[Path], object]:
 
 
 def shard_of(tensors: dict[str, torch.Tensor], name: str = SHARD) -> Callable[[Path], object]:
-    """Tensors put in place of others, or beside them; an empty one deletes."""
+    """Replace tensors, or add some; an empty tensor deletes."""
 
     def change(directory: Path) -> None:
         found = {**torch.load(directory / name, weights_only=True), **tensors}
@@ -664,7 +665,7 @@ def write_sparse_safetensors(directory: Path, args: ModelArgs) -> None:
 
 
 def write_sparse_shards(directory: Path, args: ModelArgs) -> None:
-    """Four, as Meta would publish them; neither here nor in the files do the numbers take memory."""
+    """Four shards, as Meta would publish them; the numbers take no memory here, and no room in the files."""
     for rank in range(4):
         part = {}
         for name, shape in tensor_shapes(args).items():

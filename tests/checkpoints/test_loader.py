@@ -1,4 +1,4 @@
-"""What loading does with good files and with bad ones: a refusal is one line that names file, finding, remedy."""
+"""Good files are loaded; bad ones are refused in one line that names the file, what was found, and what to do."""
 
 import json
 import os
@@ -308,17 +308,20 @@ def test_a_slow_load_shows_a_bar_on_a_terminal_alone_and_once(directory: Path, t
     program.write_text(
         "import sys, time\n"
         "from llama import Llama\n"
-        "from llama.checkpoints import loader, schema\n"
-        "loader.SECONDS_BEFORE_BAR = 0.2\n"
-        "class Slow(schema.Stored):\n"
+        "from llama.checkpoints import loader\n"
+        "from llama.checkpoints.schema import Stored\n"
+        "from llama._util import console\n"
+        "console.SECONDS_BEFORE_BAR = 0.2\n"
+        "class Slow(Stored):\n"
         "    def part(self, *arguments):\n"
         "        time.sleep(0.05)\n"
         "        return super().part(*arguments)\n"
-        "opened = loader.survey\n"
+        "plain_survey = loader.survey\n"
         "def survey(*arguments, **options):\n"
-        "    found = opened(*arguments, **options)\n"
-        "    found.tensors = {n: Slow(t.name, t.pieces, t.dim, t.halves) for n, t in found.tensors.items()}\n"
-        "    return found\n"
+        "    checkpoint = plain_survey(*arguments, **options)\n"
+        "    tensors = checkpoint.tensors.items()\n"
+        "    checkpoint.tensors = {n: Slow(t.name, t.pieces, t.dim, t.halves) for n, t in tensors}\n"
+        "    return checkpoint\n"
         "loader.survey = survey\n"
         "Llama.build(sys.argv[1], device='cpu')\n"
     )

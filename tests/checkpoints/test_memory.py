@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tiny import run_program
 
-from llama.accelerate.kernels import dispatch as kernels
-from llama.accelerate.memory_pages import let_go, mapped_ranges
+from llama.accelerate.kernels import cpu
+from llama.accelerate.memory_pages import mapped_ranges, release
 from llama.bench.measure import status_bytes
 from llama.checkpoints.hf_config import config_of
 from llama.checkpoints.huggingface import hf_name
@@ -31,7 +31,7 @@ FREED = 50 * 10**6  # that waits to be used again
 
 
 def write_shards(directory: Path, shards: int) -> Path:
-    """One set of tensors, written as often as there are shards: of their values, only that none repeats matters."""
+    """One set of tensors, written once for each shard; their values only have to differ from each other."""
     directory.mkdir()
     part = {}
     for name, shape in SHAPES.items():
@@ -83,7 +83,7 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
                 assert result["peak"] <= ALLOWED, "what is as it will be used stays mapped"
 
 
-@pytest.mark.skipif(kernels.library() is None, reason="no kernels were compiled for this processor")
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 @pytest.mark.parametrize(
     ("names", "dtype"), [(("1 shards", "safetensors"), "bfloat16"), (("1 shards",), "float32")], ids=["mapped", "cast"]
 )
@@ -91,7 +91,7 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
 def test_the_fast_form_is_packed_tensor_by_tensor(
     directories: dict[str, Path], tmp_path: Path, names: tuple[str, ...], dtype: str
 ) -> None:
-    """What is packed is held once: neither as it was before, nor, where it was used as it lies there, in the file."""
+    """Only the packed tensors are in memory: not the originals, nor pages of the file that were read to pack them."""
     paths = [str(directories[name]) for name in names]
     done = run_program("tests/memory_program.py", str(tmp_path / "out"), "fast", dtype, *paths)
     assert done.returncode == 0, done.stderr
@@ -107,17 +107,17 @@ def test_the_fast_form_is_packed_tensor_by_tensor(
 
 
 def test_letting_go_takes_nothing_from_others(tmp_path: Path) -> None:
-    """A file's pages leave this process and are read again; other memory, and what is only partly a file, stays."""
+    """Pages of a file are released and read again; other memory, and pages that are only partly of a file, stay."""
     size = 1 << 26
     (tmp_path / "file").write_bytes(bytes(range(256)) * (size // 256))
     mapped = torch.from_file(str(tmp_path / "file"), size=size, dtype=torch.uint8)
     own, total = mapped.clone(), int(mapped.sum(dtype=torch.int64))
     ranges, before = mapped_ranges(), status_bytes("RssFile")
     for tensor in (own, mapped[5000:9000], mapped[1:2], mapped[:0], mapped[-1:]):
-        let_go(tensor, ranges)
-    let_go(mapped, [])
+        release(tensor, ranges)
+    release(mapped, [])
     assert status_bytes("RssFile") > before - size / 2
-    let_go(mapped, ranges)
+    release(mapped, ranges)
     assert status_bytes("RssFile") < before - size / 2
     assert int(own.sum(dtype=torch.int64)) == int(mapped.sum(dtype=torch.int64)) == total
 
@@ -131,13 +131,13 @@ def test_converting_takes_next_to_no_memory(
     program.write_text(
         "import sys\n"
         "from llama.checkpoints.convert import convert\n"
-        "from llama.bench.measure import Peak\n"
-        "with Peak() as peak:\n"
+        "from llama.bench.measure import PeakMemory\n"
+        "with PeakMemory() as peak:\n"
         "    convert(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))\n"
         "print(peak.private)\n"
     )
     done = run_program(str(program), str(directories[source]), str(tmp_path / "out"), to, str(mp_size))
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= ALLOWED
-    assert open_checkpoint(tmp_path / "out").format == to
+    assert open_checkpoint(tmp_path / "out").format.name == to
     shutil.rmtree(tmp_path / "out")

@@ -1,6 +1,6 @@
-"""`complete --input`: every line gets the record that `Llama.complete` alone would give it, once, whatever happens.
+"""`complete --input`: every line gets one record, with the answer that `Llama.complete` gives, whatever happens.
 
-On a tiny random model, whose vocabulary is the bytes, in float32.
+On a tiny random model in float32, whose vocabulary is the bytes.
 """
 
 import json
@@ -19,7 +19,7 @@ from terminal import Terminal
 from tiny import ARGS, ROOT, environment, launched, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.cli.batch import RequestReader, complete_file, seed_of
+from llama.cli.batch import RequestReader, complete_file, derive_seed
 from llama.cli.resumable_output import Part
 
 pytestmark = pytest.mark.usefixtures("place")
@@ -61,13 +61,13 @@ def llama(built: Callable[[int], Llama]) -> Llama:
 
 
 def write(path: Path, lines: list[Any]) -> Path:
-    """Bytes as they are, other values as JSON."""
+    """Write lines: bytes as they are, other values as JSON."""
     path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
     return path
 
 
 def run(llama: Llama | None, source: Path, output: Path, force: bool = False, **shared: Any) -> str | None:
-    """None for a model that is not to be needed."""
+    """llama: None if no model may be built."""
 
     def build() -> Llama:
         assert llama is not None, "a model was built"
@@ -92,8 +92,8 @@ def answered(llama: Llama, lines: list[Any], tmp_path: Path) -> list[dict]:
 
 
 def test_mixed_lines_are_what_complete_makes_of_each(llama: Llama, tmp_path: Path) -> None:
-    found = answered(llama, MIXED, tmp_path)
-    for number, (line, record) in enumerate(zip(MIXED, found, strict=True), start=1):
+    results = answered(llama, MIXED, tmp_path)
+    for number, (line, record) in enumerate(zip(MIXED, results, strict=True), start=1):
         line = json.loads(json.dumps(line))
         if "prompt" in line:
             prompt = llama.tokenizer.encode(line.pop("prompt"), bos=True, eos=False)
@@ -103,7 +103,7 @@ def test_mixed_lines_are_what_complete_makes_of_each(llama: Llama, tmp_path: Pat
         n, logprobs = line.pop("n", 1), line.pop("logprobs", False)
         settings = {**SHARED, **line}
         if settings.get("seed") is None:
-            settings["seed"] = seed_of(SEED, number)
+            settings["seed"] = derive_seed(SEED, number)
         if "logit_bias" in settings:
             settings["logit_bias"] = {int(k): v for k, v in settings["logit_bias"].items()}
         ones = llama.complete([prompt], n=n, logprobs=logprobs, **settings)
@@ -123,8 +123,8 @@ def test_mixed_lines_are_what_complete_makes_of_each(llama: Llama, tmp_path: Pat
 
 
 def test_answers_differ_between_lines_and_copies(llama: Llama, tmp_path: Path) -> None:
-    found = answered(llama, [{"prompt": "a", "n": 3}, {"prompt": "a", "n": 3}, *[{"prompt": "a"}] * 5], tmp_path)
-    texts = [*found[0]["generation"], *found[1]["generation"], *(one["generation"] for one in found[2:])]
+    results = answered(llama, [{"prompt": "a", "n": 3}, {"prompt": "a", "n": 3}, *[{"prompt": "a"}] * 5], tmp_path)
+    texts = [*results[0]["generation"], *results[1]["generation"], *(one["generation"] for one in results[2:])]
     assert len({*texts}) == len(texts)
 
 
@@ -220,14 +220,14 @@ BAD: list[tuple[Any, str]] = [
 def test_every_bad_line_says_why_and_is_no_end(llama: Llama, tmp_path: Path) -> None:
     good = {"prompt": "hello"}
     lines = [x for line, _ in BAD for x in (line, good)]
-    found = answered(llama, lines, tmp_path)
-    assert [record["line"] for record in found] == list(range(1, len(lines) + 1))
-    for (line, message), record in zip(BAD, found[::2], strict=True):
+    results = answered(llama, lines, tmp_path)
+    assert [record["line"] for record in results] == list(range(1, len(lines) + 1))
+    for (line, message), record in zip(BAD, results[::2], strict=True):
         if message:
             assert {*record} == {"line", "error"}, line
             assert message in record["error"], line
             assert len(record["error"]) < 400
-    assert all(record["generation"] for record in found[1::2])
+    assert all(record["generation"] for record in results[1::2])
 
 
 HARSH: list[dict[str, Any]] = [
@@ -251,19 +251,19 @@ HARSH: list[dict[str, Any]] = [
 
 def test_harsh_settings_hurt_their_own_line_only(llama: Llama, tmp_path: Path) -> None:
     lines = [{"prompt": f"prompt {i}", **own} for i, own in enumerate([{}, *HARSH, {}])]
-    found = answered(llama, lines, tmp_path)
+    results = answered(llama, lines, tmp_path)
     plain = answered(llama, [lines[0], *[b""] * len(HARSH), lines[-1]], tmp_path)
-    assert [found[0], found[-1]] == plain
-    for record in found:
+    assert [results[0], results[-1]] == plain
+    for record in results:
         assert "generation" in record or {*record} == {"line", "error"}, record
 
 
 def test_a_line_without_any_token_left_is_alone_in_its_error(llama: Llama, tmp_path: Path) -> None:
     none_left = {"prompt": "abab", "no_repeat_ngram_size": 1, "temperature": 0, "max_gen_len": None}
     none_left["logit_bias"] = {str(i): -3e38 for i in range(512)} | {"97": 0}
-    found = answered(llama, [{"prompt": "one"}, none_left, {"prompt": "two"}], tmp_path)
-    assert [record["line"] for record in found] == [1, 2, 3]
-    assert "generation" in found[0] and "generation" in found[2]
+    results = answered(llama, [{"prompt": "one"}, none_left, {"prompt": "two"}], tmp_path)
+    assert [record["line"] for record in results] == [1, 2, 3]
+    assert "generation" in results[0] and "generation" in results[2]
 
 
 def test_a_mark_of_byte_order_and_foreign_ends_of_lines_are_read(llama: Llama, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_reading_a_line_again_gives_the_same_job(llama: Llama) -> None:
     reader = RequestReader(llama, SHARED, SEED, datetime.now())
     for line in MIXED:
         data = json.dumps(line).encode()
-        assert reader.job(3, data) == reader.job(3, data)
+        assert reader.read(3, data) == reader.read(3, data)
 
 
 # --- interruption ---------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def whole(llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, bytes, bytes]:
-    """(input, its output, its part file just before the end)"""
+    """(input file, content of its output, content of its part file just before the end)"""
     source = write(tmp_path / "in.jsonl", [*MIXED, b"no JSON", *MIXED[:3]])
     output = tmp_path / "whole.jsonl"
     run(llama, source, output)
@@ -332,7 +332,7 @@ def test_a_part_cut_anywhere_is_gone_on_with(
 def test_what_goes_on_on_another_day_takes_the_first_for_today(
     llama: Llama, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, bytes, bytes]
 ) -> None:
-    """Chat templates may write the date, and prompts shall be the same."""
+    """Chat templates may write the date, and the prompts must stay the same."""
     head = json.loads(whole[2].splitlines()[0])
     head["fixed"]["today"] = "2001-02-03T04:05:06"
     (tmp_path / "cut.jsonl.part").write_bytes(json.dumps(head).encode() + b"\n")
@@ -358,7 +358,7 @@ def test_a_kill_at_the_very_end_needs_no_model_any_more(
         raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(f"llama.part.{where}", killed)
+        patched.setattr(f"llama.cli.resumable_output.{where}", killed)
         run(llama, source, output)
     assert (tmp_path / "out.jsonl.part").exists()
     assert output.exists() == (where == "Path.unlink")
@@ -375,7 +375,7 @@ def command(directory: Path, source: Path, output: Path, *more: str) -> list[str
 
 @pytest.fixture(scope="module")
 def long_job(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
-    """(input of many batches, what one process makes of it)"""
+    """(input file of many batches, content of the output that one process writes)"""
     folder = tmp_path_factory.mktemp("long")
     lines: list[Any] = [{"prompt": f"{'abc ' * (i % 7)}prompt {i}", "id": i} for i in range(60)]
     source = write(folder / "in.jsonl", [*lines, b"no JSON", {**lines[0], "n": 2, "logprobs": True}])
@@ -523,7 +523,7 @@ def test_settings_of_the_command_line_hold_for_a_text_too(directory: Path, llama
 
 @pytest.mark.slow
 def test_two_ranks_write_what_one_does(directory: Path, long_job: tuple[Path, bytes], tmp_path: Path) -> None:
-    """A third of the job: it gives the same records, since a line's seed is its number's."""
+    """On a third of the lines, which get the same records as in the whole file, since seeds depend on line numbers."""
     source = tmp_path / "in.jsonl"
     kept = [line if i % 3 == 1 else b"\n" for i, line in enumerate(long_job[0].read_bytes().splitlines(keepends=True))]
     source.write_bytes(b"".join(kept))

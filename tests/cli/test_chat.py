@@ -1,4 +1,4 @@
-"""A talk through a pipe: each command, the window that fills, texts of several lines, files good and bad."""
+"""A chat through a pipe: each command, a full context window, texts of several lines, good and bad files."""
 
 import io
 import json
@@ -13,11 +13,11 @@ from tiny import ARGS, run_program, write_checkpoint
 from llama import Llama
 from llama.cli import chat as chat_room
 from llama.cli.chat import talk
-from llama.cli.keyboard import Entry, entry_of
+from llama.cli.keyboard import Entry, parse_entry
 from llama.engine.sequence import Step
 from llama.engine.session import Session
 
-Talked = tuple[str, str, list[str]]  # what it printed, what it told beside that, the prompts it made
+Talked = tuple[str, str, list[str]]  # standard output, standard error, prompts
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def llama(directory: str) -> Llama:
 
 @pytest.fixture
 def chat(llama: Llama, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Talked]:
-    """Talk with these lines as the input."""
+    """Chat with these lines as the input."""
 
     def run(*lines: str, system: str | None = None, **sampling: Any) -> Talked:
         prompts = []
@@ -61,8 +61,8 @@ def answers(llama: Llama, *asked: str, system: str | None = None, **options: Any
     return [one["content"] for one in dialog if one["role"] == "assistant"]
 
 
-def said(found: list[str]) -> str:
-    return "".join(f"{text}\n" for text in found)
+def said(texts: list[str]) -> str:
+    return "".join(f"{text}\n" for text in texts)
 
 
 def asked_in(prompt: str) -> list[str]:
@@ -118,7 +118,7 @@ def test_stats_are_told_of_each_answer_and_no_longer(llama: Llama, chat: Callabl
 
 
 def test_a_further_turn_prefills_what_is_new(llama: Llama, chat: Callable[..., Talked]) -> None:
-    """An answer of one token, the last of which never was input: all of it is new."""
+    """The answer is one token, and the last token of an answer was never fed to the model: it is new, too."""
     _, err, prompts = chat("/stats", "one", "two", max_gen_len=1)
     first, second = (tokens_in(llama, prompt) for prompt in prompts)
     assert f" {second - first} prefilled, {first} reused)" in err.splitlines()[-1]
@@ -253,7 +253,7 @@ def test_files_that_hold_something_else_are_not_written_over(chat: Callable[...,
     ],
 )
 def test_where_an_entry_ends(typed: str, entry: Entry | None) -> None:
-    assert entry_of(typed) == entry
+    assert parse_entry(typed) == entry
 
 
 def test_texts_of_several_lines(chat: Callable[..., Talked]) -> None:
@@ -285,7 +285,7 @@ def test_bad_sampling_is_refused_before_the_model_loads(option: str) -> None:
 
 @pytest.mark.slow
 def test_ranks_talk_alike_and_tell_errors_once(directory: str, tmp_path: Path) -> None:
-    """Files are rank 0's own: were another to read them, it would know another dialog, and wait for ever."""
+    """Only rank 0 reads files. If another rank read them too, it could get another dialog, and wait for ever."""
     lines = f"hello\n/load {tmp_path}\n/save {tmp_path}/d\n/reset\n/load {tmp_path}/d\n/retry\n\\\nyou\n"
     options = ["--ckpt_dir", directory, "--device", "cpu", "--dtype", "float32", "--max_gen_len", "4"]
     command = ["-m", "llama", "chat", *options, "--temperature", "0", "--stop", "zz", "--stop", "yy"]

@@ -1,4 +1,4 @@
-"""A talk at a terminal: prompts, Ctrl-C, lines that are edited and remembered, colours or none, what is left behind."""
+"""A chat at a terminal: prompts, Ctrl-C, line editing, history, colours, and the terminal's settings afterwards."""
 
 import json
 import re
@@ -59,7 +59,7 @@ def test_lines_are_remembered_from_talk_to_talk(options: list[str], tmp_path: Pa
             terminal.type('"""\rtwo\rlines"""\r')
             terminal.wait_for("lines.*" + PROMPT)
             terminal.type("\x1b[A\x01\x0b/stats\r")  # the last entry, replaced
-            terminal.wait_for("speed is told.*" + PROMPT)
+            terminal.wait_for("speed and its reuse.*are shown.*" + PROMPT)
             terminal.type("\x1b[A\x1b[A\x1b[A")
             terminal.wait_for("/system")
             terminal.type("\x01\x0b\x04")
@@ -94,7 +94,7 @@ def test_asides_are_dim_unless_no_color_is_asked_for(
     try:
         shown = terminal.wait_for(PROMPT)
         terminal.type("/stats\r")
-        shown += terminal.wait_for("is told.*" + PROMPT)
+        shown += terminal.wait_for("are shown.*" + PROMPT)
         terminal.type("hello\r")
         shown += terminal.wait_for("reused.*" + PROMPT)
         terminal.type("/help\r")

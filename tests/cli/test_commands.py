@@ -137,3 +137,11 @@ def test_what_takes_seconds_is_not_imported_until_it_is_used() -> None:
     program = "import sys, llama, llama.__main__\nllama.Llama.build('demo/model').generate([[1, 2, 3]], 4)\n"
     done = run_program("-c", f"{program}print([name for name in ({slow}) if name in sys.modules])")
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize(("command", "wings"), [("complete hello", []), ("bench", ["llama.bench"])])
+def test_a_command_loads_no_wing_of_another(command: str, wings: list[str]) -> None:
+    program = "import sys; from llama.cli.commands import parse\nparse()\n"
+    show = "print([name for name in ('llama.bench', 'llama.training', 'matplotlib', 'fire') if name in sys.modules])"
+    done = run_program("-c", program + show, *command.split())
+    assert done.stdout == f"{wings}\n", done.stderr

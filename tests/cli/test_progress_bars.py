@@ -1,6 +1,6 @@
-"""Every long step shows how far it is at a terminal, and nothing where its output is piped.
+"""Every long step shows a progress bar at a terminal, and none if its output is piped.
 
-(Loading: test_checkpoint.py; lines of a file: test_jobs.py.)
+(Loading: checkpoints/test_loader.py; lines of a file: test_batch.py.)
 """
 
 import re
@@ -14,12 +14,12 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from llama import Llama, TaskModel
-from llama.engine import scoring
+from llama._util import console
 from llama.checkpoints.convert import convert
 from llama.training.trainer import finetune
 from llama.training.config import TrainingConfig
 
-scoring.SECONDS_BEFORE_BAR = 0
+console.SECONDS_BEFORE_BAR = 0
 where, cpu = Path(sys.argv[1]), {"device": "cpu", "dtype": "float32"}
 convert(where / "meta", where / "hf", "hf", force=True)
 llama = Llama.build(where / "meta", **cpu)

@@ -55,7 +55,7 @@ class Case:
 
     @staticmethod
     def drawn(seed: int, early_stopping: Any, most_prompts: int = 4) -> "Case":
-        """Anything that fits, and a stop among few words often enough."""
+        """Sizes and settings that fit, with so few words that a stop is chosen often."""
         chance = random.Random(seed)
         stops = frozenset(chance.sample(range(61), chance.choice([0, 1, 2, 4, 8])))
         words = [word for word in range(61) if word not in stops]
@@ -68,10 +68,10 @@ class Case:
         return beam_search(model, self.prompts, self.beams, self.max_gen_len, self.stops, process, chunk)
 
     def theirs(self, model: Any, **options: Any) -> list[list[Beam]]:
-        """What transformers makes of the same, padded on the left with a stop, which no prompt and no beam has."""
+        """What transformers answers. Prompts are padded on the left with a stop, which no prompt and no beam has."""
         longest = max(map(len, self.prompts))
         pad = min(self.stops, default=0)
-        found = model.generate(
+        output = model.generate(
             input_ids=torch.tensor([[pad] * (longest - len(p)) + p for p in self.prompts]),
             attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in self.prompts]),
             num_beams=self.beams.num_beams,
@@ -86,7 +86,7 @@ class Case:
             output_scores=True,
             **options,
         )
-        rows = zip(found.sequences[:, longest:].tolist(), found.sequences_scores.tolist(), strict=True)
+        rows = zip(output.sequences[:, longest:].tolist(), output.sequences_scores.tolist(), strict=True)
         listed = [self.as_beam(tokens, score) for tokens, score in rows]
         each = self.beams.num_return_sequences
         return [listed[a : a + each] for a in range(0, len(listed), each)]
@@ -99,9 +99,9 @@ class Case:
         return Beam(tokens, score, "length")
 
 
-def assert_same(found: list[list[Beam]], expected: list[list[Beam]]) -> None:
-    assert [len(row) for row in found] == [len(row) for row in expected]
-    for mine, other in zip(chain(*found), chain(*expected), strict=True):
+def assert_same(actual: list[list[Beam]], expected: list[list[Beam]]) -> None:
+    assert [len(row) for row in actual] == [len(row) for row in expected]
+    for mine, other in zip(chain(*actual), chain(*expected), strict=True):
         assert mine == replace(other, score=mine.score)
         assert mine.score == pytest.approx(other.score, rel=1e-4, abs=1e-4)
 
@@ -110,7 +110,7 @@ def assert_same(found: list[list[Beam]], expected: list[list[Beam]]) -> None:
 
 
 def no_repeat(size: int) -> Process:
-    """No `size` tokens in a row come twice, the prompt's included."""
+    """Ban what would repeat `size` tokens in a row, in prompt and answer together."""
 
     def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         tokens = [*prompt, *answer]
@@ -126,7 +126,7 @@ def banned(logprobs: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def less_of_what_was(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """A repetition penalty of 1.5: negative numbers, as all logprobs are, are multiplied."""
+    """A repetition penalty of 1.5. All logprobs are negative, and negative numbers are multiplied."""
     there = torch.tensor(sorted({*prompt, *answer}))
     return logprobs.index_copy(0, there, logprobs[there] * 1.5)
 
@@ -163,7 +163,7 @@ def test_equals_transformers_for_any_settings(place: Place, data: st.DataObject)
 
 @pytest.mark.parametrize(("seed", "penalty"), [(12, -0.2), (193, -0.5), (417, -0.2)])
 def test_never_looks_no_further_where_short_answers_are_favoured(place: Place, seed: int, penalty: float) -> None:
-    """Rare cases, looked for, in which it matters that an answer that ended now is the best that could come."""
+    """Rare cases, searched for: with a negative length penalty, an answer that ends now is the best still possible."""
     both = twin(seed % 16)
     case = Case.drawn(seed, "never", most_prompts=1)
     beams = replace(case.beams, length_penalty=penalty, num_return_sequences=case.beams.num_beams)
@@ -172,7 +172,7 @@ def test_never_looks_no_further_where_short_answers_are_favoured(place: Place, s
 
 
 def test_the_cases_are_of_all_kinds(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beams change places and end at different times, or the tests above would say little."""
+    """The cases contain what matters: beams that change places, and beams that end at different times."""
     moved = 0
     reorder = Transformer.reorder_cache_rows
 
@@ -185,9 +185,9 @@ def test_the_cases_are_of_all_kinds(place: Place, monkeypatch: pytest.MonkeyPatc
     beams: list[Beam] = []
     unlike = 0
     for seed in range(16):
-        found = Case.drawn(100 * seed, False).ours(twin(seed).ours)
-        unlike += any(len({len(beam.tokens) for beam in row}) > 1 for row in found)
-        beams += chain(*found)
+        answers = Case.drawn(100 * seed, False).ours(twin(seed).ours)
+        unlike += any(len({len(beam.tokens) for beam in row}) > 1 for row in answers)
+        beams += chain(*answers)
     reasons = [beam.finish_reason for beam in beams]
     assert min(reasons.count("stop"), reasons.count("length")) >= len(beams) / 5
     assert len({beam.stop for beam in beams}) > 5 and unlike >= 4 and moved > 100
@@ -226,17 +226,17 @@ def test_processing_equals_transformers(place: Place, kind: str, seed: int) -> N
 
 @pytest.mark.parametrize("seed", range(6))
 def test_each_prompt_has_its_own_room(place: Place, seed: int) -> None:
-    """Within max_seq_len, whatever the others of the batch have; none at all leaves an answer of nothing."""
+    """An answer fits max_seq_len whatever the other prompts' lengths; without room the answer is empty."""
     both = twin(seed)
     case = Case.drawn(seed, KINDS[seed % 3])
     words = [word for word in range(61) if word not in case.stops]
     lengths = [SIZES.max_seq_len - room for room in (1, 0, 7, 3)]
     case = replace(case, prompts=[random.Random(seed).choices(words, k=k) for k in lengths], max_gen_len=5)
-    found = case.ours(both.ours)
-    assert found[1] == [Beam([], NO_SCORE, "length")] * case.beams.num_return_sequences
+    answers = case.ours(both.ours)
+    assert answers[1] == [Beam([], NO_SCORE, "length")] * case.beams.num_return_sequences
     for i, room in ((0, 1), (2, 5), (3, 3)):
         alone = replace(case, prompts=[case.prompts[i]], max_gen_len=room)
-        assert_same([found[i]], alone.theirs(both.theirs))
+        assert_same([answers[i]], alone.theirs(both.theirs))
 
 
 # --- against itself --------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_each_prompt_has_its_own_room(place: Place, seed: int) -> None:
 
 @torch.no_grad()
 def greedy(model: Transformer, prompt: list[int], max_gen_len: int, stops: frozenset[int]) -> tuple[list[int], float]:
-    """The likeliest token each time, by full forwards without a cache; and the mean logprob, the stop's included."""
+    """Greedy search by forwards without a cache: the tokens, and the mean logprob with the stop's."""
     tokens, chances = list(prompt), []
     while len(chances) < max_gen_len:
         logprobs = torch.log_softmax(model(torch.tensor([tokens]))[0, -1], -1)
@@ -268,7 +268,7 @@ def test_one_beam_is_greedy(place: Place, early_stopping: Any) -> None:
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 10**6), early_stopping=st.sampled_from(KINDS), chunk=st.integers(1, 30))
 def test_batch_equals_single_prompts(place: Place, seed: int, early_stopping: Any, chunk: int) -> None:
-    """Whatever the others do, and in however many passes the prompts are read."""
+    """The other prompts, and the number of passes that read the prompts, make no difference."""
     model = twin(seed % 4).ours
     case = Case.drawn(seed, early_stopping)
     case = replace(case, prompts=[prompt * (1 + seed % 3) for prompt in case.prompts])  # so that room differs
@@ -287,18 +287,18 @@ def test_answers_are_different_and_the_best_comes_first(place: Place) -> None:
 
 
 def test_more_is_banned_than_a_search_can_do_without(place: Place) -> None:
-    """All after two words: what ended by then is all there is."""
+    """All tokens are banned after two: the only answers are those that ended by then."""
     model = twin(0).ours
 
     def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         return banned(logprobs, range(61) if len(answer) == 2 else [*range(5), *range(7, 61)])
 
     missing = Beam([], NO_SCORE, "length")
-    (found,) = beam_search(model, [[1, 2]], Beams(3, num_return_sequences=3), 9, frozenset([6]), process, CHUNK)
-    assert [(beam.tokens, beam.stop) for beam in found[:2]] in ([([], 6), ([5], 6)], [([5], 6), ([], 6)])
-    assert found[2:] == [missing]
-    (found,) = beam_search(model, [[1, 2]], Beams(3), 9, frozenset(), process, CHUNK)
-    assert found == [missing]
+    (answers,) = beam_search(model, [[1, 2]], Beams(3, num_return_sequences=3), 9, frozenset([6]), process, CHUNK)
+    assert [(beam.tokens, beam.stop) for beam in answers[:2]] in ([([], 6), ([5], 6)], [([5], 6), ([], 6)])
+    assert answers[2:] == [missing]
+    (answers,) = beam_search(model, [[1, 2]], Beams(3), 9, frozenset(), process, CHUNK)
+    assert answers == [missing]
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -312,9 +312,9 @@ def test_reordered_rows_equal_freshly_prefilled_ones(place: Place, generator: to
     sources = [3, 1, 1, 0, 2, 2]
     model.reorder_cache_rows(torch.tensor(sources), 6)
     assert [cache.data_ptr() for cache in caches(model)] == places, "in place"
-    found = [cache.clone() for cache in caches(model)]
+    reordered = [cache.clone() for cache in caches(model)]
     prefill(model, [prompts[source] for source in sources], CHUNK, False)
-    for mine, old, fresh in zip(found, before, caches(model), strict=True):
+    for mine, old, fresh in zip(reordered, before, caches(model), strict=True):
         torch.testing.assert_close(mine[:6, :6], fresh[:6, :6])
         assert torch.equal(mine[:, 6:], old[:, 6:]) and torch.equal(mine[6:], old[6:])
 
@@ -450,7 +450,7 @@ def searched(model: Transformer) -> list[list[Beam]]:
 
 @pytest.fixture(scope="module")
 def plainly(directory: Path, place: Place) -> list[list[Beam]]:
-    """By the network as it is written: no packed layers, no kernels, no recorded steps."""
+    """By the plain network: no packed layers, no kernels, no captured steps."""
     fast = Llama.build(directory, **OPTIONS).model
     model = Transformer(fast.params)
     model.load_state_dict(fast.state_dict())
@@ -463,15 +463,15 @@ def test_fast_forms_find_the_same(directory: Path, plainly: list[list[Beam]]) ->
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_finds_the_same(directory: Path, plainly: list[list[Beam]]) -> None:
-    found = searched(Llama.build(directory, **{**OPTIONS, "device": "cuda"}).model)
-    for row, other in zip(found, plainly, strict=True):
+    answers = searched(Llama.build(directory, **{**OPTIONS, "device": "cuda"}).model)
+    for row, other in zip(answers, plainly, strict=True):
         assert [(beam.tokens, beam.stop) for beam in row] == [(beam.tokens, beam.stop) for beam in other]
         assert [beam.score for beam in row] == pytest.approx([beam.score for beam in other], abs=1e-3)
 
 
 def test_two_ranks_find_the_same(pool: RankPool, directory: Path, plainly: list[list[Beam]]) -> None:
-    """Both of them; and what goes wrong on the one that chooses is an error on both."""
+    """Both ranks return the same, and an error on the rank that chooses is raised on both."""
     expected = [[(beam.tokens, beam.stop) for beam in row] for row in plainly]
-    for found, refused in pool.run(search, str(directory), RAGGED, ranks=2).results:
-        assert [[(beam.tokens, beam.stop) for beam in row] for row in found] == expected
+    for answers, refused in pool.run(search, str(directory), RAGGED, ranks=2).results:
+        assert [[(beam.tokens, beam.stop) for beam in row] for row in answers] == expected
         assert "the process says no" in refused

@@ -1,4 +1,4 @@
-"""What may be asked of an answer: settings of its own, a seed, several at once, where to stop, and what is told of it.
+"""What a caller may ask of an answer: its own settings, a seed, several answers, stops, and what results tell of it.
 
 On a tiny random model, whose vocabulary is the bytes.
 """
@@ -71,7 +71,7 @@ ROW_SETTINGS = st.fixed_dictionaries(
 @few
 @given(rows=st.lists(st.tuples(st.text("abc é", min_size=1, max_size=20), ROW_SETTINGS), min_size=1, max_size=6))
 def test_a_rows_answer_is_its_own(llama: Llama, rows: list[tuple[str, dict]]) -> None:
-    """Whatever its neighbours are, and wherever in the batch it stands; and the stream is what is returned."""
+    """A row's answer doesn't depend on its neighbours or its place, and the stream gives the same as `complete`."""
     prompts, own = [ids(text) for text, _ in rows], [{"max_gen_len": 12, **setting} for _, setting in rows]
     together = llama.complete(prompts, logprobs=True, rows=own)
     backwards = llama.complete(prompts[::-1], logprobs=True, rows=own[::-1])[::-1]
@@ -93,7 +93,7 @@ def test_a_rows_answer_is_its_own(llama: Llama, rows: list[tuple[str, dict]]) ->
 
 
 def test_a_seed_says_all(llama: Llama) -> None:
-    """Asking again, or of another Llama, gives the same; n answers differ, and so do other seeds and prompts."""
+    """The same seed gives the same answer, of another Llama too; n answers differ, as do other seeds and prompts."""
     first = texts(llama.text_completion(["hello"], 1.0, max_gen_len=12, seed=3))
     again = texts(llama.text_completion(["x", "hello"], 1.0, max_gen_len=12, seed=3))
     assert again[1:] == first
@@ -127,12 +127,12 @@ def test_n_answers_share_their_prefill(llama: Llama, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(llama.model, "hidden_states", counting)
     prompts = [ids("a long prompt, of which there is one"), ids("short")]
-    found = llama.complete(prompts, 6, 1.0, n=3, seed=1)
+    completions = llama.complete(prompts, 6, 1.0, n=3, seed=1)
     assert sum(rows * length for rows, length in seen if length > 1) <= sum(map(len, prompts)) + 32
     monkeypatch.undo()
     expected = [llama.complete([prompt], 6, 1.0, n=3, seed=1) for prompt in prompts]
-    assert [one.tokens for one in found] == [one.tokens for each in expected for one in each]
-    assert [one.prompt for one in found] == [prompts[0]] * 3 + [prompts[1]] * 3
+    assert [one.tokens for one in completions] == [one.tokens for each in expected for one in each]
+    assert [one.prompt for one in completions] == [prompts[0]] * 3 + [prompts[1]] * 3
 
 
 def test_best_of_gives_the_likeliest(llama: Llama) -> None:
@@ -146,56 +146,60 @@ def test_best_of_gives_the_likeliest(llama: Llama) -> None:
 
 
 def test_an_answer_that_ends_at_once_is_as_likely_as_its_stop(llama: Llama) -> None:
-    """Of forced stops and ordinary answers, each counts with all that was chosen."""
+    """The mean logprob counts all tokens that were chosen, the stop included."""
     shared = {"max_gen_len": 8, "temperature": 1.5, "seed": 1, "stop_token_ids": list(range(0, 256, 2))}
-    found = llama.complete([ids("b")], n=8, logprobs=True, **shared)
-    assert [] in [one.tokens for one in found] and len({one.mean_logprob for one in found}) > 1
-    stopped = [one for one in found if one.finish_reason == "stop"]
+    completions = llama.complete([ids("b")], n=8, logprobs=True, **shared)
+    assert [] in [one.tokens for one in completions] and len({one.mean_logprob for one in completions}) > 1
+    stopped = [one for one in completions if one.finish_reason == "stop"]
     chance = torch.log_softmax(llama.model(torch.tensor([ids("b")]))[0, -1].detach(), -1)
     for one in (one for one in stopped if not one.tokens):
         assert one.mean_logprob == pytest.approx(float(chance[one.stop]), abs=1e-4)
     (best,) = llama.complete([ids("b")], n=1, best_of=8, logprobs=True, **shared)
-    assert best == max(found, key=lambda one: one.mean_logprob)
+    assert best == max(completions, key=lambda one: one.mean_logprob)
 
 
 # --- where it stops ---------------------------------------------------------------------------------------------------
 
 
 def test_a_stop_is_found_across_tokens(llama: Llama) -> None:
-    """In greedy text, at any place and of any length; nothing of it is in the stream, nor in the tokens."""
+    """A stop of any length at any place of a greedy text ends it, and is in neither the stream nor the tokens."""
     whole = llama.complete([ids("hello")], 40, 0)[0]
     for start in range(0, len(whole.text), 3):
         for length in (1, 2, 3, 5):
             stop = whole.text[start : start + length]
             first = whole.text.find(stop)
-            (found,) = llama.complete([ids("hello")], 40, 0, logprobs=True, stop=[stop, "never to be seen"])
-            assert (found.text, found.finish_reason, found.stop) == (whole.text[:first], "stop", stop)
-            assert whole.tokens[: len(found.tokens)] == found.tokens
-            assert found.text.startswith(llama.tokenizer.decode(found.tokens)) and len(found.logprobs) == len(
-                found.tokens
-            )
+            (completion,) = llama.complete([ids("hello")], 40, 0, logprobs=True, stop=[stop, "never to be seen"])
+            assert (completion.text, completion.finish_reason, completion.stop) == (whole.text[:first], "stop", stop)
+            assert whole.tokens[: len(completion.tokens)] == completion.tokens
+            assert completion.text.startswith(llama.tokenizer.decode(completion.tokens)) and len(
+                completion.logprobs
+            ) == len(completion.tokens)
             streamed = [step.text for (step,) in llama.stream([ids("hello")], 40, 0, stop=stop)]
-            assert "".join(streamed) == found.text
+            assert "".join(streamed) == completion.text
 
 
 def test_a_stop_of_characters_that_are_several_tokens(llama: Llama) -> None:
-    """Every byte is a token: the bias makes it write one character again and again."""
+    """Each byte is a token here, and a processor makes the model write the same characters again and again."""
     text = "é漢🙂"
     wanted = iter(text.encode() * 3)
 
     def write(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
         return torch.full_like(logits, -1e9).index_fill(0, torch.tensor([next(wanted)]), 0)
 
-    (found,) = llama.complete([ids("x")], 20, 0, stop="🙂é", logits_processor=write)
-    assert (found.text, found.stop) == ("é漢", "🙂é")
-    assert llama.tokenizer.decode(found.tokens) == "é漢"
+    (completion,) = llama.complete([ids("x")], 20, 0, stop="🙂é", logits_processor=write)
+    assert (completion.text, completion.stop) == ("é漢", "🙂é")
+    assert llama.tokenizer.decode(completion.tokens) == "é漢"
 
 
 def test_stop_tokens_of_the_caller(llama: Llama) -> None:
     whole = llama.complete([ids("hello")], 30, 0)[0]
-    (found,) = llama.complete([ids("hello")], 30, 0, stop_token_ids=[whole.tokens[7]])
+    (completion,) = llama.complete([ids("hello")], 30, 0, stop_token_ids=[whole.tokens[7]])
     place = whole.tokens.index(whole.tokens[7])
-    assert (found.tokens, found.finish_reason, found.stop) == (whole.tokens[:place], "stop", whole.tokens[7])
+    assert (completion.tokens, completion.finish_reason, completion.stop) == (
+        whole.tokens[:place],
+        "stop",
+        whole.tokens[7],
+    )
     (later,) = llama.complete([ids("hello")], 30, 0, stop_token_ids=[whole.tokens[0]], min_gen_len=4)
     assert len(later.tokens) >= 4 and whole.tokens[0] not in later.tokens[:4]
 
@@ -218,8 +222,8 @@ def test_every_result_says_why_it_ended(llama: Llama) -> None:
 @torch.no_grad()
 def test_the_likeliest_tokens_and_the_prompts(llama: Llama) -> None:
     prompts = [ids("hello there"), ids("b")]
-    found = llama.complete(prompts, 7, 1.0, logprobs=True, prompt_logprobs=True, top_logprobs=4, seed=1)
-    for one in found:
+    completions = llama.complete(prompts, 7, 1.0, logprobs=True, prompt_logprobs=True, top_logprobs=4, seed=1)
+    for one in completions:
         row = one.prompt + one.tokens
         expected = torch.log_softmax(llama.model(torch.tensor([row]))[0], -1)
         start = len(one.prompt)
@@ -274,15 +278,15 @@ def test_when_no_token_is_left(llama: Llama) -> None:
 
 
 def test_all_at_once(llama: Llama) -> None:
-    """Prompts of other lengths, n, stops, own settings, logprobs: what one call says is what single calls say."""
+    """One call with ragged prompts, n, stops, settings of rows and logprobs says what single calls say."""
     own = [{"stop": "e", "seed": 1}, {"top_k": 3, "seed": 2, "max_gen_len": 4}, {"temperature": 0}, None]
     prompts = [ids(prompt) for prompt in PROMPTS]
-    found = llama.complete(prompts, 10, 1.2, logprobs=True, n=2, rows=own, seed=9)
+    completions = llama.complete(prompts, 10, 1.2, logprobs=True, n=2, rows=own, seed=9)
     for i, prompt in enumerate(prompts):
         alone = llama.complete(
             [prompt], **{"max_gen_len": 10, "temperature": 1.2, "seed": 9, "logprobs": True, "n": 2, **(own[i] or {})}
         )  # fmt: skip
-        assert [(one.tokens, one.text, one.stop) for one in found[2 * i : 2 * i + 2]] == [
+        assert [(one.tokens, one.text, one.stop) for one in completions[2 * i : 2 * i + 2]] == [
             (one.tokens, one.text, one.stop) for one in alone
         ]
 
@@ -292,11 +296,11 @@ def test_all_at_once(llama: Llama) -> None:
 
 def test_beams_come_as_texts(llama: Llama) -> None:
     prompts = ["hello", "a longer prompt"]
-    found = llama.text_completion(prompts, 0, max_gen_len=6, num_beams=3, num_return_sequences=2)
-    assert len(found) == 4 and all(one["finish_reason"] == "length" for one in found)
-    assert all(found[i]["score"] >= found[i + 1]["score"] for i in (0, 2))
+    predictions = llama.text_completion(prompts, 0, max_gen_len=6, num_beams=3, num_return_sequences=2)
+    assert len(predictions) == 4 and all(one["finish_reason"] == "length" for one in predictions)
+    assert all(predictions[i]["score"] >= predictions[i + 1]["score"] for i in (0, 2))
     alone = llama.text_completion(prompts[1:], 0, max_gen_len=6, num_beams=3, num_return_sequences=2)
-    assert [one["generation"] for one in alone] == [one["generation"] for one in found[2:]]
+    assert [one["generation"] for one in alone] == [one["generation"] for one in predictions[2:]]
     plain = llama.complete([ids("hello")], 6, 0, num_beams=3)
     varied = llama.complete([ids("hello")], 6, 0, num_beams=3, no_repeat_ngram_size=1)
     assert len(set(varied[0].tokens)) == len(varied[0].tokens)

@@ -1,7 +1,7 @@
-"""Whatever is asked together: the stream is the answer, a batch is its rows, and any number of ranks is one.
+"""Results don't depend on how they are asked for: as a stream or whole, in a batch or alone, on any number of ranks.
 
-Cases mix all settings and modes. The models' logits are far from flat, and rounding moves them by some 1e-6: that two
-tokens are as near to each other as that is rarer than the cases here are many, and the cases are always the same ones.
+Cases mix all settings and modes. Rounding moves logits by about 1e-6. The models' logits are far from flat, so that in
+these cases, which are always the same ones, no two tokens that matter are as near to each other as that.
 """
 
 from dataclasses import asdict
@@ -65,14 +65,14 @@ DRAWN = {
 
 
 def options(**more: st.SearchStrategy) -> st.SearchStrategy:
-    """Some of all settings, and of `more`."""
+    """A random choice among all settings and `more`."""
     chosen = st.fixed_dictionaries({}, optional={**CHANGES, **more})
     return st.builds(lambda lengths, rest: {**lengths, **rest}, st.sampled_from(LENGTHS), chosen)
 
 
 @st.composite
 def prompts(draw: st.DrawFn, most: int) -> list[list[int]]:
-    """Ragged, and some of them equal."""
+    """Prompts of different lengths, some of them equal."""
     several = draw(st.lists(PROMPTS, min_size=1, max_size=3))
     return draw(st.lists(st.sampled_from(several), min_size=1, max_size=max(most, 1)))
 
@@ -147,7 +147,7 @@ READINGS = cases(
 
 
 def alike(one: Any, other: Any) -> bool:
-    """All but floats exactly."""
+    """Whether two results are equal; floats only nearly."""
     if isinstance(one, float) and isinstance(other, float):
         return one == pytest.approx(other, rel=1e-4, abs=1e-4)
     if isinstance(one, dict) and isinstance(other, dict):
@@ -157,8 +157,8 @@ def alike(one: Any, other: Any) -> bool:
     return one == other
 
 
-def assert_alike(found: Any, expected: Any, case: Any) -> None:
-    assert alike(found, expected), f"{case}\n  says     {found}\n  expected {expected}"
+def assert_alike(actual: Any, expected: Any, case: Any) -> None:
+    assert alike(actual, expected), f"{case}\n  says     {actual}\n  expected {expected}"
 
 
 @pytest.fixture(scope="module")
@@ -174,43 +174,46 @@ def llamas(directory: Path) -> dict[str, Llama]:
 # --- one process ------------------------------------------------------------------------------------------------------
 
 
-def told(found: list[Any]) -> list[dict]:
-    return [asdict(one) for one in found]
+def told(answers: list[Any]) -> list[dict]:
+    return [asdict(one) for one in answers]
 
 
 @settings(few, max_examples=30)
 @given(case=st.one_of(completions(), searches()))
 def test_a_batch_is_its_rows(llamas: dict[str, Llama], case: dict[str, Any]) -> None:
-    """Each alone, without proposals, a draft, prompts in pieces or steps ahead; and all of them in another order.
+    """A batch gives what each prompt gives alone, without proposals, draft, chunks or steps ahead; in any order too.
 
     Equal prompts keep their order, since without a seed it matters how often each was asked.
     """
     asked, wanted = case["prompts"], called(case["options"])
-    found = told(fresh(llamas, case).complete(asked, **wanted))
+    answers = told(fresh(llamas, case).complete(asked, **wanted))
     own = wanted.pop("rows", [None] * len(asked))
-    made, llama = len(found) // len(asked), fresh(llamas, {**case, "draft": False, "ahead": False, "prefill_chunk": 99})
+    made, llama = (
+        len(answers) // len(asked),
+        fresh(llamas, {**case, "draft": False, "ahead": False, "prefill_chunk": 99}),
+    )
     plain = {name: value for name, value in wanted.items() if name not in ("lookup_ngram", "speculate_k")}
     alone = [told(llama.complete([one], **{**plain, **(its or {})})) for one, its in zip(asked, own, strict=True)]
-    assert_alike(found, [one for each in alone for one in each], case)
+    assert_alike(answers, [one for each in alone for one in each], case)
     order = sorted(range(len(asked)), key=lambda i: asked[i])
     rows = {"rows": [own[i] for i in order]} if any(own) else {}
     moved = told(fresh(llamas, case).complete([asked[i] for i in order], **wanted, **rows))
-    assert_alike(moved, [found[made * i + j] for i in order for j in range(made)], case)
+    assert_alike(moved, [answers[made * i + j] for i in order for j in range(made)], case)
 
 
 @settings(few, max_examples=20)
 @given(case=completions())
 def test_the_stream_is_the_answer(llamas: dict[str, Llama], case: dict[str, Any]) -> None:
-    """Joined as `Step` says."""
+    """The steps, joined as `Step` documents, are the completions."""
     asked, wanted = case["prompts"], called(case["options"])
     made, echo, _ = wanted.pop("n", 1), wanted.pop("prompt_logprobs", False), wanted.pop("best_of", None)
     tokenizer = fresh(llamas, case).tokenizer
-    found = fresh(llamas, case).complete(asked, n=made, prompt_logprobs=echo, **wanted)
-    steps: list[list[Step]] = [[] for _ in found]
+    answers = fresh(llamas, case).complete(asked, n=made, prompt_logprobs=echo, **wanted)
+    steps: list[list[Step]] = [[] for _ in answers]
     for some in fresh(llamas, case).stream(asked, n=made, echo=echo, **wanted):
         for step in some:
             steps[step.row].append(step)
-    for one, own in zip(found, steps, strict=True):
+    for one, own in zip(answers, steps, strict=True):
         if echo:
             echoed, own = own[: len(one.prompt)], own[len(one.prompt) :]
             assert [step.token for step in echoed] == one.prompt
@@ -230,13 +233,13 @@ def test_the_stream_is_the_answer(llamas: dict[str, Llama], case: dict[str, Any]
 @settings(few, max_examples=30)
 @given(case=completions(), stops=STOPS)
 def test_a_stop_cuts_what_would_have_been_said(llamas: dict[str, Llama], case: dict[str, Any], stops: Any) -> None:
-    """Before the text that is complete first, of several the longest; tokens are kept that read as what is before."""
+    """The text ends before the stop that is complete first, the longest of several; so do the tokens."""
     tokenizer, wanted = fresh(llamas, case).tokenizer, called(case["options"])
     wanted = {name: value for name, value in wanted.items() if name not in ("stop", "rows", "best_of")}
     wanted["logit_bias"] = CHARACTERS
     whole = fresh(llamas, case).complete(case["prompts"], **wanted)
-    found = fresh(llamas, case).complete(case["prompts"], stop=stops, **wanted)
-    for one, other in zip(found, whole, strict=True):
+    answers = fresh(llamas, case).complete(case["prompts"], stop=stops, **wanted)
+    for one, other in zip(answers, whole, strict=True):
         ends = [
             (other.text.index(stop) + len(stop), -len(stop), stop)
             for stop in ([stops] if isinstance(stops, str) else stops)
@@ -261,16 +264,16 @@ def test_every_method_gives_the_same(llamas: dict[str, Llama], case: dict[str, A
     asked = [tokenizer.encode(text, bos=True, eos=False)[:ROOM] for text in prompts] if texts else case["prompts"]
     if wanted.get("logprobs") and echo:
         wanted["prompt_logprobs"] = True
-    found = fresh(llamas, case).complete(asked, **wanted)
+    answers = fresh(llamas, case).complete(asked, **wanted)
     tokens, chances = fresh(llamas, case).generate(asked, echo=echo, **wanted)
-    assert tokens == [(one.prompt if echo else []) + one.tokens for one in found]
+    assert tokens == [(one.prompt if echo else []) + one.tokens for one in answers]
     assert (chances is None) == (not wanted.get("logprobs"))
     if chances is not None:
-        assert alike(chances, [((one.prompt_logprobs or []) if echo else []) + one.logprobs for one in found])
+        assert alike(chances, [((one.prompt_logprobs or []) if echo else []) + one.logprobs for one in answers])
     if texts and all(len(tokenizer.encode(text, bos=True, eos=False)) <= ROOM for text in prompts):
-        made = len(found) // len(prompts)
+        made = len(answers) // len(prompts)
         said = fresh(llamas, case).text_completion(prompts, echo=echo, **wanted)
-        for i, (one, other) in enumerate(zip(found, said, strict=True)):
+        for i, (one, other) in enumerate(zip(answers, said, strict=True)):
             before = tokenizer.decode(asked[i // made][1:]) if echo else ""
             assert other["generation"] == before + one.text
             assert (other["finish_reason"], other.get("stop")) == (one.finish_reason, one.stop)
@@ -280,7 +283,7 @@ def test_every_method_gives_the_same(llamas: dict[str, Llama], case: dict[str, A
 @settings(few, max_examples=12)
 @given(case=TALKS)
 def test_a_talk_is_its_turns(llamas: dict[str, Llama], case: dict[str, Any]) -> None:
-    """Each as if it were asked without those before."""
+    """Each turn of a session is as if the whole conversation were one prompt."""
     other = fresh(llamas, case)
     for turn, said in zip(case["turns"], talked(fresh(llamas, case), case), strict=True):
         stream = other.stream([said["prompt"]], **called(turn["options"]))
@@ -293,7 +296,7 @@ def test_a_talk_is_its_turns(llamas: dict[str, Llama], case: dict[str, Any]) -> 
 @settings(few, max_examples=8)
 @given(case=READINGS)
 def test_a_text_is_read_by_itself(llamas: dict[str, Llama], case: dict[str, Any]) -> None:
-    """Whatever else is, in whatever order, and in however many passes."""
+    """The other texts, their order and the number of passes make no difference."""
     scores, vectors = answered(llamas, case)
     moved = answered(llamas, {**case, "texts": case["texts"][::-1], "prefill_chunk": 2048})
     assert_alike([scores, vectors], [moved[0][::-1], [each[::-1] for each in moved[1]]], case)
@@ -307,16 +310,16 @@ def test_a_text_is_read_by_itself(llamas: dict[str, Llama], case: dict[str, Any]
 @pytest.fixture(scope="module")
 def drawn(llamas: dict[str, Llama], directory: Path) -> list[tuple[dict[str, Any], Any]]:
     """Cases of all kinds, and what this process answers."""
-    found: list[dict[str, Any]] = []
+    cases_of_all_kinds: list[dict[str, Any]] = []
     for kind, count in ((completions(), 24), (searches(), 6), (TALKS, 5), (READINGS, 2), (REFUSALS, 4)):
 
         @settings(few, max_examples=count, phases=[Phase.generate])
         @given(case=kind)
         def collect(case: dict[str, Any]) -> None:
-            found.append(case)
+            cases_of_all_kinds.append(case)
 
         collect()
-    return [(case, answered(llamas, case)) for case in found]
+    return [(case, answered(llamas, case)) for case in cases_of_all_kinds]
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])

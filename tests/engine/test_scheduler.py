@@ -9,16 +9,16 @@ from hypothesis import strategies as st
 from tiny import write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.engine.scheduler import WORTH_A_PASS, Pass, passes
+from llama.engine.scheduler import WORTH_A_PASS, Pass, plan_passes
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 1000))
 def test_every_token_is_in_one_pass(lengths: list[int], chunk: int) -> None:
     lengths = sorted(lengths, reverse=True)
-    found = passes(lengths, chunk)
-    assert [step.end for step in found[:-1]] == [step.start for step in found[1:]]
-    assert (found[0].start, found[-1].end) == (0, lengths[0])
-    for step in found:
+    passes = plan_passes(lengths, chunk)
+    assert [step.end for step in passes[:-1]] == [step.start for step in passes[1:]]
+    assert (passes[0].start, passes[-1].end) == (0, lengths[0])
+    for step in passes:
         assert step.rows == sum(length > step.start for length in lengths) > 0
         assert step.rows * (step.end - step.start) <= max(chunk, step.rows)
 
@@ -26,14 +26,14 @@ def test_every_token_is_in_one_pass(lengths: list[int], chunk: int) -> None:
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9))
 def test_padding_is_less_than_it_costs_to_avoid_it(lengths: list[int]) -> None:
     lengths = sorted(lengths, reverse=True)
-    computed = sum(step.rows * (step.end - step.start) for step in passes(lengths, 10**9))
+    computed = sum(step.rows * (step.end - step.start) for step in plan_passes(lengths, 10**9))
     assert computed - sum(lengths) < WORTH_A_PASS * len(lengths)
 
 
 def test_what_is_known() -> None:
-    assert passes([512, 128, 16], 10**9) == [Pass(0, 16, 3), Pass(16, 128, 2), Pass(128, 512, 1)]
-    assert passes([500, 499, 498], 10**9) == [Pass(0, 500, 3)]
-    assert passes([5], 2) == [Pass(0, 2, 1), Pass(2, 4, 1), Pass(4, 5, 1)]
+    assert plan_passes([512, 128, 16], 10**9) == [Pass(0, 16, 3), Pass(16, 128, 2), Pass(128, 512, 1)]
+    assert plan_passes([500, 499, 498], 10**9) == [Pass(0, 500, 3)]
+    assert plan_passes([5], 2) == [Pass(0, 2, 1), Pass(2, 4, 1), Pass(4, 5, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_chunks_change_nothing_but_the_memory(checkpoint: Path) -> None:
-    """Tokens and logprobs, prompts' own included, of ragged rows; and no pass is larger than asked for."""
+    """Tokens and logprobs of ragged prompts are the same for any chunk, and no pass is larger than its chunk."""
     prompts = [[5] * 70, list(range(3)), list(range(100, 141)), [9]]
     options = {"max_seq_len": 96, "device": "cpu", "dtype": "float32"}
     whole = Llama.build(checkpoint, **options)
@@ -50,16 +50,16 @@ def test_chunks_change_nothing_but_the_memory(checkpoint: Path) -> None:
     for chunk in (1, 7, 64):
         llama = Llama.build(checkpoint, **options, prefill_chunk=chunk)
         sizes = []
-        run = llama.model.run
+        hidden_states = llama.model.hidden_states
 
-        def watch(tokens: torch.Tensor, *rest: object, run=run, sizes=sizes) -> torch.Tensor:
+        def watch(tokens: torch.Tensor, *rest: object, run=hidden_states, sizes=sizes) -> torch.Tensor:
             sizes.append(tokens.numel())
             return run(tokens, *rest)
 
-        llama.model.run = watch
-        found = llama.generate(prompts, 10, temperature=0, logprobs=True, echo=True)
-        assert found[0] == expected[0]
-        for mine, theirs in zip(found[1], expected[1], strict=True):
+        llama.model.hidden_states = watch
+        actual = llama.generate(prompts, 10, temperature=0, logprobs=True, echo=True)
+        assert actual[0] == expected[0]
+        for mine, theirs in zip(actual[1], expected[1], strict=True):
             assert torch.allclose(torch.tensor(mine), torch.tensor(theirs), atol=1e-4)
         assert max(sizes) <= max(chunk, len(prompts))
 

@@ -1,4 +1,4 @@
-"""Scores and embeddings of texts against transformers', which gets one at a time, and a plain loop over windows."""
+"""Scores and embeddings of texts against those of transformers, which gets one text or one window at a time."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ from llama import Llama, LlamaError, ModelArgs
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.checkpoints.meta import save_checkpoint
 from llama.engine.scheduler import LOGPROB_CHUNK
-from llama.engine.scoring import Score, ScoringWindow, embed, score, windows
+from llama.engine.scoring import Score, ScoringWindow, split_windows
 from llama.parallel import Place
 from llama.tokenization.hf_tokenizer import open_tokenizer
 
@@ -70,13 +70,13 @@ def ids(llama: Llama, text: str) -> list[int]:
     return llama.tokenizer.encode(text, bos=True, eos=False)
 
 
-def assert_same(found: list[float], expected: list[float], tolerance: float = 1e-5) -> None:
-    assert found == pytest.approx(expected, abs=tolerance)
+def assert_same(actual: list[float], expected: list[float], tolerance: float = 1e-5) -> None:
+    assert actual == pytest.approx(expected, abs=tolerance)
 
 
 @torch.no_grad()
 def by_hand(model: LlamaForCausalLM, tokens: list[int], size: int, stride: int) -> tuple[list[float], float]:
-    """Logprobs and perplexity, as the guide to perplexity of transformers has them, one window at a time."""
+    """Logprobs and perplexity as in transformers' guide to perplexity, one window at a time."""
     chances, scored, losses, counted = [0.0], 0, 0.0, 0
     for start in range(0, len(tokens), stride):
         end = min(start + size, len(tokens))
@@ -98,10 +98,10 @@ def by_hand(model: LlamaForCausalLM, tokens: list[int], size: int, stride: int) 
 
 
 def test_scores_are_transformers(llama: Llama, world: World) -> None:
-    """More texts than fit one batch, ragged, in the caller's order."""
-    found = score(llama, TEXTS)
-    assert [one.tokens for one in found] == [ids(llama, text) for text in TEXTS]
-    for one in found:
+    """More texts than fit one batch, of different lengths, come back in the caller's order."""
+    scores = llama.score(TEXTS)
+    assert [one.tokens for one in scores] == [ids(llama, text) for text in TEXTS]
+    for one in scores:
         with torch.no_grad():
             logits = world.theirs(input_ids=torch.tensor([one.tokens]), use_cache=False).logits[0]
         expected = logits[:-1].log_softmax(-1).gather(1, torch.tensor(one.tokens[1:])[:, None])[:, 0]
@@ -112,9 +112,9 @@ def test_scores_are_transformers(llama: Llama, world: World) -> None:
 
 @pytest.mark.parametrize("stride", [None, 1, 7, SIZE // 2, SIZE - 1])
 def test_long_texts_are_read_in_windows(llama: Llama, world: World, stride: int | None) -> None:
-    found = score(llama, [*LONG, *TEXTS[:2]], stride=stride)
-    assert max(len(one.tokens) for one in found) > 4 * SIZE
-    for one in found:
+    scores = llama.score([*LONG, *TEXTS[:2]], stride=stride)
+    assert max(len(one.tokens) for one in scores) > 4 * SIZE
+    for one in scores:
         chances, perplexity = by_hand(world.theirs, one.tokens, SIZE, stride or SIZE // 2)
         assert_same(one.logprobs, chances, 2e-5)
         assert one.perplexity == pytest.approx(perplexity, rel=1e-4)
@@ -124,34 +124,34 @@ def test_long_texts_are_read_in_windows(llama: Llama, world: World, stride: int 
 @pytest.mark.parametrize("others", [{"max_batch_size": 1}, {"max_batch_size": 20}, {"prefill_chunk": 10}])
 def test_the_batch_changes_nothing(world: World, form: str, others: dict[str, int]) -> None:
     texts = [*TEXTS, *LONG]
-    found, expected = score(world.build(form, **others), texts), score(world.build(form), texts)
-    for one, other in zip(found, expected, strict=True):
+    scores, expected = world.build(form, **others).score(texts), world.build(form).score(texts)
+    for one, other in zip(scores, expected, strict=True):
         assert_same(one.logprobs, other.logprobs)
 
 
 def test_alone_as_together(llama: Llama) -> None:
-    for text, expected in zip([*TEXTS, *LONG], score(llama, [*TEXTS, *LONG]), strict=True):
-        (found,) = score(llama, [text])
-        assert_same(found.logprobs, expected.logprobs)
+    for text, expected in zip([*TEXTS, *LONG], llama.score([*TEXTS, *LONG]), strict=True):
+        (score,) = llama.score([text])
+        assert_same(score.logprobs, expected.logprobs)
 
 
 def test_echoed_logprobs_are_scores(llama: Llama) -> None:
     tokens = [ids(llama, text) for text in PROMPTS[:3]]
     _, chances = llama.generate(tokens, 1, 0, logprobs=True, echo=True)
-    for one, known in zip(score(llama, PROMPTS[:3]), chances, strict=True):
+    for one, known in zip(llama.score(PROMPTS[:3]), chances, strict=True):
         assert_same(one.logprobs, known[: len(one.tokens)])
 
 
 @pytest.mark.parametrize("size", [2, 3, 10])
 def test_windows(size: int) -> None:
-    """Each token but the first once, by what stands before it in the window; each window `stride` after the last."""
+    """Each token but the first is scored once, and each window begins `stride` after the one before."""
     for stride in range(1, size):
         for length in range(1, 4 * size):
-            found = list(windows(7, length, size, stride))
-            assert [place for w in found for place in range(w.first, w.end)] == list(range(1, length))
-            assert [w.start for w in found] == list(range(0, stride * len(found), stride))
-            assert all(w.start < w.first < w.end <= w.start + size and w.text == 7 for w in found)
-    assert list(windows(0, 10, 6, 3)) == [
+            windows = list(split_windows(7, length, size, stride))
+            assert [place for w in windows for place in range(w.first, w.end)] == list(range(1, length))
+            assert [w.start for w in windows] == list(range(0, stride * len(windows), stride))
+            assert all(w.start < w.first < w.end <= w.start + size and w.text == 7 for w in windows)
+    assert list(split_windows(0, 10, 6, 3)) == [
         ScoringWindow(0, 0, 6, 1),
         ScoringWindow(0, 3, 9, 6),
         ScoringWindow(0, 6, 10, 9),
@@ -159,7 +159,7 @@ def test_windows(size: int) -> None:
 
 
 def test_work_is_no_more_than_needed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Full batches, the longest first; logits of what is scored alone, of a bounded number of positions at once."""
+    """Batches are full, the longest texts first; logits are those of positions that are scored, in chunks."""
     llama = world.build("plain", 4, 700)
     passes, logits = [], []
     hidden_states, output = llama.model.hidden_states, llama.model.logits
@@ -170,25 +170,25 @@ def test_work_is_no_more_than_needed(world: World, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(llama.model, "hidden_states", watch)
     monkeypatch.setattr(llama.model, "logits", lambda h: logits.append(len(h)) or output(h))
-    score(llama, ["a" * 9] * 5 + ["b" * 4] * 3 + ["c" * 1600], stride=600)
+    llama.score(["a" * 9] * 5 + ["b" * 4] * 3 + ["c" * 1600], stride=600)
     assert passes == [(4, 10), (3, 391), (2, 299), (4, 10), (3, 5)]
     assert max(logits) <= LOGPROB_CHUNK
     assert sum(logits) == 5 * 9 + 3 * 4 + 1600
 
 
 def test_a_stream_under_way_is_told(llama: Llama) -> None:
-    for use in (score, embed):
+    for use in (llama.score, llama.embed):
         stream = llama.stream([ids(llama, "hello")], 20, 0)
         next(stream)
-        use(llama, PROMPTS[:2])
+        use(PROMPTS[:2])
         with pytest.raises(LlamaError, match="ended by a newer call"):
             next(stream)
 
 
 def test_rounded_matrices(world: World) -> None:
-    """Near the scores of those that aren't."""
+    """Scores with quantized matrices are near those without."""
     llama = world.build(quantization="int8")
-    for one, other in zip(score(llama, TEXTS), score(world.build(), TEXTS), strict=True):
+    for one, other in zip(llama.score(TEXTS), world.build().score(TEXTS), strict=True):
         assert_same(one.logprobs, other.logprobs, 2)
         assert one.logprob == pytest.approx(other.logprob, abs=0.2 * len(one.tokens))
 
@@ -197,8 +197,8 @@ def test_rounded_matrices(world: World) -> None:
 
 
 def test_embeddings_are_transformers(llama: Llama, world: World) -> None:
-    last, mean = (embed(llama, TEXTS, pooling) for pooling in ("last", "mean"))
-    assert torch.equal(embed(llama, TEXTS), last)
+    last, mean = (llama.embed(TEXTS, pooling) for pooling in ("last", "mean"))
+    assert torch.equal(llama.embed(TEXTS), last)
     for i, text in enumerate(TEXTS):
         with torch.no_grad():
             expected = world.theirs.model(input_ids=torch.tensor([ids(llama, text)])).last_hidden_state[0]
@@ -208,23 +208,23 @@ def test_embeddings_are_transformers(llama: Llama, world: World) -> None:
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_embeddings_of_any_batch(llama: Llama, world: World, pooling: str) -> None:
-    expected = embed(llama, TEXTS, pooling)
+    expected = llama.embed(TEXTS, pooling)
     for i, text in enumerate(TEXTS):
-        assert_close(embed(llama, [text], pooling)[0], expected[i], 1e-5)
-    assert_close(embed(world.build(prefill_chunk=10), TEXTS, pooling), expected, 1e-5)
+        assert_close(llama.embed([text], pooling)[0], expected[i], 1e-5)
+    assert_close(world.build(prefill_chunk=10).embed(TEXTS, pooling), expected, 1e-5)
 
 
 def test_embeddings_are_float32_in_any_dtype(world: World) -> None:
     llama = world.build(dtype="bfloat16")
-    assert_close(embed(llama, TEXTS, "mean"), embed(world.build(), TEXTS, "mean"), 0.05)
+    assert_close(llama.embed(TEXTS, "mean"), world.build().embed(TEXTS, "mean"), 0.05)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 def test_no_texts(llama: Llama) -> None:
-    assert score(llama, []) == []
-    assert embed(llama, []).shape == (0, ARGS.dim)
+    assert llama.score([]) == []
+    assert llama.embed([]).shape == (0, ARGS.dim)
 
 
 @pytest.mark.parametrize(
@@ -238,39 +238,39 @@ def test_no_texts(llama: Llama) -> None:
 def test_bad_texts_are_refused(world: World, monkeypatch: pytest.MonkeyPatch, texts: object, message: str) -> None:
     llama = world.build()
     monkeypatch.setattr(llama.model, "run", None)
-    for use in (score, embed):
+    for use in (llama.score, llama.embed):
         with pytest.raises(LlamaError, match=re.escape(message)):
-            use(llama, texts)
+            use(texts)
 
 
 @pytest.mark.parametrize("stride", [0, -1, SIZE, SIZE + 1, 1.5, "2", True])
 def test_bad_strides_are_refused(world: World, monkeypatch: pytest.MonkeyPatch, stride: object) -> None:
     monkeypatch.setattr(world.build().model, "run", None)
     with pytest.raises(LlamaError, match=re.escape(f"stride is {stride!r}, expected a whole number in [1, {SIZE})")):
-        score(world.build(), ["a"], stride=stride)
+        world.build().score(["a"], stride=stride)
 
 
 def test_other_refusals(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     llama = world.build()
     monkeypatch.setattr(llama.model, "run", None)
     with pytest.raises(LlamaError, match="pooling is 'max', expected 'last' or 'mean'"):
-        embed(llama, ["a"], "max")
+        llama.embed(["a"], "max")
     with pytest.raises(LlamaError, match=f"text 1 has {SIZE + 1} tokens, but max_seq_len is {SIZE}: shorten it"):
-        embed(llama, ["a", "x" * SIZE])
+        llama.embed(["a", "x" * SIZE])
     monkeypatch.setattr(llama.tokenizer, "encode", lambda text, **_: [])
     with pytest.raises(LlamaError, match="text 0, 'a', has no token"):
-        score(llama, ["a"])
+        llama.score(["a"])
     with pytest.raises(LlamaError, match="max_seq_len is 1, within which no token follows another"):
-        score(world.build(max_seq_len=1), ["a"])
+        world.build(max_seq_len=1).score(["a"])
 
 
 def test_numbers_that_are_none_are_refused(world: World) -> None:
     llama = world.build("plain", 2, 20)
     weight = llama.model.layers[0].ffn_norm.weight
     weight.data.fill_(torch.nan)
-    for use, what in ((score, "logprobs"), (embed, "hidden states")):
+    for use, what in ((llama.score, "logprobs"), (llama.embed, "hidden states")):
         with pytest.raises(LlamaError, match=rf"text 0: the {what} are not finite in torch.float32"):
-            use(llama, ["a", "bc"])
+            use(["a", "bc"])
 
 
 def test_a_score() -> None:
@@ -286,12 +286,12 @@ def test_a_score() -> None:
 
 
 def test_two_ranks_are_one(pool: RankPool, world: World) -> None:
-    found = []
+    results = []
     for ranks in (0, 2):
         done = pool.run(compute, str(world.directory), ranks=ranks)
         assert "scoring" not in done.stdout + done.stderr, "no bar in a pipe"
-        found += done.results
-    one, *two = found
+        results += done.results
+    one, *two = results
     for other in two:
         for mine, theirs in zip(other["scores"], one["scores"], strict=True):
             assert mine["tokens"] == theirs["tokens"]
@@ -301,7 +301,7 @@ def test_two_ranks_are_one(pool: RankPool, world: World) -> None:
         assert other["refused"] == "rank 1: text 0 is empty: give it at least one character"
     assert two[0]["scores"] == two[1]["scores"]
     alone = world.build(max_seq_len=24)
-    assert [asdict(mine)["tokens"] for mine in score(alone, PROMPTS)] == [theirs["tokens"] for theirs in one["scores"]]
+    assert [asdict(mine)["tokens"] for mine in alone.score(PROMPTS)] == [theirs["tokens"] for theirs in one["scores"]]
 
 
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
@@ -311,10 +311,11 @@ def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -
         "import sys\n"
         "from llama import Llama\n"
         "from llama.engine import scoring\n"
-        "scoring.SECONDS_BEFORE_BAR = 0\n"
+        "from llama._util import console\n"
+        "console.SECONDS_BEFORE_BAR = 0\n"
         "llama = Llama.build(sys.argv[1], device='cpu', max_batch_size=1)\n"
-        "scoring.score(llama, ['a', 'bc', 'def'])\n"
-        "scoring.embed(llama, ['a', 'bc', 'def'])\n"
+        "llama.score(['a', 'bc', 'def'])\n"
+        "llama.embed(['a', 'bc', 'def'])\n"
     )
     master, slave = os.openpty()
     termios.tcsetwinsize(slave, (24, 100))

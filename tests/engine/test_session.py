@@ -43,18 +43,18 @@ def prefilled(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     )
 )
 def test_turns_are_as_fresh_ones(llama: Llama, turns: list[tuple[int, list[int], int]]) -> None:
-    """Each keeps some of the conversation, from its beginning, and adds to it."""
+    """Each turn keeps a beginning of the conversation and adds to it."""
     session, talk = Session(llama), []
     for kept, new, length in turns:
         talk = [*talk[:kept], *new]
-        found = [step.token for step in session.stream(talk, length, temperature=0)]
+        tokens = [step.token for step in session.stream(talk, length, temperature=0)]
         assert session.reused + session.prefilled == len(talk)
-        reused, ticket = session.reused, llama.engine.current
+        reused, ticket = session.reused, llama.engine.runner.cache_owner
         expected, _ = llama.generate([talk], length, temperature=0)  # which takes the cache
-        assert found == expected[0]
-        assert llama.engine.current is not ticket and reused == session.reused
+        assert tokens == expected[0]
+        assert llama.engine.runner.cache_owner is not ticket and reused == session.reused
         list(session.stream(talk, length, temperature=0))
-        talk = [*talk, *found]
+        talk = [*talk, *tokens]
 
 
 def test_only_what_is_new_is_prefilled(llama: Llama, prefilled: list[int]) -> None:

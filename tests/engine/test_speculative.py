@@ -1,4 +1,4 @@
-"""Tokens that were proposed: the text is the one without them, greedy or drawn, in fewer passes."""
+"""Proposed tokens: the text is the same as without them, greedy or sampled, in fewer passes."""
 
 import copy
 import shutil
@@ -15,10 +15,10 @@ from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.checkpoints.schema import memory_needed
-from llama.engine.engine import OutputOptions
+from llama.engine.model_runner import OutputOptions
 from llama.engine.sequence import Sequence
 from llama.engine.session import Session
-from llama.engine.speculative import lookup, speculated
+from llama.engine.speculative import lookup, run_speculative
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
 few = settings(
@@ -64,10 +64,10 @@ def test_lookup(tokens: list[int], ngram: int, most: int) -> None:
 )
 def test_the_text_is_the_same(llama: Llama, prompts: list, ngram: int, most: int, given: dict[str, Any]) -> None:
     plain = llama.complete(prompts, logprobs=True, top_logprobs=2, **given)
-    found = llama.complete(
+    completions = llama.complete(
         prompts, logprobs=True, top_logprobs=2, lookup_ngram=ngram, speculate_k=most, **given
     )  # fmt: skip
-    for one, other in zip(found, plain, strict=True):
+    for one, other in zip(completions, plain, strict=True):
         assert (one.tokens, one.text, one.finish_reason, one.stop) == (
             other.tokens,
             other.text,
@@ -78,7 +78,7 @@ def test_the_text_is_the_same(llama: Llama, prompts: list, ngram: int, most: int
 
 
 def oracle(answers: dict[int, list[int]], wrong_every: int) -> Any:
-    """Proposes what the row will say, but for a token now and then."""
+    """Proposes what the sequence will say, with a wrong token now and then."""
 
     def guess(row: Sequence, most: int) -> list[int]:
         start = len(row.answer)
@@ -91,18 +91,18 @@ def oracle(answers: dict[int, list[int]], wrong_every: int) -> Any:
 @pytest.mark.parametrize("wrong_every", [1, 3, 1000])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_proposals_of_any_quality(llama: Llama, wrong_every: int, temperature: float) -> None:
-    """Several steps of a row come after one pass; what was proposed, and chosen, is counted."""
+    """Several steps of a sequence come after one pass; tokens that are proposed and accepted are counted."""
     prompts = [[5, 6, 7], [1] * 20, [9]]
     plain = llama.complete(prompts, 30, temperature, seed=2)
     shared = {"max_gen_len": 30, "temperature": temperature, "top_p": 0.9, "seed": 2}
-    rows = llama.rows(prompts, 1, shared, None, 0)
+    rows = llama.engine.make_sequences(prompts, shared)
     answers = {i: one.tokens for i, one in enumerate(plain)}
-    passes = list(speculated(llama.engine, rows, OutputOptions(), oracle(answers, wrong_every), 4))
-    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    passes = list(run_speculative(llama.engine.runner, rows, OutputOptions(), oracle(answers, wrong_every), 4))
+    streamed: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for steps in passes:
         for step in steps:
-            found[step.row].append(step.token)
-    assert found == answers
+            streamed[step.row].append(step.token)
+    assert streamed == answers
     if wrong_every == 1000:
         assert llama.acceptance > 0.9 and len(passes) <= 8
     if wrong_every == 1:
@@ -165,7 +165,7 @@ def test_what_cannot_be_is_refused(llama: Llama, arguments: dict, message: str) 
 
 @pytest.fixture(scope="module")
 def drafted(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Llama:
-    """The draft is the model with some noise: it says the same often, but not always."""
+    """The draft is the model with some noise, so that it often chooses the same, but not always."""
     target = tmp_path_factory.mktemp("draft")
     shutil.copytree(directory, target, dirs_exist_ok=True)
     tensors, chance = torch.load(target / "consolidated.00.pth"), torch.Generator().manual_seed(3)
@@ -192,10 +192,12 @@ def drafted(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Llama:
 def test_a_drafted_text_is_the_same(
     llama: Llama, drafted: Llama, prompts: list, most: int, given: dict[str, Any]
 ) -> None:
-    """Ragged prompts, rows that end at different times, windows that are full."""
+    """With ragged prompts, sequences that end at different times, and full contexts."""
     plain = llama.complete(prompts, **given)
-    found = drafted.complete(prompts, speculate_k=most, **given)
-    assert [(one.tokens, one.text, one.stop) for one in found] == [(one.tokens, one.text, one.stop) for one in plain]
+    completions = drafted.complete(prompts, speculate_k=most, **given)
+    assert [(one.tokens, one.text, one.stop) for one in completions] == [
+        (one.tokens, one.text, one.stop) for one in plain
+    ]
 
 
 def test_a_draft_is_often_right(drafted: Llama) -> None:
@@ -205,7 +207,7 @@ def test_a_draft_is_often_right(drafted: Llama) -> None:
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_the_model_itself_is_always_right(llama: Llama, temperature: float) -> None:
-    """Drawn too: a draft draws by the same numbers."""
+    """Sampled too, since a draft draws with the same random numbers."""
     prompts = [[5, 6, 7], [1] * 20, [9]]
     itself = Llama(llama.model, llama.tokenizer, draft=copy.deepcopy(llama.model))
     passes = list(itself.stream(prompts, 40, temperature, seed=1, speculate_k=4))
@@ -219,27 +221,27 @@ def test_a_draft_on_two_ranks(pool: RankPool, directory: Path, drafted: Llama) -
 
 
 def test_turns_of_a_session(llama: Llama, drafted: Llama) -> None:
-    """With proposals of either kind; the draft too reads only what is new."""
+    """Turns with either kind of proposals are the same, and the draft reads only what is new."""
     plain, looking, drafting = (Session(one) for one in (llama, llama, drafted))
     talk, shared = [], {"temperature": 0.7, "seed": 3}
     for new in ([1, 2, 3, 4, 5], [6], [7, 8, 9]):
         talk = [*talk, *new]
-        found = [list(plain.stream(talk, 20, **shared)), list(looking.stream(talk, 20, lookup_ngram=1, **shared))]
+        turns = [list(plain.stream(talk, 20, **shared)), list(looking.stream(talk, 20, lookup_ngram=1, **shared))]
         read: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
-            draft, states = drafted._drafting._model, drafted._drafting._model.hidden_states
+            draft, states = drafted.engine._draft_proposer._model, drafted.engine._draft_proposer._model.hidden_states
             patch.setattr(draft, "hidden_states", lambda t, *rest: read.append(t.shape[1]) or states(t, *rest))  # noqa: B023
-            found.append(list(drafting.stream(talk, 20, speculate_k=3, **shared)))
-        assert [[step.token for step in steps] for steps in found[1:]] == [[step.token for step in found[0]]] * 2
+            turns.append(list(drafting.stream(talk, 20, speculate_k=3, **shared)))
+        assert [[step.token for step in steps] for steps in turns[1:]] == [[step.token for step in turns[0]]] * 2
         assert max(read) <= 3 + len(new) + 2, "more than what is new, and what was proposed in vain"
         assert drafting.prefilled <= len(new) + 1
-        talk = [*talk, *(step.token for step in found[0])]
+        talk = [*talk, *(step.token for step in turns[0])]
 
 
 def test_another_vocabulary_is_refused_before_anything_is_loaded(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.checkpoints.opened.load_model", None)
+    monkeypatch.setattr("llama.checkpoints.loader.load_model", None)
     with pytest.raises(LlamaError, match=r"has vocab_size 3072 and the model 512: a draft must have the same"):
         Llama.build(directory, **OPTIONS, draft_ckpt_dir=ROOT / "demo" / "model", tokenizer_path=None)
 
@@ -255,7 +257,7 @@ def test_memory_of_both_is_counted(directory: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_commands_take_proposals(directory: Path, tmp_path: Path) -> None:
-    """`complete` of a text and of a file, and `chat`, on one rank and two: the text is the one without."""
+    """`complete` with a text and with a file, and `chat`, on one rank and two, give the text without proposals."""
     common = ["--ckpt_dir", str(directory), "--device", "cpu", "--dtype", "float32", "--max_gen_len", "24"]
     ways = [[], ["--lookup_ngram", "1"], ["--draft_ckpt_dir", str(directory), "--speculate_k", "3"]]
     texts = [run_program("-m", "llama", "complete", "abab", *common, *way).stdout for way in ways]

@@ -1,4 +1,4 @@
-"""A step started before its tokens were read, as is done on a GPU: the same stream, whatever stops when."""
+"""Steps that start before the last tokens are read, as on a GPU: the stream is the same, whatever stops when."""
 
 from dataclasses import replace
 from itertools import chain
@@ -16,13 +16,13 @@ from llama.generation import Step
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Llama]:
-    """The same model, as it is on a CPU, and one that runs ahead."""
+    """Two Llamas of one checkpoint: as on a CPU, and one that runs ahead."""
     directory = write_checkpoint(tmp_path_factory.mktemp("ahead"), endless=True)
     waiting, ahead = (
         Llama.build(directory, max_seq_len=96, max_batch_size=4, device="cpu", dtype="float32") for _ in range(2)
     )
-    ahead.engine.ahead = True
-    assert not waiting.engine.ahead
+    ahead.engine.runner.ahead = True
+    assert not waiting.engine.runner.ahead
     return waiting, ahead
 
 
@@ -49,11 +49,11 @@ def test_the_stream_is_the_same(
     logprobs: bool,
     echo: bool,
 ) -> None:
-    """Tokens, texts, logprobs and order, of ragged rows that stop, or are as long as they may be, at any time."""
+    """Tokens, texts, logprobs and order are the same for sequences that end at any time, by a stop or by length."""
     arguments = (prompts, max_gen_len, temperature, 0.9, logprobs, echo)
-    expected, found = (steps_of(llama, set(range(stops)), *arguments) for llama in pair)
-    assert [len(steps) for steps in found] == [len(steps) for steps in expected]
-    for mine, theirs in zip(chain(*found), chain(*expected), strict=True):
+    expected, actual = (steps_of(llama, set(range(stops)), *arguments) for llama in pair)
+    assert [len(steps) for steps in actual] == [len(steps) for steps in expected]
+    for mine, theirs in zip(chain(*actual), chain(*expected), strict=True):
         assert replace(mine, logprob=None) == replace(theirs, logprob=None)
         assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
 
@@ -74,8 +74,8 @@ def shapes_of(llama: Llama, monkeypatch: pytest.MonkeyPatch, stops: set[int], *a
 
 def test_no_step_is_wasted_on_a_length(pair: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[1] * 90, [2] * 20, [3] * 93]  # 6, 76 and 3 tokens fit
-    expected, found = (shapes_of(llama, monkeypatch, set(), prompts, None, 0) for llama in pair)
-    assert found == expected
+    expected, actual = (shapes_of(llama, monkeypatch, set(), prompts, None, 0) for llama in pair)
+    assert actual == expected
 
 
 def test_one_step_is_wasted_on_a_stop(pair: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch) -> None:

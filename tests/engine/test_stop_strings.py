@@ -1,4 +1,4 @@
-"""Texts that end an answer: whatever pieces it comes in, the same is let out, and nothing of what ends it."""
+"""Texts that end an answer: its pieces make no difference, and nothing of the stop is let through."""
 
 from itertools import pairwise
 
@@ -13,7 +13,7 @@ stops = st.lists(st.text("ab🙂", min_size=1, max_size=4), max_size=4)
 
 
 def by_hand(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """Letter by letter: the first moment at which the text so far ends with one of them, the longest."""
+    """Letter by letter: the text ends where it first ends with a stop, the longest of several."""
     for end in range(len(text) + 1):
         ending = [stop for stop in stops if text[:end].endswith(stop)]
         if ending:
@@ -31,11 +31,11 @@ def test_pieces_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> N
     for start, end in pairwise(places):
         out += finder.push(text[start:end])
         assert expected.startswith(out), "what is out can't be taken back"
-        if finder.found is not None:
+        if finder.stop is not None:
             break
     else:
-        out += finder.rest()
-    assert (out, finder.found) == (expected, stop)
+        out += finder.flush()
+    assert (out, finder.stop) == (expected, stop)
     if stop is not None:
         assert finder.start == len(expected)
 
@@ -45,11 +45,11 @@ def test_pieces_do_not_matter(text: str, stops: list[str], cuts: list[int]) -> N
 def test_no_more_is_held_back_than_may_become_a_stop(text: str, stops: list[str]) -> None:
     finder = StopFinder(stops)
     out = finder.push(text)
-    if finder.found is None:
+    if finder.stop is None:
         held = text[len(out) :]
         assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
 
 
 def test_nothing_to_find() -> None:
     finder = StopFinder(())
-    assert finder.push("all") + finder.push(" of it") == "all of it" and finder.found is None
+    assert finder.push("all") + finder.push(" of it") == "all of it" and finder.stop is None

@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from llama import LlamaError, TaskModel
 from llama.checkpoints.convert import convert
-from llama.cli.finetune import add_finetune
+from llama.cli.finetune import add_options
 from llama.training.config import TrainingConfig
 from llama.training.trainer import finetune
 
@@ -82,7 +82,7 @@ def test_who_has_no_head_says_so(made: Path) -> None:
 @pytest.mark.parametrize("option", [["--adapter_only"], ["--lora_alpha", "2"], ["--lora_targets", "wq"]])
 def test_options_of_adapters_without_one(option: list[str]) -> None:
     command = argparse.ArgumentParser()
-    add_finetune(command)
+    add_options(command)
     options = command.parse_args(["--task", "tag", "--data", "a", "--output", "b", *option])
     with pytest.raises(LlamaError, match=f"{option[0]} was given without --lora_r"):
         options.run(options)
@@ -247,7 +247,7 @@ def test_a_head_on_a_rounded_model(tmp_path: Path) -> None:
     assert (again.config.max_position_embeddings, again.config.pad_token_id) == (48, SIZES["pad_token_id"])
     with torch.no_grad():
         assert torch.allclose(again(TOKENS).logits, built.head(TOKENS).logits, atol=1e-5)
-    with pytest.raises(LlamaError, match="has a task head, which isn't rounded"):
+    with pytest.raises(LlamaError, match="has a task head, which isn't quantized"):
         convert(tmp_path / "out", tmp_path / "no", "hf", quantization="int8")
     assert not (tmp_path / "no").exists()
 

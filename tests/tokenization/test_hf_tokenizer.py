@@ -1,4 +1,4 @@
-"""tokenizer.json and chat templates, with transformers as the oracle; and messages that try to be more than text.
+"""tokenizer.json and chat templates, with transformers as the oracle; and messages that try to make control tokens.
 
 The tokenizers are made here, small, in the forms of published families; the templates have the published shapes.
 """
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer as Library
 from vocabulary import TOKENS, lines_of, unhurried, write
 
 from llama.errors import LlamaError
-from llama.tokenization.chat_template import TemplateFormat, formatter
+from llama.tokenization.chat_template import TemplateFormat, make_formatter
 from llama.tokenization.hf_tokenizer import HFTokenizer, open_tokenizer
 from llama.tokenizer import ChatFormat, Tokenizer
 
@@ -208,7 +208,7 @@ class Model:
         return [token for token in ids if token in self.ours.special_tokens.values()]
 
     def readable(self, text: str) -> str:
-        """What decoding leaves of `text`: NFC in some families; in others spaces come and go at control tokens."""
+        """`text` encoded and decoded: some families normalize it (NFC), some change spaces at control tokens."""
         if self.family.make in (llama3, qwen):
             return unicodedata.normalize("NFC", text) if self.family.make is qwen else text
         return text.replace(" ", "").replace("\u2581", "")
@@ -563,8 +563,8 @@ def test_the_date_is_the_given_one(tmp_path: Path) -> None:
 
 
 def test_formatter_is_the_one_that_fits(small: Tokenizer, qwen_path: Path) -> None:
-    assert type(formatter(small, NOW)) is ChatFormat
-    assert type(formatter(HFTokenizer(qwen_path), NOW)) is TemplateFormat
+    assert type(make_formatter(small, NOW)) is ChatFormat
+    assert type(make_formatter(HFTokenizer(qwen_path), NOW)) is TemplateFormat
 
 
 MEGABYTES = {"one letter": "a" * 10**6, "edges": "<|" * 500_000, "names": "<s><|im_end|>[INST]" * 53_000}

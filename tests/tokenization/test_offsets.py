@@ -1,4 +1,4 @@
-"""Offsets of tokens, with a count of bytes as the oracle, character by character; and beside transformers' own."""
+"""Offsets of tokens, compared with a count of bytes, character by character, and with transformers' own offsets."""
 
 import unicodedata
 from pathlib import Path
@@ -60,7 +60,7 @@ def names_in(text: str, tokenizer: AnyTokenizer) -> bool:
 
 
 def by_count(tokenizer: AnyTokenizer, ids: list[int], text: str, lead: int) -> Offsets:
-    """The characters whose bytes a token has some of, each found anew from the start of the text."""
+    """The characters of which a token has some bytes, counted from the start of the text for each token."""
     sizes = [len((" " * lead + text)[:i].encode()) for i in range(lead + len(text) + 1)]
     offsets, done = [], 0
     for token in ids:
@@ -73,7 +73,7 @@ def by_count(tokenizer: AnyTokenizer, ids: list[int], text: str, lead: int) -> O
 
 
 def check(tokenizer: AnyTokenizer, text: str, decoded: str, lead: int = 0) -> None:
-    """decoded: what the tokens stand for, character by character of `text`, after `lead` spaces."""
+    """decoded: for each character of `text`, what the tokens decode to, after `lead` spaces."""
     ids, offsets = encode_with_offsets(tokenizer, text, bos=False)
     assert ids == tokenizer.encode(text, bos=False, eos=False)
     assert offsets == by_count(tokenizer, ids, decoded, lead)
@@ -83,7 +83,7 @@ def check(tokenizer: AnyTokenizer, text: str, decoded: str, lead: int = 0) -> No
 
 
 def check_coverage(text: str, offsets: Offsets) -> None:
-    """All characters, in their order."""
+    """The offsets cover all characters, in their order."""
     assert {i for start, end in offsets for i in range(start, end)} == {*range(len(text))}
     assert all(0 <= start <= end <= len(text) for start, end in offsets)
     for side in zip(*offsets, strict=True):
@@ -136,7 +136,7 @@ def test_texts_that_are_taken_as_they_are(model: Model, text: str) -> None:
 
 
 def independent(text: str) -> list[int]:
-    """Where a text may be cut, and its parts be composed each by itself."""
+    """Split a text into parts that normalization composes independently."""
     whole = unicodedata.normalize("NFC", text)
     parts = ((unicodedata.normalize("NFC", text[:i]), unicodedata.normalize("NFC", text[i:])) for i in range(len(text)))
     return [i for i, (left, right) in enumerate(parts) if left + right == whole] + [len(text)]
@@ -148,7 +148,7 @@ def independent(text: str) -> list[int]:
 @example(text="e\u0301clair")
 @example(text="a\u0301\u0323b")
 def test_composed_texts(model: Model, text: str) -> None:
-    """A token stands within the parts of the text that its bytes are of; all tokens together for all of it."""
+    """A token's offsets are within the parts that its bytes come from; all offsets together cover the text."""
     ids, offsets = encode_with_offsets(model.ours, text, bos=True)
     assert ids == model.ours.encode(text, bos=True, eos=False)
     assume(model.ours.decode(ids) == unicodedata.normalize("NFC", text))  # else the two know not the same Unicode
@@ -168,7 +168,7 @@ def test_composed_texts(model: Model, text: str) -> None:
 @example(text="H")
 @example(text="e\u0301clair")
 def test_beside_transformers(model: Model, text: str) -> None:
-    """Theirs, but that a space before the text is no character of it, and that composed characters count whole."""
+    """As transformers', but a space before the text is no character of it, and composed characters are whole."""
     assume(not names_in(text, model.ours))
     theirs = model.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encode_with_offsets(model.ours, text, bos=False)
@@ -207,7 +207,7 @@ def test_offsets_that_the_file_asks_to_trim(tmp_path: Path) -> None:
 
 
 def test_a_space_before_every_part(tmp_path: Path) -> None:
-    """Words that are no part of the vocabulary part a text; SentencePiece puts a space before each of the others."""
+    """Words that aren't in the vocabulary split a text; SentencePiece puts a space before each other word."""
     made = FAMILIES["llama2 legacy"].make()
     made.add_tokens(words("brown"))
     tokenizer = HFTokenizer(save(tmp_path, made))

@@ -18,7 +18,7 @@ from vocabulary import SPECIALS, texts, unhurried
 
 from llama import LlamaError
 from llama.tasks.losses import IGNORED
-from llama.tokenization.chat_template import formatter
+from llama.tokenization.chat_template import make_formatter
 from llama.tokenization.hf_tokenizer import HFTokenizer
 from llama.tokenizer import Tokenizer
 from llama.training.dataset import Record, labels_in, problem_of, read_records
@@ -167,7 +167,7 @@ def tokenizer(request: pytest.FixtureRequest, small: Tokenizer, tmp_path_factory
 
 def reader(tokenizer: AnyTokenizer, max_seq_len: int, labels: tuple[str, ...] = LABELS) -> Preprocessor:
     places = {label: i for i, label in enumerate(labels)}
-    return Preprocessor(tokenizer, formatter(tokenizer, datetime(2001, 2, 3)), places, max_seq_len)
+    return Preprocessor(tokenizer, make_formatter(tokenizer, datetime(2001, 2, 3)), places, max_seq_len)
 
 
 def learnt(example: Example) -> list[int]:

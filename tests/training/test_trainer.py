@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llama import LlamaError, TaskModel
 from llama.adapters.lora import TARGETS, Lora
-from llama.cli.finetune import add_finetune, train
+from llama.cli import finetune as finetune_command
 from llama.training import trainer as training
 from llama.training.preprocessing import Example
 from llama.training.trainer import Training, TrainingConfig, finetune
@@ -470,8 +470,8 @@ def test_the_day_on_which_it_began_is_today(
     noted["progress"]["begun"] = "2001-02-03T04:05:06"
     (killed / "training.json").write_text(json.dumps(noted))
     days: list[datetime] = []
-    formatter = training.formatter
-    monkeypatch.setattr(training, "formatter", lambda *given: (days.append(given[-1]), formatter(*given))[1])
+    make_formatter = training.make_formatter
+    monkeypatch.setattr(training, "make_formatter", lambda *given: (days.append(given[-1]), make_formatter(*given))[1])
     begun()
     begun(output=str(killed.parent / "new"), epochs=1)
     assert days[0] == datetime(2001, 2, 3, 4, 5, 6) and datetime.now() - days[1] < timedelta(minutes=5)
@@ -800,9 +800,9 @@ def test_options_that_do_not_go_together(
     more: list[str], message: str, ckpt: Path, files: dict, tmp_path: Path
 ) -> None:
     parser = argparse.ArgumentParser()
-    add_finetune(parser)
+    finetune_command.add_options(parser)
     with pytest.raises(LlamaError, match=message):
-        train(parser.parse_args(command(ckpt, files["tag"], tmp_path / "out", *more)[3:]))
+        finetune_command.run(parser.parse_args(command(ckpt, files["tag"], tmp_path / "out", *more)[3:]))
     assert not (tmp_path / "out").exists()
 
 

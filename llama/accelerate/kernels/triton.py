@@ -66,7 +66,7 @@ def _integer_product(
     groups,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
-    PANEL: tl.constexpr,
+    BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
@@ -75,17 +75,17 @@ def _integer_product(
     PARTS: tl.constexpr = 32 // BITS
     PER_GROUP: tl.constexpr = GROUP // PARTS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = (row // PANEL).to(tl.int64) * groups  # of the panel's first group
+    here = (row // BLOCK).to(tl.int64) * groups  # of the panel's first group
     m = tl.arange(0, COUNT)
     total = tl.zeros((COUNT, ROWS), tl.float32)
     for start in range(0, groups * PER_GROUP, WORDS):
         word = start + tl.arange(0, WORDS)
         inside = (word < groups * PER_GROUP)[:, None] & (row < rows)[None, :]
         packed = tl.load(
-            words + (here[None, :] * PER_GROUP + word[:, None]) * PANEL + (row % PANEL)[None, :], mask=inside, other=0
+            words + (here[None, :] * PER_GROUP + word[:, None]) * BLOCK + (row % BLOCK)[None, :], mask=inside, other=0
         )
         scale = tl.load(
-            scales + (here[None, :] + (word // PER_GROUP)[:, None]) * PANEL + (row % PANEL)[None, :],
+            scales + (here[None, :] + (word // PER_GROUP)[:, None]) * BLOCK + (row % BLOCK)[None, :],
             mask=inside,
             other=0.0,
         ).to(tl.float32)  # (WORDS, ROWS)
@@ -104,8 +104,8 @@ def _integer_product(
 
 
 def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T of at most `MOST_ROWS_ON_GPU` rows x (..., K) and W as `panels.IntegerPanels` has it: (..., rows)."""
-    columns, (_, groups, words, panel, _) = x.shape[-1], integers.shape
+    """x W^T of at most `MOST_ROWS_ON_GPU` rows x (..., K) and W as `QuantizedMatrix` has it: (..., rows)."""
+    columns, (_, groups, words, block, _) = x.shape[-1], integers.shape
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     with torch.cuda.device_of(x):
@@ -120,7 +120,7 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
             groups,
             BITS=bits,
             GROUP=words * 32 // bits,
-            PANEL=panel,
+            BLOCK=block,
             COUNT=MOST_ROWS_ON_GPU,
             ROWS=ROWS,
             WORDS=WORDS[x.itemsize],

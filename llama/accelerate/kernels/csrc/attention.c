@@ -5,7 +5,7 @@
 #include "vectors.h"
 
 enum { FEW = 4 };        /* queries that look at a key when it was loaded once */
-enum { QUERIES = 256 };  /* that look at a panel of keys before the next one is packed */
+enum { QUERIES = 256 };  /* that look at a block of keys before the next one is packed */
 
 /* --- attention of one new token a row: one pass over what is cached ----------------------------------------------------- */
 
@@ -138,12 +138,12 @@ ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_
     }
 }
 
-/* --- attention of many new tokens a row: products with panels of 64 keys, or of their values ---------------------------- */
+/* --- attention of many new tokens a row: products with blocks of 64 keys, or of their values ---------------------------- */
 
-/* 64 values (count, D) as panels along the keys, of which there are D / 64, rounded up; zeros for what isn't there. */
-INLINE void pack_values(const char *values, words *panels, long count, long D, int bf16) {
-    const long together = bf16 ? 2 : 1, steps = PANEL / together;
-    for (long v = 0; v < (D + PANEL - 1) / PANEL * VECTORS; v++)
+/* 64 values (count, D) as blocks along the keys, of which there are D / 64, rounded up; zeros for what isn't there. */
+INLINE void pack_values(const char *values, words *blocks, long count, long D, int bf16) {
+    const long together = bf16 ? 2 : 1, steps = BLOCK / together;
+    for (long v = 0; v < (D + BLOCK - 1) / BLOCK * VECTORS; v++)
         for (long k = 0; k < steps; k++) {
             words numbers = {0};
             for (long i = 0; i < together; i++) {
@@ -153,20 +153,20 @@ INLINE void pack_values(const char *values, words *panels, long count, long D, i
                     numbers |= bf16 && i == 0 ? one >> 16 : one;
                 }
             }
-            panels[(v / VECTORS * steps + k) * VECTORS + v % VECTORS] = numbers;
+            blocks[(v / VECTORS * steps + k) * VECTORS + v % VECTORS] = numbers;
         }
 }
 
 /* A few queries, of tokens at `places`, and their sums and masses, which are relative to the largest score so far. */
 typedef struct { floats mass[FLOAT_ROWS]; float most[FLOAT_ROWS]; long places[FLOAT_ROWS]; } Rows;
 
-/* What a few queries see of 64 keys from `first` on. keys, values: panels; q (rows, D); sums (rows, D rounded up). */
+/* What a few queries see of 64 keys from `first` on. keys, values: blocks; q (rows, D); sums (rows, D rounded up). */
 INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char *values, floats *sums, long D, long first,
                         long window, int bf16) {
-    const long size = bf16 ? 2 : 4, steps = PANEL * size / 4, chunks = (D + PANEL - 1) / PANEL;
+    const long size = bf16 ? 2 : 4, steps = BLOCK * size / 4, chunks = (D + BLOCK - 1) / BLOCK;
     const float scale = 1 / __builtin_sqrtf((float)D);
     floats score[FLOAT_ROWS][VECTORS], shrink[FLOAT_ROWS];
-    char chances[FLOAT_ROWS * PANEL * 4];
+    char chances[FLOAT_ROWS * BLOCK * 4];
     UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++) score[m][v] = (floats){0};
     multiply(score, FLOAT_ROWS, q, keys, D * size / 4, bf16);
     for (int m = 0; m < FLOAT_ROWS; m++) {
@@ -174,7 +174,7 @@ INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char 
         const floats low = (floats){0} - 1e30f;
         for (int v = 0; v < VECTORS; v++) {
             score[m][v] *= scale;
-            if (last < PANEL - 1 || before >= 0) {
+            if (last < BLOCK - 1 || before >= 0) {
                 const ints place = counting + v * LANES;
                 const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
                 score[m][v] = choose(seen, score[m][v], low);
@@ -195,7 +195,7 @@ INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char 
         floats sum[FLOAT_ROWS][VECTORS];
         UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sum[m][v] = sums[(m * chunks + c) * VECTORS + v] * shrink[m];
-        multiply(sum, FLOAT_ROWS, chances, values + c * PANEL * PANEL * size, steps, bf16);
+        multiply(sum, FLOAT_ROWS, chances, values + c * BLOCK * BLOCK * size, steps, bf16);
         UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sums[(m * chunks + c) * VECTORS + v] = sum[m][v];
     }
@@ -205,9 +205,9 @@ INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char 
  * before and of their own. q, out: (T, H, D) of this row, from the head's first query on; start: of the T tokens. */
 INLINE void attend_block(const char *q, const char *keys, const char *values, const float *angles, char *out, long from,
                          long to, long start, long H, long group, long D, long window, int bf16) {
-    const long size = bf16 ? 2 : 4, chunks = (D + PANEL - 1) / PANEL, head = D * size, end = start + to;
+    const long size = bf16 ? 2 : 4, chunks = (D + BLOCK - 1) / BLOCK, head = D * size, end = start + to;
     const long count = (to - from) * group, few = (count + FLOAT_ROWS - 1) / FLOAT_ROWS, lowest = start + from + 1 - window;
-    words key_panel[head / 4 * VECTORS], value_panels[chunks * PANEL * size / 4 * VECTORS];
+    words key_panel[head / 4 * VECTORS], value_panels[chunks * BLOCK * size / 4 * VECTORS];
     floats sums[few * FLOAT_ROWS * chunks * VECTORS];
     char turned[few * FLOAT_ROWS * head];
     Rows rows[few];
@@ -220,11 +220,11 @@ INLINE void attend_block(const char *q, const char *keys, const char *values, co
         rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS] = (floats){0};
         if (r < count) rotate(q + (t * H + r % group) * head, angles + t * D, turned + r * head, D, bf16);
     }
-    for (long first = lowest > 0 ? lowest : 0; first < end; first += PANEL) {
-        pack_panel((const loose_word *)(keys + first * head), (uint32_t *)key_panel, left(first, PANEL, end), head / 4);
-        pack_values(values + first * head, value_panels, left(first, PANEL, end), D, bf16);
+    for (long first = lowest > 0 ? lowest : 0; first < end; first += BLOCK) {
+        pack_panel((const loose_word *)(keys + first * head), (uint32_t *)key_panel, left(first, BLOCK, end), head / 4);
+        pack_values(values + first * head, value_panels, left(first, BLOCK, end), D, bf16);
         for (long i = 0; i < few; i++)
-            if (first <= rows[i].places[FLOAT_ROWS - 1] && first + PANEL > rows[i].places[0] + 1 - window)
+            if (first <= rows[i].places[FLOAT_ROWS - 1] && first + BLOCK > rows[i].places[0] + 1 - window)
                 attend_tile(rows + i, turned + i * FLOAT_ROWS * head, (const char *)key_panel, (const char *)value_panels,
                             sums + i * FLOAT_ROWS * chunks * VECTORS, D, first, window, bf16);
     }

@@ -50,11 +50,11 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
     const int32_t zero = bits == 8 ? 128 : 8;  /* what stands for 0 */
     floats total[INTEGER_ROWS][VECTORS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
-    for (long g = 0; g < groups; g++, scales += PANEL) {
+    for (long g = 0; g < groups; g++, scales += BLOCK) {
         ints sum[INTEGER_ROWS][VECTORS];
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sum[m][v] = (ints){0} - zero * x_sums[m * groups + g];
-        for (long s = 0; s < steps; s++, w += 4 * PANEL) {
+        for (long s = 0; s < steps; s++, w += 4 * BLOCK) {
             const int8_t *own = x + g * group + s * 4;
             words columns[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
@@ -73,13 +73,13 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
     write_rows(total, rows, y, N, count, bf16);
 }
 
-INLINE void integer_panel_product(int bits, long p, const int8_t *x, const float *x_scales, const int32_t *x_sums,
+INLINE void integer_block_product(int bits, long p, const int8_t *x, const float *x_scales, const int32_t *x_sums,
                                   const char *w, const uint16_t *scales, char *y, long M, long N, long groups, int bf16) {
-    const long count = left(p * PANEL, PANEL, N), group = bits == 8 ? GROUP8 : GROUP4;
-    const char *panel = w + p * groups * group * PANEL * bits / 8;
+    const long count = left(p * BLOCK, BLOCK, N), group = bits == 8 ? GROUP8 : GROUP4;
+    const char *block = w + p * groups * group * BLOCK * bits / 8;
     for (long m = 0; m < M; m += INTEGER_ROWS) {
-#define TILE(rows) integer_tile(rows, bits, x + m * groups * group, x_scales + m * groups, x_sums + m * groups, panel, \
-        scales + p * groups * PANEL, y + (m * N + p * PANEL) * (bf16 ? 2 : 4), N, groups, count, bf16)
+#define TILE(rows) integer_tile(rows, bits, x + m * groups * group, x_scales + m * groups, x_sums + m * groups, block, \
+        scales + p * groups * BLOCK, y + (m * N + p * BLOCK) * (bf16 ? 2 : 4), N, groups, count, bf16)
         switch (left(m, INTEGER_ROWS, M)) {
             case 1: TILE(1); break;
             case 2: TILE(2); break;
@@ -107,9 +107,9 @@ ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_
             else ROUND(4, 0);
         }
 #pragma omp for schedule(dynamic, 4)
-        for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
-            if (bits == 8) integer_panel_product(8, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
-            else integer_panel_product(4, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
+        for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
+            if (bits == 8) integer_block_product(8, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
+            else integer_block_product(4, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
     }
 }
 
@@ -142,7 +142,7 @@ static __attribute__((noinline)) floats sum_by_halves(floats *x, long count) {
 }
 
 /* A group of 16 rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row: of those that make its
- * largest number one of the targets, as panels.py has them, that of the least squared error; NaN where none is finite. */
+ * largest number one of the targets, as blocks.py has them, that of the least squared error; NaN where none is finite. */
 INLINE void round_rows(int bits, const floats *x, char *target, char *scales) {
     static const float targets[2][4] = {{-127}, {-8, -7.5f, -7, 7.5f}};
     const long group = bits == 8 ? GROUP8 : GROUP4, together = 32 / bits;
@@ -169,30 +169,30 @@ INLINE void round_rows(int bits, const floats *x, char *target, char *scales) {
             const floats number = choose(found, integers_of(bits, x[(word * together + i) * VECTORS], scale), (floats){0});
             whole_word |= (words)(__builtin_convertvector(number, ints) + (1 << (bits - 1))) << bits * i;
         }
-        *(loose_words *)(target + word * PANEL * 4) = whole_word;
+        *(loose_words *)(target + word * BLOCK * 4) = whole_word;
     }
     store(scales, 0, choose(found, scale, (floats){0} + __builtin_nanf("")), 1);
 }
 
-/* A group of a panel's rows, from the first of them on; zeros stand for the numbers that it lacks. */
+/* A group of a block's rows, from the first of them on; zeros stand for the numbers that it lacks. */
 INLINE void round_group(int bits, const char *w, long rows, long columns, long K, char *target, char *scales, int bf16) {
     floats numbers[GROUP8][VECTORS] = {0};
     for (long n = 0; n < rows; n++)
-        for (long k = 0; k < columns; k++) ((float(*)[PANEL])numbers)[k][n] = get(w, n * K + k, bf16);
+        for (long k = 0; k < columns; k++) ((float(*)[BLOCK])numbers)[k][n] = get(w, n * K + k, bf16);
     for (long v = 0; v < VECTORS; v++) round_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
 }
 
 #define ROUND_PANELS(name, bits, group, bf16) \
     void name(const char *w, char *integers, char *scales, long N, long K, int threads) { \
-        const long panels = (N + PANEL - 1) / PANEL, groups = (K + group - 1) / group; \
+        const long blocks = (N + BLOCK - 1) / BLOCK, groups = (K + group - 1) / group; \
         _Pragma("omp parallel for collapse(2) num_threads(threads)") \
-        for (long p = 0; p < panels; p++) \
+        for (long p = 0; p < blocks; p++) \
             for (long g = 0; g < groups; g++) \
-                round_group(bits, w + (p * PANEL * K + g * group) * (bf16 ? 2 : 4), left(p * PANEL, PANEL, N), \
-                            left(g * group, group, K), K, integers + (p * groups + g) * group * PANEL * bits / 8, \
-                            scales + (p * groups + g) * PANEL * 2, bf16); \
+                round_group(bits, w + (p * BLOCK * K + g * group) * (bf16 ? 2 : 4), left(p * BLOCK, BLOCK, N), \
+                            left(g * group, group, K), K, integers + (p * groups + g) * group * BLOCK * bits / 8, \
+                            scales + (p * groups + g) * BLOCK * 2, bf16); \
     }
-ROUND_PANELS(round_int8_float, 8, GROUP8, 0)
-ROUND_PANELS(round_int8_bf16, 8, GROUP8, 1)
-ROUND_PANELS(round_int4_float, 4, GROUP4, 0)
-ROUND_PANELS(round_int4_bf16, 4, GROUP4, 1)
+ROUND_PANELS(quantize_int8_float, 8, GROUP8, 0)
+ROUND_PANELS(quantize_int8_bf16, 8, GROUP8, 1)
+ROUND_PANELS(quantize_int4_float, 4, GROUP4, 0)
+ROUND_PANELS(quantize_int4_bf16, 4, GROUP4, 1)

@@ -14,25 +14,25 @@ INLINE void tile(int rows, const char *x, const char *w, char *y, long K, long N
 }
 
 INLINE void panel_product(long p, const char *x, const char *w, char *y, long M, long N, long K, int bf16) {
-    const long size = bf16 ? 2 : 4, count = left(p * PANEL, PANEL, N);
-    const char *panel = w + p * PANEL * K * size;
+    const long size = bf16 ? 2 : 4, count = left(p * BLOCK, BLOCK, N);
+    const char *block = w + p * BLOCK * K * size;
     for (long m = 0; m < M; m += FLOAT_ROWS) {
         const char *rows = x + m * K * size;
-        char *out = y + (m * N + p * PANEL) * size;
+        char *out = y + (m * N + p * BLOCK) * size;
         switch (left(m, FLOAT_ROWS, M)) {  /* each number of rows is compiled by itself, its sums in registers */
-            case 1: tile(1, rows, panel, out, K, N, count, bf16); break;
-            case 2: tile(2, rows, panel, out, K, N, count, bf16); break;
-            case 3: tile(3, rows, panel, out, K, N, count, bf16); break;
-            case 4: tile(4, rows, panel, out, K, N, count, bf16); break;
-            case 5: tile(5, rows, panel, out, K, N, count, bf16); break;
-            default: tile(6, rows, panel, out, K, N, count, bf16);
+            case 1: tile(1, rows, block, out, K, N, count, bf16); break;
+            case 2: tile(2, rows, block, out, K, N, count, bf16); break;
+            case 3: tile(3, rows, block, out, K, N, count, bf16); break;
+            case 4: tile(4, rows, block, out, K, N, count, bf16); break;
+            case 5: tile(5, rows, block, out, K, N, count, bf16); break;
+            default: tile(6, rows, block, out, K, N, count, bf16);
         }
     }
 }
 
 ENTRY void product(const char *x, const char *w, char *y, long M, long N, long K, int bf16, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
+    for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
         if (bf16) panel_product(p, x, w, y, M, N, K, 1);
         else panel_product(p, x, w, y, M, N, K, 0);
 }
@@ -49,8 +49,8 @@ void product_bf16(const char *x, const char *w, char *y, long M, long N, long K,
 
 void pack(const loose_word *source, uint32_t *target, long N, long steps, int threads) {
 #pragma omp parallel for num_threads(threads)
-    for (long p = 0; p < (N + PANEL - 1) / PANEL; p++)
-        pack_panel(source + p * PANEL * steps, target + p * PANEL * steps, left(p * PANEL, PANEL, N), steps);
+    for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
+        pack_panel(source + p * BLOCK * steps, target + p * BLOCK * steps, left(p * BLOCK, BLOCK, N), steps);
 }
 
 /* --- between the products: each number is rounded where the plain network rounds it -------------------------------------- */

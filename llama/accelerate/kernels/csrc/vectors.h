@@ -1,12 +1,12 @@
-/* Numbers as vectors, float or bfloat16, and panels of matrices: what the kernels here are made of.
+/* Numbers as vectors, float or bfloat16, and blocks of matrices: what the kernels here are made of.
  *
- * Knows numbers in memory; knows no tensors and no model. kernels.py compiles the files of this directory for the processor
+ * Knows numbers in memory; knows no tensors and no model. cpu.py compiles the files of this directory for the processor
  * that it runs on, and says what the arguments of their functions are. Vectors are GNU C's, of 64 bytes, and where a
  * processor's are shorter nothing is compiled: that took half a minute, and torch's own products were 3 to 15 times as fast.
  * Two products are the x86 instructions that were made for them where there are those.
  *
- * A packed matrix W (N, K) is a row of panels of 64 rows each. In a panel the 64 rows' numbers of one step along K stand
- * side by side, 4 bytes a row: one float, two bfloat16, or four integers. So one panel is read from its first byte to its
+ * A packed matrix W (N, K) is a row of blocks of 64 rows each. In a block the 64 rows' numbers of one step along K stand
+ * side by side, 4 bytes a row: one float, two bfloat16, or four integers. So one block is read from its first byte to its
  * last, and each vector that is read is multiplied by one number, or one pair or four, of x.
  *
  * Of what stands in a parallel loop the compiler takes no argument for a constant. What is to be compiled for each dtype by
@@ -21,7 +21,7 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { PANEL = 64, LANES = 16, VECTORS = PANEL / LANES, FLOAT_ROWS = 6 };
+enum { BLOCK = 64, LANES = 16, VECTORS = BLOCK / LANES, FLOAT_ROWS = 6 };
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -79,7 +79,7 @@ INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) /
     return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
 }
 
-/* --- panels: one step along K, in which w has 4 bytes of 16 rows, and x the 4 bytes that they are multiplied by ----------- */
+/* --- blocks: one step along K, in which w has 4 bytes of 16 rows, and x the 4 bytes that they are multiplied by ----------- */
 
 INLINE floats step_float(floats sum, words w, uint32_t x) { return sum + (floats)w * as_float(x); }
 
@@ -92,9 +92,9 @@ INLINE floats step_bf16(floats sum, words w, uint32_t x) {
 #endif
 }
 
-/* Add to sum the product of `rows` rows of x, and of a panel, of `steps` steps each. */
+/* Add to sum the product of `rows` rows of x, and of a block, of `steps` steps each. */
 INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char *w, long steps, int bf16) {
-    for (long k = 0; k < steps; k++, w += 4 * PANEL) {
+    for (long k = 0; k < steps; k++, w += 4 * BLOCK) {
         words columns[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
         UNROLL for (int m = 0; m < rows; m++) {
@@ -108,7 +108,7 @@ INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char 
 /* The first `count` columns of some rows of sums to y, whose rows are N numbers apart. */
 __attribute__((noinline, unused)) static void write_rows(floats sum[][VECTORS], int rows, char *y, long N, long count, int bf16) {
     const float *sums = (const float *)sum;
-    for (long m = 0; m < rows; m++, sums += PANEL) {
+    for (long m = 0; m < rows; m++, sums += BLOCK) {
         if (bf16) for (long n = 0; n < count; n++) ((uint16_t *)y)[m * N + n] = narrow(sums[n]);
         else memcpy(y + m * N * 4, sums, (size_t)count * 4);
     }
@@ -128,10 +128,10 @@ INLINE void transpose(words *x) {
     }
 }
 
-/* Up to 64 rows of `steps` times 4 bytes as a panel, zeros for those that aren't there. */
-INLINE void pack_panel(const loose_word *rows, uint32_t *panel, long count, long steps) {
+/* Up to 64 rows of `steps` times 4 bytes as a block, zeros for those that aren't there. */
+INLINE void pack_panel(const loose_word *rows, uint32_t *block, long count, long steps) {
     for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
-        for (long n = 0; n < PANEL; n += LANES) {
+        for (long n = 0; n < BLOCK; n += LANES) {
             const long wide = left(from, LANES, steps), here = left(n, LANES, count);
             words square[LANES] = {{0}};
             if (wide == LANES && here == LANES)
@@ -139,6 +139,6 @@ INLINE void pack_panel(const loose_word *rows, uint32_t *panel, long count, long
             else
                 for (long i = 0; i < here; i++) memcpy(square + i, rows + (n + i) * steps + from, (size_t)wide * 4);
             transpose(square);
-            for (long k = 0; k < wide; k++) *(loose_words *)(panel + (from + k) * PANEL + n) = square[k];
+            for (long k = 0; k < wide; k++) *(loose_words *)(block + (from + k) * BLOCK + n) = square[k];
         }
 }

@@ -1,0 +1,215 @@
+"""The fast form of a built model: where it is entered, and how it takes over what was edited in the model.
+
+`Transformer.fast` is one. The model stays what it is: its layers compute by the text of model.py when they are called
+by hand, hooked or replaced, and whoever reads a packed weight gets the plain one. After somebody has reached inside,
+the model is compared with what was packed when a public method or a stream begins, and at each forward by hand.
+
+Knows the network and its packed weights; knows no files and no generation.
+"""
+
+import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kv_cache import Pass
+from ..model import Transformer
+from ..parallel import DTYPES
+from .call_capture import CaptureFunction, GraphCapture, capture_calls
+from .decode_steps import DecodeSteps
+from .kernels import dispatch
+from .layers import FastNetwork
+from .plain_weights import PackedWeight, Watch
+from .quantization import PackedMatrix
+from .shared_memory import SharedMemory
+from .structure import NoticedModules, Structure, text_is_original
+
+ChooseCapture = Callable[[torch.device, bool], CaptureFunction | None]  # by device, and whether attention is a kernel
+
+
+class FastModel:
+    """A Transformer's fast form."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        watch: Watch,
+        shared: SharedMemory | None,
+        compile: bool,
+        untouched: Structure | None = None,
+        choose_capture: ChooseCapture | None = None,
+    ):
+        """compile: see `Acceleration`. untouched: the structure of the model that `model` is a copy of."""
+        self.model, self.watch = model, watch
+        self.usable = True  # whether the model's layers still are those that were packed
+        self._shared, self._compile, self._untouched = shared, compile, untouched
+        self._choose_capture = choose_capture or capture_of_device
+        self.steps: DecodeSteps | None = None
+        self._build()
+        model._modules = NoticedModules(model._modules, watch)
+        self.structure = Structure(model, untouched)
+        if compile and self.steps is not None:
+            self.steps.warm_up(model.prepare)
+
+    def _build(self) -> None:
+        """Read the parts of the model as they are now. What was captured of others is forgotten."""
+        if self.steps is not None:
+            self.steps.close()
+        self.network = FastNetwork(self.model, self._shared)
+        self.device, self.dtype = self.network.like.device, self.network.like.dtype
+        modules = chain.from_iterable(part.modules() for part in dict.values(self.model._modules) if part)
+        self._places = [(own, name) for m in modules for own in [m._parameters] for name in own]
+        self._parameters = self._plain_parameters()
+        weights = self._weights()
+        self._all_mapped = bool(weights) and all(weight.mapped is not None for weight in weights)
+        self.steps = self._make_steps()
+
+    def _make_steps(self) -> DecodeSteps | None:
+        """The decode steps of this device, if they are captured or compiled.
+
+        Where calls are captured, compile=True captures too, which is faster: compiled code would call the same kernels
+        through torch's dispatcher.
+        """
+        if self.dtype not in DTYPES.values():
+            return None
+        capture = self._choose_capture(self.device, self.network.attends)
+        if capture is None and not self._compile:
+            return None
+        steps = DecodeSteps(self.network, self.model.params, self._compile and capture is not capture_calls)
+        if capture is not None:
+            steps.capture_by(capture)
+        return steps
+
+    # --- where it is entered ------------------------------------------------------------------------------------------
+
+    def is_usable(self) -> bool:
+        return self.usable and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type)
+
+    def forward(self, one: Pass) -> Tensor:
+        """Logits. Of several tokens by the plain text, to its last bit, where that takes no memory."""
+        if one.tokens.shape[1] > 1 and self._all_mapped:
+            with self.watch.lend():
+                return self.model.output(self.model.run(one)).float()
+        return self.logits(self.hidden_states(one))
+
+    def hidden_states(self, one: Pass) -> Tensor:
+        seqlen = one.tokens.shape[1]
+        if self.steps is not None and one.start_pos is not None and seqlen == 1:
+            return self.steps(one)
+        masks: tuple[Tensor | None, Tensor | None] = (None, None)
+        if one.start_pos is None or not (self.network.attends and dispatch.attends(self.network.like, seqlen)):
+            masks = one.mask(), one.mask(self.model.params.sliding_window)
+        return self.network.run(one.tokens, one.start_pos, one.freqs_cis, *masks)
+
+    def logits(self, h: Tensor) -> Tensor:
+        return self.network.output(h).float()
+
+    @property
+    def packed_matrices(self) -> list[PackedMatrix]:
+        return [weight.packed for weight in self._weights() if weight.packed is not None]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a decode step reads on this rank: matrices, norms and biases."""
+        linears = [self.network.output, *(linear for _, linear in self.network.linears)]
+        vectors = {
+            id(v): v.nbytes for own, name in self._places if (v := dict.get(own, name)) is not None and is_vector(v)
+        }
+        return sum(linear.nbytes for linear in linears) + sum(vectors.values())
+
+    # --- what was edited ----------------------------------------------------------------------------------------------
+
+    def refresh(self, trains: bool = False) -> None:
+        """Take over what was edited since the last call. Costs next to nothing if nobody reached inside.
+
+        trains: whether the plain weights are to be trained.
+        """
+        if not text_is_original() or "run" in vars(self.model):
+            self.usable, self.watch.reached = False, True
+        elif trains or self.watch.reached:
+            with self.watch.lock:
+                self._unpack_for_training() if trains else self._compare()
+
+    def _compare(self) -> None:
+        """Look at what may have been edited, and make the fast form anew where it was."""
+        if self.structure.holds():
+            self.watch.take_over()
+            self.usable = all(weight.packed is not None for weight in self._weights())
+            if self.usable and (self.watch.edited or self._plain_parameters() != self._parameters):
+                self._build()
+            elif self.usable and self.steps is not None:
+                self.steps.forget_other_caches()
+            self.watch.edited = self.watch.edited and not self.usable
+            self.watch.reached = not self.usable or bool(self.watch.handed_out) or self.structure.is_held()
+        else:
+            self.usable = False
+
+    def _unpack_for_training(self) -> None:
+        """Keep the plain weights alone, which are trained; they are packed when the fast form is next to run."""
+        for weight in self._weights():
+            weight.keep_plain()
+        self.usable, self.watch.reached = False, True
+
+    def _weights(self) -> list[PackedWeight]:
+        linears = [self.network.output, *(linear for _, linear in self.network.linears)]
+        return [linear.weight for linear in linears if linear.weight is not None]
+
+    def _plain_parameters(self) -> list[tuple[int, int]]:
+        """The parameters that the fast form reads as they are: which they are, and where they lie."""
+        values = [dict.get(own, name) for own, name in self._places]
+        return [(id(value), value.data_ptr()) for value in values if isinstance(value, Tensor)]
+
+    # --- copies -------------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FastModel | PendingCopy":
+        self.refresh()
+        twin = PendingCopy(copy.deepcopy(self.model, memo), copy.deepcopy(self.watch, memo), self)
+        memo[id(self)] = twin
+        return twin
+
+    def __reduce__(self) -> Any:
+        """A pickled model is a plain one."""
+        return no_fast_form, ()
+
+
+class PendingCopy:
+    """The fast form of a copied model, to be made at its first use: when it is copied, the model isn't whole yet."""
+
+    def __init__(self, model: Transformer, watch: Watch, original: FastModel):
+        self.model, self.watch = model, watch
+        self.device, self.dtype = original.device, original.dtype
+        self._rest = original._shared, original._compile, original.structure, original._choose_capture
+
+    def refresh(self, trains: bool = False) -> None:
+        fast = FastModel(self.model, self.watch, *self._rest)
+        self.model.fast = fast
+        self.watch.reached = True
+        fast.refresh(trains)
+
+    def is_usable(self) -> bool:
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        self.refresh()
+        return copy.deepcopy(self.model.fast, memo)
+
+    def __reduce__(self) -> Any:
+        return no_fast_form, ()
+
+
+def capture_of_device(device: torch.device, attends: bool) -> CaptureFunction | None:
+    """How steps are captured. Without kernels the CPU waits for no Python that would be worth it."""
+    if device.type == "cuda":
+        return GraphCapture(device)
+    return capture_calls if device.type == "cpu" and attends else None
+
+
+def is_vector(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 1
+
+
+def no_fast_form() -> None:
+    return None

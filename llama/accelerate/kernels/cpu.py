@@ -1,0 +1,237 @@
+"""The functions of csrc/ on tensors of the CPU. They are compiled once for each processor, in seconds, and cached.
+
+Knows tensors; knows no layers. Where there is no compiler, or nothing for this processor that can be
+compiled and loaded, `library` gives None.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..._util.files import cache_home
+from ..memory_pages import in_large_pages
+
+SOURCES = ("products.c", "integers.c", "attention.c", "ranks.c")  # in csrc/, with HEADER
+HEADER = "vectors.h"
+LANES = 16  # floats of a vector
+BLOCK = 64  # rows of a matrix whose numbers lie side by side
+WORD = 4  # bytes of a row that lie together
+FLAGS = [
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+]
+DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # as the functions' names end
+SECONDS_TO_COMPILE = 120
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled SOURCES, or None where they can't be compiled or loaded."""
+    sources = [Path(__file__).with_name("csrc") / name for name in SOURCES]
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    try:
+        content = b"".join(path.read_bytes() for path in (*sources, sources[0].with_name(HEADER)))
+        key = hashlib.sha256(content + repr((FLAGS, compiler, processor())).encode()).hexdigest()
+        path = cache_home() / "kernels" / f"{key[:32]}.so"
+        if not is_complete(path):
+            compile_to(path, sources, compiler)
+        return ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
+        return None
+
+
+def processor() -> str:
+    """What the compiled code depends on."""
+    return cpuinfo("flags", "Features") or f"{platform.machine()} {platform.processor()}"
+
+
+def cpuinfo(*keys: str) -> str | None:
+    """The value of the first of these keys that Linux has for the first core; None on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), None)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether it ends with the hash of all before, as `compile_to` leaves it: to load a part would end the process."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content[-32:] == hashlib.sha256(content[:-32]).digest()
+
+
+def compile_to(path: Path, sources: list[Path], compiler: str) -> None:
+    """Write the library under another name and rename it, since ranks may do this at the same time.
+
+    It is not linked with OpenMP: it uses torch's, so that both share one set of threads.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
+        run = functools.partial(
+            subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE, cwd=directory
+        )
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda source: run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source]), sources))
+        linked = Path(directory, "kernels.so")
+        run([compiler, "-shared", *(source.with_suffix(".o").name for source in sources), "-o", linked])
+        with linked.open("r+b") as f:
+            f.write(hashlib.sha256(f.read()).digest())
+        os.replace(linked, path)
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[str, Callable[..., int]] = {}  # of the library, by name, once they were called
+Call = tuple[Callable[[], object], tuple[object, ...]]  # what to call again, and the tensors that it uses
+CAPTURED: ContextVar[list[Call] | None] = ContextVar("captured", default=None)  # by a capture in this thread
+
+
+def call(name: str, *arguments: Tensor | int | float) -> int:
+    """Call a function of the library and return its result. Tensors must be contiguous; they become addresses."""
+    return bind(name, *arguments)()
+
+
+def run(name: str, *arguments: Tensor | int | float) -> None:
+    """`call` a function without a result, and record it."""
+    bound = bind(name, *arguments)
+    bound()
+    record(bound, *arguments)
+
+
+def record(bound: Callable[[], object], *tensors: object) -> None:
+    """Record this call and the tensors it uses, if a capture is running in this thread."""
+    if (calls := CAPTURED.get()) is not None:
+        calls.append((bound, tensors))
+
+
+def bind(name: str, *arguments: Tensor | int | float) -> Callable[[], int]:
+    """A call of a function of the library on the memory of these tensors, with the number of threads of now."""
+    function = FUNCTIONS.get(name) or find_function(name, arguments)
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    return functools.partial(function, *values, torch.get_num_threads())
+
+
+def find_function(name: str, arguments: Sequence[Tensor | int | float]) -> Callable[..., int]:
+    """A function of the library. It always takes arguments of these types, and the number of threads."""
+    function = getattr(library(), name)
+    plain = {int: ctypes.c_long, float: ctypes.c_double}
+    function.argtypes = [*(plain.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_long]
+    function.restype = ctypes.c_long
+    FUNCTIONS[name] = function
+    return function
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def new_packed(weight: Tensor) -> Tensor:
+    """Room for W (N, K), packed: (N / 64, K * itemsize / 4, 64, 4 / itemsize), N rounded up."""
+    together = WORD // weight.itemsize
+    return in_large_pages((-(-len(weight) // BLOCK), weight.shape[1] // together, BLOCK, together), weight.dtype)
+
+
+def pack(weight: Tensor, packed: Tensor) -> None:
+    """Fill the first blocks of `packed` with W; rows that the last block lacks are zeros there."""
+    call("pack", weight.contiguous(), packed, len(weight), packed.shape[1])
+
+
+def unpack(packed: Tensor, rows: int) -> Tensor:
+    """The first rows of the matrix that was packed, (rows, K)."""
+    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:rows]
+
+
+def lookup(packed: Tensor, rows: Tensor) -> Tensor:
+    """Rows of the matrix that was packed: (...) -> (..., K)."""
+    return packed[rows // BLOCK, :, rows % BLOCK].flatten(-2)
+
+
+def quantize(weight: Tensor, integers: Tensor, scales: Tensor, bits: int) -> None:
+    """Fill the first blocks of `integers` and `scales`, as `QuantizedMatrix` has them, with W (N, K) quantized."""
+    weight = weight.contiguous()
+    call(f"quantize_int{bits}_{DTYPES[weight.dtype]}", weight, integers, scales, *weight.shape)
+
+
+# --- functions of a layer, of the same names as in triton.py ----------------------------------------------------------
+
+
+def product(x: Tensor, packed: Tensor, rows: int) -> Tensor:
+    """x W^T of x (..., K) and W (rows, K), packed: (..., rows), in their dtype, summed in float32."""
+    columns = packed.shape[1] * packed.shape[3]
+    if (x.dtype, x.shape[-1]) != (packed.dtype, columns):
+        raise RuntimeError(f"x is {x.dtype} of {x.shape[-1]} columns, and the matrix {packed.dtype} of {columns}")
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    run(f"product_{DTYPES[x.dtype]}", x, packed, y, x.numel() // columns, rows, columns)
+    return y
+
+
+def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T of x (..., K) and W as `QuantizedMatrix` has it: (..., rows), in the dtype of x.
+
+    Each group of x is rounded to 8 bits too, so that integers are multiplied.
+    """
+    columns, group = x.shape[-1], integers.shape[2] * WORD * 8 // bits
+    if -(-columns // group) != integers.shape[1]:
+        raise RuntimeError(f"x has {columns} columns, and the matrix {integers.shape[1]} groups of {group}")
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], rows)
+    count = x.numel() // columns
+    room = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
+    name = f"product_int{bits}_{DTYPES[x.dtype]}"
+    run(name, x, integers, scales, y, count, rows, columns, room)
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`model.RMSNorm` over the last dimension."""
+    x, dim = x.contiguous(), x.shape[-1]
+    y = x.new_empty(x.shape)
+    run(f"rms_norm_{DTYPES[x.dtype]}", x, weight, y, x.numel() // dim, dim, float(eps))
+    return y
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b, of the same shape."""
+    a, b = a.contiguous(), b.contiguous()
+    y = a.new_empty(a.shape)
+    run(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel())
+    return y
+
+
+def attention(
+    xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, starts: Tensor, window: int
+) -> Tensor:
+    """Attention of each row's T new tokens, their keys and values written to the caches: (B, T, H, D).
+
+    xq: (B, T, H, D), xk: (B, T, KV, D), not rotated; xv: (B, T, KV, D); caches: (rows, S, KV, D), which lie in memory
+    as (rows, KV, S, D); angles: complex numbers as (1 or B, T, D);
+    starts: integers (B), positions of the first tokens. Each looks at the last `window` positions up to its own. A
+    single token below 0 is none: nothing is written, and what comes out means nothing.
+    """
+    bsz, seqlen, heads, head_dim = xq.shape
+    room, kv_heads = cache_k.shape[1:3]
+    out = xq.new_empty(xq.shape)
+    turn = angles[0].numel() if len(angles) > 1 else 0
+    xq, xk, xv, angles, starts = (x.contiguous() for x in (xq, xk, xv, angles, starts.long()))
+    sizes = (bsz, seqlen, heads, kv_heads, head_dim, room, window, turn)
+    run(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, out, *sizes)
+    return out
