@@ -3,8 +3,11 @@
 The translation of weights and the rule of the hidden size are written here from the papers, not from `llama/`.
 """
 
-import math
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads of tiny models wait for each other
+
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
