@@ -1,11 +1,5 @@
-"""What tests/tasks/test_predict.py runs on 2 ranks: writes what heads on a checkpoint's network make of texts.
+"""What tests/tasks/test_predict.py runs on 2 ranks: what heads on a checkpoint's network make of texts."""
 
-    torchrun --nproc_per_node N tests/answering_program.py CKPT_DIR OUTPUT
-
-Every rank writes OUTPUT.RANK with torch.save, so that the test can see whether they agree.
-"""
-
-import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -59,8 +53,3 @@ def results(ckpt_dir: str) -> dict[str, Any]:
         "answers": [asdict(one) for one in answer(token, tokenizer, *PROMPTS[1:3], 20, 3, doc_stride=7, n_best=3)],
         "refused": refused,
     }
-
-
-if __name__ == "__main__":
-    found = results(sys.argv[1])
-    torch.save(found, f"{sys.argv[2]}.{dist.get_rank()}")

@@ -3,8 +3,11 @@
 The translation of weights and the rule of the hidden size are written here from the papers, not from `llama/`.
 """
 
-import math
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threads of tiny models wait for each other
+
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +18,7 @@ import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from rank_pool import RankPool
 from torch import Tensor
 from vocabulary import BASE, SPECIALS, TOKENS, lines_of, write
 
@@ -33,6 +37,14 @@ def place() -> Iterator[Place]:
     yield initialize(device="cpu", dtype=torch.float32)
     if not existed:
         leave()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[RankPool]:
+    """Runs functions on several ranks."""
+    pool = RankPool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture

@@ -1,21 +1,14 @@
-"""What tests/checkpoints/test_families.py runs on 1, 2, 4 and 8 ranks: reads checkpoints and writes each one's logits.
+"""What tests/checkpoints/test_families.py runs on 1, 2, 4 and 8 ranks: reads checkpoints and returns their logits.
 
-    torchrun --nproc_per_node N tests/family_program.py JOBS.json
-
-JOBS.json is a list of {"directory": a checkpoint, "rows": two rows of tokens, "ways": names of WAYS, "fast": those that
-the fast form is asked in too, "output": the file that rank 0 writes with torch.save}. Each way of asking gives the
-logits of all its positions.
+Each way of asking gives the logits of all its positions.
 """
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from llama.accelerate.accelerator import Accelerator
@@ -60,10 +53,11 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def main(jobs: str) -> None:
-    place = initialize(device="cpu", dtype=torch.float32)
-    for job in json.loads(Path(jobs).read_text()):
-        checkpoint, rows = open_checkpoint(job["directory"]), torch.tensor(job["rows"])
+def compute(rows: Tensor, jobs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    """For each {"directory": a checkpoint, "ways": names of WAYS, "fast": those that the fast form is asked in too}."""
+    place, results = initialize(device="cpu", dtype=torch.float32), []
+    for job in jobs:
+        checkpoint = open_checkpoint(job["directory"])
         args, accelerator = replace(checkpoint.sizes, **SIZES), Accelerator()
         model = load_model(checkpoint, args, place)
         with torch.no_grad():
@@ -76,9 +70,5 @@ def main(jobs: str) -> None:
             assert_same(fast.state_dict(), model.state_dict())
         result["bytes"] = torch.tensor([sum(x.nbytes for x in xs) for xs in (model.parameters(), model.buffers())])
         result["tied"] = torch.tensor(model.output.weight is model.tok_embeddings.weight)
-        if dist.get_rank() == 0:
-            torch.save(result, job["output"])
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        results.append(result)
+    return results

@@ -1,35 +1,20 @@
-"""What tests/training/test_trainer.py runs on ranks, and in processes that are killed: forks of this one, which has
-imported what takes seconds.
+"""What tests/training/test_trainer.py runs on ranks, and in processes that are killed."""
 
-    python tests/finetune_program.py JOBS.json
-
-JOBS.json is a list of {"ranks", "config", "ckpt_dir", "model_parallel_size", "kills"}. Neighbouring jobs with the same
-"ranks" run in the same processes, as under torchrun. With a seed as "kills", a job of one process is killed at a random
-moment and begun again, until it ends. Afterwards JOBS.json holds, for each such group, the reports of its ranks. A
-report is a list with an entry a job: the error that was raised, the steps that were made, and how many more files are
-open at the last step than at the second; or how often it was killed.
-"""
-
-import contextlib
 import io
 import json
 import os
 import random
 import signal
-import socket
-import sys
 import threading
-import traceback
-from collections.abc import Callable, Iterator
-from itertools import groupby
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fairscale.nn.model_parallel.initialize as fs_init
 import torch
-import torch._dynamo  # as optimizers do, in each process anew
+from rank_server import exit_after
 
-from llama import LlamaError, parallel
+from llama import LlamaError
 from llama.adapters.lora import Lora
 from llama.training import trainer as training
 from llama.training.trainer import Training, TrainingConfig, finetune
@@ -58,6 +43,13 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         error = str(e)
     Training.step = step  # type: ignore[method-assign]
     return {"error": error, "steps": len(opened), "left open": opened[-1] - opened[1] if opened[1:] else 0}
+
+
+def draw(losses: list[float], history: list[dict[str, Any]], path: Path) -> None:
+    """Instead of the picture, which takes most of the time."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(history))
+    partial.replace(path)
 
 
 def kill() -> None:
@@ -97,19 +89,12 @@ def doom(chance: random.Random) -> str:
     return moment
 
 
-@contextlib.contextmanager
-def ended() -> Iterator[None]:
-    """A fork's own end: it shall not go on as the process that it was made of."""
-    try:
-        yield
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+def finetune_until_done(job: dict[str, Any]) -> int:
+    """Let processes be killed at moments that chance chooses, until one comes to its end; returns how many were.
 
-
-def alone(job: dict[str, Any]) -> dict[str, Any]:
-    """In processes of their own, since one is to be killed."""
+    "kills" of the job is a seed; with None, none is killed.
+    """
+    training.draw_curves = draw
     chance, kills = random.Random(job["kills"]), 0
     while True:
         seed = chance.random()
@@ -117,48 +102,16 @@ def alone(job: dict[str, Any]) -> dict[str, Any]:
             torch.seed()  # as of a process that was just started
             if job["kills"] is not None and kills < 40:
                 doom(random.Random(seed))
-            with ended():
-                result_of(job)
+            exit_after(lambda: result_of(job))
         _, status = os.waitpid(pid, 0)
         if status == 0:
-            return {"kills": kills}
+            return kills
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         kills += 1
 
 
-def draw(losses: list[float], history: list[dict[str, Any]], path: Path) -> None:
-    """Instead of the picture, which takes most of the time."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(history))
-    partial.replace(path)
-
-
-def on_ranks(jobs: list[dict[str, Any]], path: str, count: int) -> list[list[dict[str, Any]]]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(count):
-        if (pid := os.fork()) == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-            with ended():
-                Path(f"{path}.{rank}").write_text(json.dumps([result_of(job) for job in jobs]))
-                parallel.leave()
-        children.append(pid)
-    assert not any(os.waitpid(pid, 0)[1] for pid in children)
-    return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(count)]
-
-
-def main(path: str) -> None:
+def finetune_all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What came of each: the error that was raised, the steps that were made, how many more files are open at the last
+    step than at the second. A job is {"config", "ckpt_dir", "model_parallel_size"}."""
     training.draw_curves = draw
-    reports: list[list[dict[str, Any]]] = []
-    for count, group in groupby(json.loads(Path(path).read_text()), lambda job: job["ranks"]):
-        jobs = list(group)
-        made = [[alone(job) for job in jobs]] if count == 1 else on_ranks(jobs, path, count)
-        reports.append(made)
-    Path(path).write_text(json.dumps(reports))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return [result_of(job) for job in jobs]

@@ -1,13 +1,5 @@
-"""What tests/tasks/test_heads.py runs on ranks: losses, logits and gradients of task heads.
+"""What tests/tasks/test_heads.py runs on ranks: losses, logits and gradients of task heads."""
 
-    torchrun --nproc_per_node N tests/head_program.py JOBS.json
-
-JOBS.json is a list of {"directory", "task", "inputs": what goes into the head, as lists, "output": a directory}. Rank 0
-writes output/result.pt, and a checkpoint whose tensors are the gradients; "recomputed" says that layers are.
-"""
-
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +15,12 @@ def outputs(found: Any) -> dict[str, Tensor]:
     return {"loss": found} if isinstance(found, Tensor) else {k: v for k, v in vars(found).items() if v is not None}
 
 
-def main(jobs: str) -> None:
-    for job in json.loads(Path(jobs).read_text()):
+def compute(jobs: list[dict[str, Any]]) -> None:
+    """Of each {"directory", "task", "inputs": what goes into the head, as lists, "output": a directory, "recomputed"}.
+
+    Rank 0 writes output/result.pt, and a checkpoint whose tensors are the gradients.
+    """
+    for job in jobs:
         built = TaskModel.build(job["directory"], device="cpu", dtype="float32")
         head = built.head.train()
         if job["recomputed"]:
@@ -38,7 +34,3 @@ def main(jobs: str) -> None:
         built.save(job["output"])
         if parallel.is_main_process():
             torch.save({k: v.detach() for k, v in result.items()}, Path(job["output"]) / "result.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

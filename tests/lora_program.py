@@ -1,11 +1,5 @@
-"""What tests/adapters/test_lora.py runs on 1, 2 and 4 ranks: an adapter's outputs, gradients and files.
+"""What tests/adapters/test_lora.py runs on 1, 2 and 4 ranks: an adapter's outputs, gradients and files."""
 
-    torchrun --nproc_per_node N tests/lora_program.py CKPT_DIR ADAPTER_DIR OUTPUT_DIR
-
-Rank 0 writes OUTPUT_DIR/result with torch.save; adapters are saved in OUTPUT_DIR/saved and OUTPUT_DIR/fresh.
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -43,7 +37,8 @@ def refusal(model: Transformer, directory: str) -> str:
     return ""
 
 
-def main(ckpt_dir: str, adapter_dir: str, output_dir: str) -> None:
+def compute(ckpt_dir: str, adapter_dir: str, output_dir: str) -> dict[str, object]:
+    """Adapters are saved in the output directory's saved and fresh."""
     place, output = parallel.initialize(device="cpu", dtype=torch.float32), Path(output_dir)
     checkpoint = open_checkpoint(ckpt_dir)
     model = load_model(checkpoint, checkpoint.sizes, place)
@@ -61,9 +56,4 @@ def main(ckpt_dir: str, adapter_dir: str, output_dir: str) -> None:
     add_lora(model, Lora(5, 7.5, TARGETS), seed=3)
     save_adapter(model, output / "fresh")
     result["refused"] = refusal(model, str(output / "saved" / "adapter_config.json"))
-    if dist.get_rank() == 0:
-        torch.save(result, output / "result")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return result

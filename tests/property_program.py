@@ -1,19 +1,14 @@
 """What tests/engine/test_properties.py asks, and runs on 2 and 4 ranks: many cases, each answered by a fresh Llama.
 
-    torchrun --nproc_per_node N tests/property_program.py DIRECTORY CASES OUTPUT
-
-DIRECTORY as `write_models` leaves it; CASES a list of dicts, as torch saves it. Every rank writes OUTPUT.RANK likewise.
 Knows how to ask; knows neither what is asked nor what is right.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tiny import write_checkpoint
 from torch import Tensor
 
@@ -122,11 +117,7 @@ def answered(llamas: Mapping[str, Llama], case: Mapping[str, Any]) -> Any:
         return {"refused": str(e).removeprefix("rank 0: ")}  # which alone calls what is the caller's own
 
 
-def main(directory: str, cases: str, output: str) -> None:
-    llamas = built(Path(directory))
-    found = [answered(llamas, case) for case in torch.load(cases)]
-    torch.save(found, f"{output}.{dist.get_rank()}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def answer_all(directory: Path, cases: list[dict[str, Any]]) -> list[Any]:
+    """By the models that `write_models` left in a directory."""
+    llamas = built(directory)
+    return [answered(llamas, case) for case in cases]

@@ -1,12 +1,7 @@
-"""What tests of scoring and attention weights run on 1 and 2 ranks: writes what a model makes of texts.
+"""What tests of scoring and attention weights run on 1 and 2 ranks: what a model makes of texts."""
 
-    torchrun --nproc_per_node N tests/scoring_program.py CKPT_DIR OUTPUT
-
-Every rank writes OUTPUT.RANK with torch.save, so that the test can see whether they agree.
-"""
-
-import sys
 from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +15,7 @@ from llama.parallel import initialize
 SIZES = {"max_seq_len": 24, "max_batch_size": 3}
 
 
-def main(ckpt_dir: str, output: str) -> None:
+def compute(ckpt_dir: str) -> dict[str, Any]:
     place, rank = initialize(device="cpu", dtype=torch.float32), dist.get_rank()
     llama, checkpoint = Llama.build(ckpt_dir, device="cpu", dtype="float32", **SIZES), open_checkpoint(ckpt_dir)
     plain = load_model(checkpoint, replace(checkpoint.sizes, **SIZES), place)
@@ -40,8 +35,4 @@ def main(ckpt_dir: str, output: str) -> None:
     logits, weights = attention_weights(plain, tokens)
     (logits.logsumexp(-1).sum() + weights[0].pow(2).sum()).backward()
     result["gradient"] = plain.layers[0].attention_norm.weight.grad
-    torch.save(result, f"{output}.{rank}")
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return result

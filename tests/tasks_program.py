@@ -1,13 +1,8 @@
-"""What tests/test_tasks.py runs on ranks, each of which writes what it found to OUTPUT.RANK.
-
-torchrun --nproc_per_node N tests/tasks_program.py WHAT DIRECTORY OUTPUT
-"""
+"""What tests/tasks/test_task_model.py runs on ranks."""
 
 import errno
-import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,10 +29,11 @@ def full(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def language_losses(directory: Path) -> dict[str, Any]:
+def language_losses(cases: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
     """Of each case, {"h", "weight", "labels"}: the loss, and the gradients of h and of this rank's words."""
+    parallel.initialize(device="cpu")
     found = {}
-    for name, case in torch.load(directory / "cases.pt").items():
+    for name, case in cases.items():
         ranks = parallel.group().size()
         h = case["h"].clone().requires_grad_()
         weight = case["weight"].chunk(ranks)[parallel.group().rank()].clone().requires_grad_()
@@ -49,6 +45,7 @@ def language_losses(directory: Path) -> dict[str, Any]:
 
 def failures(directory: Path) -> dict[str, Any]:
     """What all ranks hear where one of them fails, and what is left of it."""
+    parallel.initialize(device="cpu")
     own = directory / "model" if parallel.is_main_process() else directory / "elsewhere"
     found = {"unreadable": refusal(lambda: TaskModel.build(own, **OPTIONS))}
     built = TaskModel.build(directory / "model", **OPTIONS)
@@ -71,14 +68,3 @@ def dropouts(directory: Path) -> dict[str, Any]:
     head(tokens, labels=tokens % 3).loss.backward()
     seen = head.score.weight.grad.tolist()
     return {"gradient": seen, "evaluated": float(head.eval()(tokens, labels=tokens % 3).loss)}
-
-
-def main(what: str, directory: str, output: str) -> None:
-    parallel.initialize(device="cpu")
-    does = {"losses": language_losses, "failures": failures, "dropouts": dropouts}
-    rank = parallel.env_rank()[0]
-    Path(f"{output}.{rank}").write_text(json.dumps(does[what](Path(directory))))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

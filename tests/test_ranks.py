@@ -1,6 +1,5 @@
 """One model on 1, 2 and 4 ranks is one model; and when something is wrong on one rank, all end, and say why."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank_pool import RankPool
+from rank_program import collectives_of_two_steps, compute, unequal_work
 from tiny import environment, launched, run_program, split_checkpoint, write_checkpoint
 
 from llama.accelerate.kernels import cpu
-
-PROGRAM = "tests/rank_program.py"
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +20,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("ranks") / "ckpt")
 
 
-def results(directory: Path, output: Path, ranks: int, *more: str) -> list[dict]:
-    done = run_program(PROGRAM, str(directory), str(output), *more, ranks=ranks)
-    assert done.returncode == 0, done.stderr
+def results(pool: RankPool, directory: Path, ranks: int, model_parallel_size: int | None = None) -> list[dict]:
+    done = pool.run(compute, str(directory), model_parallel_size, ranks=ranks)
     assert done.stdout == ""
-    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(max(ranks, 1))]
+    return done.results
 
 
 @pytest.fixture(scope="module")
-def one(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+def one(pool: RankPool, directory: Path) -> dict:
     """Without torchrun: this process alone, no port, no environment variable."""
-    return results(directory, tmp_path_factory.mktemp("one") / "out", 0)[0]
+    return results(pool, directory, 0)[0]
 
 
 def close(a: list, b: list, tolerance: float) -> bool:
@@ -40,9 +38,11 @@ def close(a: list, b: list, tolerance: float) -> bool:
 
 
 @pytest.mark.parametrize(("ranks", "sharded"), [(1, False), (2, False), (2, True), (4, False)])
-def test_ranks_agree_with_one_process(directory: Path, one: dict, tmp_path: Path, ranks: int, sharded: bool) -> None:
+def test_ranks_agree_with_one_process(
+    pool: RankPool, directory: Path, one: dict, tmp_path: Path, ranks: int, sharded: bool
+) -> None:
     source = split_checkpoint(directory, tmp_path / "split", ranks) if sharded else directory
-    found = results(source, tmp_path / "out", ranks)
+    found = results(pool, source, ranks)
     for result in found:
         assert close(result["logits"], one["logits"], 1e-5)
         assert close(result["norm_gradient"], one["norm_gradient"], 1e-5)
@@ -54,68 +54,26 @@ def test_ranks_agree_with_one_process(directory: Path, one: dict, tmp_path: Path
         assert found[0]["parameters"] < 0.6 * one["parameters"], "a rank holds its share only"
 
 
-def test_a_larger_world_is_data_parallel(directory: Path, one: dict, tmp_path: Path) -> None:
-    for result in results(directory, tmp_path / "out", 4, "2"):
+def test_a_larger_world_is_data_parallel(pool: RankPool, directory: Path, one: dict) -> None:
+    for result in results(pool, directory, 4, 2):
         assert result["greedy"] == one["greedy"]
         assert result["sampled"] == one["sampled"]
         assert 0.4 * one["parameters"] < result["parameters"] < 0.6 * one["parameters"]
 
 
-def test_data_parallel_groups_may_do_different_work(directory: Path, one: dict, tmp_path: Path) -> None:
+def test_data_parallel_groups_may_do_different_work(pool: RankPool, directory: Path, one: dict) -> None:
     """One group asks three times, the other once and wrongly: neither waits for the other."""
-    program = tmp_path / "unequal.py"
-    program.write_text(
-        "import json, os, sys\n"
-        "from llama import Llama, LlamaError\n"
-        "rank = int(os.environ['RANK'])\n"
-        "llama = Llama.build(sys.argv[1], model_parallel_size=1, device='cpu', dtype='float32')\n"
-        "if rank == 0:\n"
-        "    said = [llama.text_completion(['a'], temperature=0, max_gen_len=40)[0]['generation'] for _ in range(3)]\n"
-        "else:\n"
-        "    try:\n"
-        "        llama.text_completion([''])\n"
-        "    except LlamaError as e:\n"
-        "        said = [str(e)]\n"
-        "open(f'{sys.argv[2]}.{rank}', 'w').write(json.dumps(said))\n"
-    )
-    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out.0").read_text()) == [one["greedy"][1]] * 3
-    assert json.loads((tmp_path / "out.1").read_text()) == ["prompt 0 is empty: give it at least one character"]
+    first, second = pool.run(unequal_work, str(directory), ranks=2).results
+    assert first == [one["greedy"][1]] * 3
+    assert second == ["prompt 0 is empty: give it at least one character"]
 
 
 @pytest.mark.parametrize("sockets", [False, True])
-def test_collectives_of_a_step(directory: Path, tmp_path: Path, sockets: bool) -> None:
+def test_collectives_of_a_step(pool: RankPool, directory: Path, sockets: bool) -> None:
     """One after wo and one after w2 in each of 2 layers, one for the embedding, the logits', and the tokens chosen."""
-    program = tmp_path / "counting.py"
-    program.write_text(
-        "import json, os, sys\n"
-        "from collections import Counter\n"
-        "from torch.profiler import ProfilerActivity, profile\n"
-        "from llama import Llama\n"
-        "from llama.accelerate import accelerator\n"
-        "from llama.accelerate.kernels import cpu\n"
-        "if sys.argv[3] == 'sockets':\n"
-        "    accelerator.share_memory = lambda: None\n"
-        "llama = Llama.build(sys.argv[1], device='cpu', dtype='float32')\n"
-        "stream = llama.stream([[1, 2, 3], [4]], 6, temperature=0)\n"
-        "next(stream)\n"
-        "calls, call = Counter(), cpu.call\n"
-        "def pluralize(name, *rest):\n"
-        "    calls.update([name] if 'of_ranks' in name and rest[-1] == 0 else [])  # and not one that waits on\n"
-        "    return call(name, *rest)\n"
-        "cpu.call = counted\n"
-        "with profile(activities=[ProfilerActivity.CPU]) as seen:\n"
-        "    next(stream), next(stream)\n"
-        "calls.update({event.key: event.count for event in seen.key_averages() if 'c10d::' in event.key})\n"
-        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(json.dumps(calls))\n"
-    )
-    done = run_program(str(program), str(directory), str(tmp_path / "out"), "sockets" if sockets else "memory", ranks=2)
-    assert done.returncode == 0, done.stderr
     meet = cpu.library() is not None and not sockets
     sums, gathers = ("sum_of_ranks_float", "gather_of_ranks") if meet else ("c10d::allreduce_", "c10d::allgather_")
-    for rank in range(2):
-        calls = json.loads((tmp_path / f"out.{rank}").read_text())
+    for calls in pool.run(collectives_of_two_steps, str(directory), sockets, ranks=2).results:
         assert calls == {sums: 2 * (2 * 2 + 1), gathers: 2, "c10d::broadcast_": 2}
 
 

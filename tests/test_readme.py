@@ -22,6 +22,7 @@ def test_the_python_of_the_readme_runs() -> None:
     assert "proposed tokens that were right: 0." in done.stdout
 
 
+@pytest.mark.slow
 def test_the_tasks_of_the_readme(tmp_path: Path) -> None:
     """Its commands, on a few of the records and for an epoch; then its Python, and the program of its table."""
     commands = re.findall(r"^python (-m (?:demo.tasks|llama finetune) .*)$", README, re.MULTILINE)

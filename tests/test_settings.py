@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llama import LlamaError
-from llama.cli.commands import add_sampling_options, read_settings
+from llama.cli.model_options import add_sampling_options, read_settings
 from llama.sampling import FUNCTIONS, Context, apply_logits_processors, narrow
 from llama.settings import NAMES, SETTINGS, Options, Settings, Stage, settings_of_rows
 

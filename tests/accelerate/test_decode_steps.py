@@ -42,6 +42,7 @@ def test_text_is_the_same_and_nothing_is_compiled_in_an_answer(checkpoint: Path,
     assert graphs() == after
 
 
+@pytest.mark.slow
 def test_without_kernels_steps_are_compiled_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: attention is masked over a power of two of positions, of which each number is the same function."""
     monkeypatch.setattr("llama.accelerate.kernels.cpu.library", lambda: None)
@@ -92,6 +93,7 @@ def test_with_kernels_every_size_is_recorded_before_the_first_answer(with_kernel
     assert graphs() == before, "torch compiles nothing here"
 
 
+@pytest.mark.slow
 def test_on_ranks(checkpoint: Path, tmp_path: Path) -> None:
     options = ["--temperature", "0", "--max_gen_len", "8", "--dtype", "float32", "--device", "cpu"]
     command = ("-m", "llama", "complete", "hello", "--ckpt_dir", str(checkpoint), *options)

@@ -179,6 +179,7 @@ def test_error_of_a_model(place: Place, endless: Path, name: str, quantization: 
 
 
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
+@pytest.mark.slow
 def test_text_on_ranks(endless: Path, quantization: str) -> None:
     """All matrices are rounded on 1 and 2 ranks, each of which holds its share, and both go on from a text."""
     options = ["--temperature", "0", "--max_gen_len", "12", "--dtype", "float32", "--quantization", quantization]

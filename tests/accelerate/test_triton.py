@@ -16,7 +16,8 @@ from torch import Tensor
 
 from llama.accelerate.kernels import dispatch as kernels
 from llama.accelerate.quantization import QuantizedMatrix
-from llama.model import Attention, ModelArgs, RMSNorm, attention_mask, precompute_freqs_cis
+from llama.kv_cache import attention_mask
+from llama.model import Attention, ModelArgs, RMSNorm, precompute_freqs_cis
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

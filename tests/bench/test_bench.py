@@ -191,6 +191,7 @@ def in_file_order(args: ModelArgs, weights: dict[str, Tensor]) -> Iterator[tuple
     return ((name, weights[name]) for name in tensor_shapes(args))
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize(
     "changes",
     [
@@ -223,6 +224,7 @@ def test_llama_cpp_makes_the_models_own_logits_and_tokens(place: Place, changes:
     assert list(peer.run(prompts[1:], 20)) == [step[1:] for step in steps], "nothing is left of an earlier run"
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize(
     ("dtype", "quantization", "share", "bits"),
     [
@@ -247,6 +249,7 @@ def test_llama_cpp_computes_the_model_in_shorter_numbers(
         assert_close(torch.from_numpy(logits), model(torch.tensor([[5, 3, 8, 60]]), 0)[0, -1], share)
 
 
+@pytest.mark.llama_cpp
 def test_the_command_compares_with_llama_cpp(bench: Command) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python isn't here")
     options = ["--device", "cpu", "--prompt", "8", "--gen", "4", "--repeats", "1", "--compare", "llama.cpp", "--ragged"]
@@ -353,6 +356,7 @@ def test_the_table_of_a_checkpoint(bench: Command) -> None:
     assert all("GB/s" not in line and line.endswith("%") for line in rows[:3])
 
 
+@pytest.mark.slow
 def test_on_two_ranks_each_reads_its_share_and_the_picture_shows_both(
     bench: Command, tmp_path: Path, place: Place
 ) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compressed_program import OPTIONS, all_quantized, check_same, same_quantized
+from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
-from tiny import ARGS, run_program, write_checkpoint
+from tiny import ARGS, write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.accelerate.layers import packed_weight
-from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, QuantizedRows, bits_of
+from llama.accelerate.quantization import BITS, GROUP, QuantizedMatrix, bits_of
 from llama.bench.runner import find_quantization
 from llama.checkpoints.convert import convert
 from llama.checkpoints.huggingface import SINGLE
@@ -29,7 +30,6 @@ from llama.parallel import Place
 
 QUANTIZATIONS = ["int8", "int4"]
 SIZES = replace(ARGS, dim=128, n_heads=8, n_kv_heads=4, head_dim=32, multiple_of=256)  # 4 x 64 columns of wo, and of w2
-OPTIONS = {"device": "cpu", "dtype": "float32", "max_seq_len": 64}
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +87,6 @@ def decoded(tensors: dict[str, Tensor], name: str, bits: int) -> np.ndarray:
     integers = np.stack([words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)], -1).reshape(rows, columns)
     scales = tensors[f"{name}.weight_scale"].float().numpy()
     return (integers.astype(np.float32) - (1 << bits - 1)) * scales.repeat(columns // scales.shape[1], axis=1)
-
-
-def all_quantized(llama: Llama) -> dict[str, QuantizedRows]:
-    weights = {name: packed_weight(layer) for name, layer in llama.model.named_modules() if name != "tok_embeddings"}
-    matrices = {name: weight.packed for name, weight in weights.items() if weight is not None}
-    return {name: matrix.by_rows() for name, matrix in matrices.items() if isinstance(matrix, QuantizedMatrix)}
-
-
-def same_quantized(a: Llama, b: Llama) -> bool:
-    found, expected = all_quantized(a), all_quantized(b)
-    return found.keys() == expected.keys() and all(
-        torch.equal(found[n].words, expected[n].words) and torch.equal(found[n].scales, expected[n].scales)
-        for n in expected
-    )
 
 
 def test_what_is_stored_is_what_loading_rounds(source: Path, stored: Path, quantization: str) -> None:
@@ -201,10 +187,9 @@ def test_parts_of_ranks(source: Path, stored: Path, quantization: str, ranks: in
             assert torch.equal(found.words, expected.words) and torch.equal(found.scales, expected.scales)
 
 
-def test_ranks(source: Path, tmp_path: Path) -> None:
+def test_ranks(pool: RankPool, source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "stored", "hf", quantization="int4")
-    done = run_program("tests/compressed_program.py", str(source), str(tmp_path / "stored"), "int4", ranks=2)
-    assert done.returncode == 0, done.stderr
+    pool.run(check_same, str(source), str(tmp_path / "stored"), "int4", ranks=2)
 
 
 def test_groups_are_not_divided(quantization: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tiny import write_checkpoint
 
 from llama import Llama, LlamaError
+from llama.accelerate.kernels.cpu import library
 from llama.checkpoints.download import cache_directory, copy_to_cache, is_url
 
 URL = "gs://bucket/models/tiny"
@@ -53,6 +54,7 @@ class Torn(io.BytesIO):
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     store = Store(write_checkpoint(tmp_path / "far"))
+    library()  # else it would be compiled into the home below
     monkeypatch.setattr(blobfile, "scandir", store.scandir)
     monkeypatch.setattr(blobfile, "BlobFile", store.open)
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_close, hidden_size, neighbours, to_meta
-from family_program import LENGTH, PROMPTS, SHORT, SIZES, STEPS
-from tiny import run_program
+from family_program import LENGTH, PROMPTS, SHORT, SIZES, STEPS, compute
+from rank_pool import RankPool
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -32,7 +31,7 @@ SWITCH = 8  # the length past which scaled rotary embeddings may change: SHORT a
 WAYS = ("whole", "whole through the cache", "token by token", "ragged rows")
 CONVERTED_WAYS = ["whole", "token by token"]
 FAST_WAYS = {1: WAYS, 2: WAYS[-1:]}  # in which the fast form is compared too, on so many ranks
-COUNTS = (1, 2, 4, 8)  # of shards, and of ranks
+FEW, MANY = (1, 2), (4, 8)  # ranks; many of them take minutes
 Logits = dict[str, Tensor]
 
 
@@ -177,7 +176,7 @@ OLDER = {  # Llama 1 and 2: heads of their own, a vocabulary that only the token
 SCALED = rope("llama3", 500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 SCALED["rope_parameters"]["original_max_position_embeddings"] = 8192
 METAS = {
-    **{f"meta {n} shards": Meta(n) for n in COUNTS},
+    **{f"meta {n} shards": Meta(n) for n in (*FEW, *MANY)},
     **{f"meta older {n} shards": Meta(n, **OLDER) for n in (2, 4)},
     "meta scaled": Meta(2, SCALED, {"use_scaled_rope": True}),
     "meta tied": Meta(4, {"tie_word_embeddings": True}, dropped=("output.weight",)),
@@ -238,7 +237,7 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("families")
     rows = torch.randint(1, 96, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     directories = {name: root / name.replace(" ", "-") for name in (*KINDS, *METAS)}
@@ -253,21 +252,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         return expected_logits(models.get(name) or read_hf(directories[name]), rows)
 
     @cache
-    def run(ranks: int) -> CompletedProcess:
+    def run(ranks: int) -> dict[str, Logits]:
+        names = list(METAS if ranks == 8 else directories)
         jobs = [
-            {"directory": str(directories[n]), "output": f"{directories[n]}.{ranks}", "rows": rows.tolist()}
+            {"directory": str(directories[n])}
             | {"ways": WAYS if n in KINDS else WAYS[:1] if n in METAS else CONVERTED_WAYS}
             | {"fast": FAST_WAYS.get(ranks, ()) if n in KINDS else ()}
-            for n in (METAS if ranks == 8 else directories)
+            for n in names
         ]
-        (root / "jobs.json").write_text(json.dumps(jobs))
-        program = ("tests/family_program.py", str(root / "jobs.json"))
-        return run_program(*program, ranks=ranks if ranks > 1 else 0, timeout=600)
+        done = pool.run(compute, rows, jobs, ranks=ranks if ranks > 1 else 0, timeout=600)
+        return dict(zip(names, done.results[0], strict=True))
 
     def found(name: str, ranks: int) -> Logits:
-        done = run(ranks)
-        assert done.returncode == 0, done.stderr
-        return torch.load(f"{directories[name]}.{ranks}")
+        return run(ranks)[name]
 
     return World(rows, directories, expected, found)
 
@@ -281,7 +278,7 @@ def read_hf(directory: Path) -> PreTrainedModel:
     return read.eval()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [*FEW, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_hugging_face_layout(world: World, kind: str, way: str, ranks: int) -> None:
@@ -294,7 +291,7 @@ def test_fast_form(world: World, kind: str, way: str, ranks: int) -> None:
     assert_close(world.found(kind, ranks)[f"{way}, fast"], world.expected(kind)[way])
 
 
-@pytest.mark.parametrize("ranks", COUNTS)
+@pytest.mark.parametrize("ranks", [*FEW, *(pytest.param(n, marks=pytest.mark.slow) for n in MANY)])
 @pytest.mark.parametrize("kind", METAS)
 def test_meta_layout(world: World, kind: str, ranks: int) -> None:
     found = world.found(kind, ranks)
@@ -302,7 +299,7 @@ def test_meta_layout(world: World, kind: str, ranks: int) -> None:
     assert bool(found["tied"]) == ("tied" in kind)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [*FEW, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", CONVERTED_WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_converted_to_metas_layout(world: World, kind: str, way: str, ranks: int) -> None:
@@ -340,7 +337,7 @@ def test_the_kinds_are_what_they_are_called(world: World) -> None:
     assert not torch.allclose(grown["whole"][SHORT:], grown["token by token"], atol=0.1), "longer texts turn otherwise"
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [*FEW, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_needed_is_what_is_taken(world: World, kind: str, ranks: int) -> None:
     args = replace(open_checkpoint(world.directories[kind]).sizes, **SIZES)

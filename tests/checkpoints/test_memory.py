@@ -66,6 +66,7 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, "bfloat16"), (2, "bfloat16"), (2, "float32")])
+@pytest.mark.slow
 def test_a_rank_takes_its_shard_and_a_tensor_more(
     directories: dict[str, Path], tmp_path: Path, ranks: int, dtype: str
 ) -> None:
@@ -86,6 +87,7 @@ def test_a_rank_takes_its_shard_and_a_tensor_more(
 @pytest.mark.parametrize(
     ("names", "dtype"), [(("1 shards", "safetensors"), "bfloat16"), (("1 shards",), "float32")], ids=["mapped", "cast"]
 )
+@pytest.mark.slow
 def test_the_fast_form_is_packed_tensor_by_tensor(
     directories: dict[str, Path], tmp_path: Path, names: tuple[str, ...], dtype: str
 ) -> None:
@@ -121,6 +123,7 @@ def test_letting_go_takes_nothing_from_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("source", "to", "mp_size"), [("4 shards", "hf", 1), ("safetensors", "meta", 2)])
+@pytest.mark.slow
 def test_converting_takes_next_to_no_memory(
     directories: dict[str, Path], tmp_path: Path, source: str, to: str, mp_size: int
 ) -> None:

@@ -385,6 +385,7 @@ def long_job(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return source, (folder / "out.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_comes_to_the_same(
     directory: Path, long_job: tuple[Path, bytes], tmp_path: Path
 ) -> None:
@@ -502,6 +503,7 @@ def test_names_of_files_that_can_not_be(tmp_path: Path) -> None:
         (["a text", "--min_p", "2"], "min_p is 2.0"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_of_the_command_get_one_line(options: list[str], message: str) -> None:
     done = run_program("-m", "llama", "complete", *options, "--ckpt_dir", "/never/looked/at")
     assert (done.returncode, done.stdout) == (1, "")
@@ -519,6 +521,7 @@ def test_settings_of_the_command_line_hold_for_a_text_too(directory: Path, llama
 # --- ranks, and people ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_ranks_write_what_one_does(directory: Path, long_job: tuple[Path, bytes], tmp_path: Path) -> None:
     """On a third of the lines, which get the same records as in the whole file, since seeds depend on line numbers."""
     source = tmp_path / "in.jsonl"
@@ -535,6 +538,7 @@ def test_two_ranks_write_what_one_does(directory: Path, long_job: tuple[Path, by
 
 
 @pytest.mark.parametrize("wrong", ["input", "output"])
+@pytest.mark.slow
 def test_on_ranks_a_mistake_is_said_once(directory: Path, long_job: tuple[Path, bytes], wrong: str) -> None:
     source = Path("/nowhere/in") if wrong == "input" else long_job[0]
     done = run_program(*command(directory, source, Path("/nowhere/out")), ranks=2)

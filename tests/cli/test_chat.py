@@ -275,6 +275,7 @@ def test_commands_that_are_none(chat: Callable[..., Talked]) -> None:
 
 
 @pytest.mark.parametrize("option", ["--top_k 0", "--min_p 2", "--repetition_penalty 0", "--stop="])
+@pytest.mark.slow
 def test_bad_sampling_is_refused_before_the_model_loads(option: str) -> None:
     done = run_program("-m", "llama", "chat", "--ckpt_dir", "/nowhere", *option.split(), input="hi\n")
     name = option.split()[0].strip("-=")
@@ -282,6 +283,7 @@ def test_bad_sampling_is_refused_before_the_model_loads(option: str) -> None:
     assert done.stderr.startswith(f"error: {name} is ") and "expected" in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_talk_alike_and_tell_errors_once(directory: str, tmp_path: Path) -> None:
     """Only rank 0 reads files. If another rank read them too, it could get another dialog, and wait for ever."""
     lines = f"hello\n/load {tmp_path}\n/save {tmp_path}/d\n/reset\n/load {tmp_path}/d\n/retry\n\\\nyou\n"

@@ -23,7 +23,7 @@ def history(home: Path) -> list[str]:
     return json.loads((home / ".cache" / "llama" / "chat_history.json").read_text())
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_stops_the_answer_and_not_the_program(options: list[str], tmp_path: Path, ranks: int) -> None:
     terminal = Terminal(*options, "--max_seq_len", "20000", ranks=ranks, HOME=str(home(tmp_path)))
     try:

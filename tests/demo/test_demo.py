@@ -91,6 +91,7 @@ def test_the_corpus_is_reproducible_and_keeps_its_rules() -> None:
     assert min(len(f.trained) + len(f.held) for f in facts()["capital"]) >= 5
 
 
+@pytest.mark.slow
 def test_training_learns_and_writes_what_the_tokenizer_reads(tmp_path: Path) -> None:
     """A few steps of the real program: the vocabulary holds all text, and the loss falls well below chance."""
     train_tokenizer(tmp_path / "tokenizer.model", map(get_text, generate_documents(1, 3000)))

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close
+from rank_pool import RankPool
+from scoring_program import compute
 from test_families import WINDOW, make_model, rope
-from tiny import ARGS, run_program, write_checkpoint, write_tokenizer
+from tiny import ARGS, write_checkpoint, write_tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -232,12 +234,10 @@ def test_gradients_flow_through_hidden_states(made: "type[Pair]") -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [4, 1])
-def test_two_ranks_have_all_heads(tmp_path: Path, kv_heads: int) -> None:
+def test_two_ranks_have_all_heads(pool: RankPool, tmp_path: Path, kv_heads: int) -> None:
     """On both, also where both hold the same key head; and the same hidden states and gradients."""
     directory = write_checkpoint(tmp_path / "ckpt", replace(ARGS, n_heads=4, n_kv_heads=kv_heads))
-    one, *two = (
-        torch.load(tmp_path / f"{ranks}.{rank}") for ranks in (0, 2) for rank in run(directory, tmp_path, ranks)
-    )
+    one, *two = (result for ranks in (0, 2) for result in pool.run(compute, str(directory), ranks=ranks).results)
     for found in two:
         for name in ("attention", "hidden"):
             for (logits, layers), (expected, of_layers) in zip(found[name], one[name], strict=True):
@@ -245,9 +245,3 @@ def test_two_ranks_have_all_heads(tmp_path: Path, kv_heads: int) -> None:
                 assert_all_close(layers, tuple(layer.detach() for layer in of_layers))
         assert found["attention"][0][1][0].shape == (2, 4, 7, 7)
         assert_close(found["gradient"], one["gradient"], 1e-4)
-
-
-def run(directory: Path, output: Path, ranks: int) -> range:
-    done = run_program("tests/scoring_program.py", str(directory), str(output / str(ranks)), ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    return range(max(ranks, 1))

@@ -3,7 +3,6 @@
 Stops are drawn anew for each case, so that beams end at different times; what processes logprobs is written here.
 """
 
-import json
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -15,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from beam_program import search
 from conftest import Twin, caches, make_twin, numbers_in, to_meta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import run_program, write_checkpoint
+from rank_pool import RankPool
+from tiny import write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
@@ -436,26 +437,6 @@ def test_logits_that_are_not_finite_are_an_error(place: Place) -> None:
 
 RAGGED = [[72, 101, 108, 108, 111], [97], list(range(100, 130))]
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 12, "device": "cpu", "dtype": "float32"}
-PROGRAM = """
-import json, os, sys
-from llama import Llama, LlamaError
-from llama.engine.beam_search import Beams, beam_search
-from llama.parallel import is_group_leader
-model = Llama.build(sys.argv[1], max_seq_len=96, max_batch_size=12, device='cpu', dtype='float32').model
-stops = frozenset(range(0, 512, 16))
-answers = beam_search(model, json.loads(sys.argv[3]), Beams(4, num_return_sequences=4), 20, stops, None, 2048)
-said = [[[beam.tokens, beam.stop] for beam in row] for row in answers]
-def process(logprobs, prompt, answer):
-    assert is_group_leader()
-    if len(answer) == 2:
-        raise LlamaError('the process says no')
-    return logprobs
-try:
-    beam_search(model, [[1]], Beams(2), 9, frozenset(), process, 2048)
-except LlamaError as e:
-    said.append(str(e))
-open(sys.argv[2] + '.' + os.environ['RANK'], 'w').write(json.dumps(said))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -488,14 +469,9 @@ def test_a_gpu_finds_the_same(directory: Path, plainly: list[list[Beam]]) -> Non
         assert [beam.score for beam in row] == pytest.approx([beam.score for beam in other], abs=1e-3)
 
 
-def test_two_ranks_find_the_same(directory: Path, plainly: list[list[Beam]], tmp_path: Path) -> None:
+def test_two_ranks_find_the_same(pool: RankPool, directory: Path, plainly: list[list[Beam]]) -> None:
     """Both ranks return the same, and an error on the rank that chooses is raised on both."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    done = run_program(str(program), str(directory), str(tmp_path / "out"), json.dumps(RAGGED), ranks=2)
-    assert done.returncode == 0, done.stderr
-    expected = [[[beam.tokens, beam.stop] for beam in row] for row in plainly]
-    for rank in range(2):
-        *answers, refused = json.loads((tmp_path / f"out.{rank}").read_text())
-        assert answers == expected
+    expected = [[(beam.tokens, beam.stop) for beam in row] for row in plainly]
+    for answers, refused in pool.run(search, str(directory), RAGGED, ranks=2).results:
+        assert [[(beam.tokens, beam.stop) for beam in row] for row in answers] == expected
         assert "the process says no" in refused

@@ -3,15 +3,16 @@
 On a tiny random model, whose vocabulary is the bytes.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from completion_program import complete
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import ARGS, PROMPTS, run_program, write_checkpoint
+from rank_pool import RankPool
+from tiny import ARGS, PROMPTS, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.model import Transformer
@@ -101,21 +102,16 @@ def test_a_seed_says_all(llama: Llama) -> None:
     assert texts(llama.text_completion(["hello"], 1.0, max_gen_len=12, seed=4)) != first
 
 
-def test_a_seeds_answer_on_two_ranks(tiny_dir: Path, llama: Llama, tmp_path: Path) -> None:
-    program = tmp_path / "answers.py"
-    program.write_text(
-        "import json, os, sys\n"
-        "from llama import Llama\n"
-        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r})\n"
-        "rows = [{'seed': 1}, {'seed': 2, 'top_k': 5}, {'temperature': 0, 'repetition_penalty': 1.3}]\n"
-        "completions = llama.complete([[256, 97], [256, 98, 99], [100]], 12, 1.0, n=2, rows=rows, top_logprobs=2)\n"
-        "told = [[one.tokens, one.text, one.finish_reason] for one in completions]\n"
-        "open(f'{sys.argv[2]}.' + os.environ.get('RANK', '0'), 'w').write(json.dumps(told))\n"
-    )
-    for ranks, name in ((1, "one"), (2, "two")):
-        done = run_program(str(program), str(tiny_dir), str(tmp_path / name), ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    one, two, other = (json.loads((tmp_path / name).read_text()) for name in ("one.0", "two.0", "two.1"))
+def test_a_seeds_answer_on_two_ranks(pool: RankPool, tiny_dir: Path) -> None:
+    rows = [{"seed": 1}, {"seed": 2, "top_k": 5}, {"temperature": 0, "repetition_penalty": 1.3}]
+    asked = [[[256, 97], [256, 98, 99], [100]], 12, 1.0]
+    options = {"n": 2, "rows": rows, "top_logprobs": 2}
+    told = [
+        [[one["tokens"], one["text"], one["finish_reason"]] for one in answers]
+        for ranks in (1, 2)
+        for answers, _ in pool.run(complete, str(tiny_dir), OPTIONS, asked, options, ranks=ranks).results
+    ]
+    one, two, other = told
     assert one == two == other and len(one) == 6
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from property_program import (
     INTERRUPTION,
     MODELS,
     SIZES,
+    answer_all,
     answered,
     built,
     called,
@@ -23,12 +23,11 @@ from property_program import (
     talked,
     write_models,
 )
-from tiny import run_program
+from rank_pool import RankPool
 
 from llama import Llama
 from llama.engine.sequence import Step
 
-PROGRAM = "tests/property_program.py"
 ROOM, MOST_ROWS = SIZES["max_seq_len"], SIZES["max_batch_size"]
 BEGIN = 256
 few = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -320,18 +319,15 @@ def drawn(llamas: dict[str, Llama], directory: Path) -> list[tuple[dict[str, Any
             cases_of_all_kinds.append(case)
 
         collect()
-    torch.save(cases_of_all_kinds, directory / "cases")
     return [(case, answered(llamas, case)) for case in cases_of_all_kinds]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_any_number_of_ranks_is_one(directory: Path, drawn: list[tuple[dict[str, Any], Any]], ranks: int) -> None:
-    done = run_program(
-        PROGRAM, str(directory), str(directory / "cases"), str(directory / f"of{ranks}"), ranks=ranks, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    for rank in range(ranks):
-        told = torch.load(directory / f"of{ranks}.{rank}")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_any_number_of_ranks_is_one(
+    pool: RankPool, directory: Path, drawn: list[tuple[dict[str, Any], Any]], ranks: int
+) -> None:
+    cases = [case for case, _ in drawn]
+    for told in pool.run(answer_all, directory, cases, ranks=ranks, timeout=300).results:
         assert len(told) == len(drawn)
         for said, (case, expected) in zip(told, drawn, strict=True):
             assert_alike(said, expected, case)

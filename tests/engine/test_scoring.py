@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close, make_twin
-from tiny import PROMPTS, ROOT, environment, launched, run_program, write_tokenizer
+from rank_pool import RankPool
+from scoring_program import compute
+from tiny import PROMPTS, ROOT, environment, launched, write_tokenizer
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -283,13 +285,12 @@ def test_a_score() -> None:
 # --- ranks, and terminals --------------------------------------------------------------------------------------------
 
 
-def test_two_ranks_are_one(world: World, tmp_path: Path) -> None:
+def test_two_ranks_are_one(pool: RankPool, world: World) -> None:
     results = []
     for ranks in (0, 2):
-        done = run_program("tests/scoring_program.py", str(world.directory), str(tmp_path / str(ranks)), ranks=ranks)
-        assert done.returncode == 0, done.stderr
+        done = pool.run(compute, str(world.directory), ranks=ranks)
         assert "scoring" not in done.stdout + done.stderr, "no bar in a pipe"
-        results += [torch.load(tmp_path / f"{ranks}.{rank}") for rank in range(max(ranks, 1))]
+        results += done.results
     one, *two = results
     for other in two:
         for mine, theirs in zip(other["scores"], one["scores"], strict=True):
@@ -303,7 +304,7 @@ def test_two_ranks_are_one(world: World, tmp_path: Path) -> None:
     assert [asdict(mine)["tokens"] for mine in alone.score(PROMPTS)] == [theirs["tokens"] for theirs in one["scores"]]
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -> None:
     program = tmp_path / "bar.py"
     program.write_text(

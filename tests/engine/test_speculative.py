@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from completion_program import complete
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rank_pool import RankPool
 from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
@@ -134,27 +136,17 @@ def test_a_text_that_repeats_itself_takes_fewer_passes(llama: Llama) -> None:
     assert llama.acceptance is None, "the last call is a plain one"
 
 
-def on_two_ranks(directory: Path, tmp_path: Path, built: str, asked: str) -> list[str]:
-    """(tokens, acceptance) on each rank. built, asked: more arguments of `build` and `complete`, as Python code."""
-    program = tmp_path / "speculating.py"
-    program.write_text(
-        "import os, sys\n"
-        "from llama import Llama\n"
-        f"llama = Llama.build(sys.argv[1], **{OPTIONS!r}{built})\n"
-        f"completions = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1{asked})\n"
-        "told = [one.tokens for one in completions], llama.acceptance\n"
-        "open(f'{sys.argv[2]}.' + os.environ['RANK'], 'w').write(repr(told))\n"
-    )
-    done = run_program(str(program), str(directory), str(tmp_path / "out"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    return [(tmp_path / f"out.{rank}").read_text() for rank in range(2)]
+def on_two_ranks(pool: RankPool, directory: Path, build: dict[str, Any], **options: Any) -> list[Any]:
+    """(tokens, acceptance) that each rank says of an answer."""
+    options = {"max_gen_len": 20, "temperature": 0.7, "seed": 1, **options}
+    outcome = pool.run(complete, str(directory), OPTIONS | build, [[[1, 2, 1, 2], [3]]], options, ranks=2)
+    return [([answer["tokens"] for answer in answers], acceptance) for answers, acceptance in outcome.results]
 
 
-def test_on_two_ranks(directory: Path, llama: Llama, tmp_path: Path) -> None:
+def test_on_two_ranks(pool: RankPool, directory: Path, llama: Llama) -> None:
     expected = llama.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1, repetition_penalty=0.6)
-    told = on_two_ranks(directory, tmp_path, "", ", lookup_ngram=1, repetition_penalty=0.6")
-    for one in told:
-        assert one.startswith(f"({[answer.tokens for answer in expected]!r}, ")
+    for tokens, _ in on_two_ranks(pool, directory, {}, lookup_ngram=1, repetition_penalty=0.6):
+        assert tokens == [answer.tokens for answer in expected]
 
 
 @pytest.mark.parametrize(
@@ -222,10 +214,10 @@ def test_the_model_itself_is_always_right(llama: Llama, temperature: float) -> N
     assert itself.acceptance == 1 and len(passes) == 1 + 8
 
 
-def test_a_draft_on_two_ranks(directory: Path, drafted: Llama, tmp_path: Path) -> None:
+def test_a_draft_on_two_ranks(pool: RankPool, directory: Path, drafted: Llama) -> None:
     expected = drafted.complete([[1, 2, 1, 2], [3]], 20, 0.7, seed=1)
-    told = on_two_ranks(directory, tmp_path, ", draft_ckpt_dir=sys.argv[1]", "")
-    assert told == [repr(([one.tokens for one in expected], 1.0))] * 2
+    told = on_two_ranks(pool, directory, {"draft_ckpt_dir": str(directory)})
+    assert told == [([one.tokens for one in expected], 1.0)] * 2
 
 
 def test_turns_of_a_session(llama: Llama, drafted: Llama) -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from head_program import compute
+from rank_pool import RankPool
 from safetensors.torch import load_file
-from tiny import run_program, write_tokenizer
+from tiny import write_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -40,7 +42,6 @@ ENDINGS = {
     "answer": "QuestionAnswering",
 }
 NAMES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral"}
-RANKS = (1, 2, 4)
 
 
 def make(family: str, task: str, **config: Any) -> PreTrainedModel:
@@ -104,8 +105,8 @@ CASES = [(family, task, side) for family in FAMILIES for task in ENDINGS for sid
 
 
 @pytest.fixture(scope="module")
-def actual(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Runs all cases on a number of ranks, which are started once."""
+def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All cases on some ranks: one start of them each."""
     root = tmp_path_factory.mktemp("heads")
     for family in FAMILIES:
         for task in ENDINGS:
@@ -123,9 +124,7 @@ def actual(tmp_path_factory: pytest.TempPathFactory) -> Any:
             }
             for family, task, side in CASES
         ]
-        (root / f"jobs{ranks}.json").write_text(json.dumps(jobs))
-        done = run_program("tests/head_program.py", str(root / f"jobs{ranks}.json"), ranks=0 if ranks == 1 else ranks)
-        assert done.returncode == 0, done.stderr
+        pool.run(compute, jobs, ranks=0 if ranks == 1 else ranks)
         return root / f"{ranks}"
 
     return on
@@ -138,9 +137,9 @@ def assert_close(actual: Tensor, expected: Tensor, share: float) -> None:
 
 
 @pytest.mark.parametrize(("family", "task", "side"), CASES)
-@pytest.mark.parametrize("ranks", RANKS)
-def test_logits_losses_and_gradients(actual: Any, family: str, task: str, side: str, ranks: int) -> None:
-    directory = actual(ranks) / f"{family} {task} {side}"
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_logits_losses_and_gradients(found: Any, family: str, task: str, side: str, ranks: int) -> None:
+    directory = found(ranks) / f"{family} {task} {side}"
     result, gradients = torch.load(directory / "result.pt"), load_file(directory / "model.safetensors")
     given = inputs(task, side)
     expected, wanted = theirs(make(family, task), given)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from answering_program import Own, results
 from conftest import make_twin, numbers_in
+from rank_pool import RankPool
 from test_hf_tokenizer import FAMILIES, PARAGRAPH, save
-from tiny import ARGS, run_program, write_checkpoint
+from tiny import ARGS, write_checkpoint
 from tokenizers import processors
 from torch import Tensor, nn
 
@@ -445,11 +446,9 @@ def test_logits_that_are_not_finite(world: World) -> None:
         answer_all(head, world.ours, [("a", "b"), ("a", "x")], *SIZES)
 
 
-def test_two_ranks_are_one(place: Place, tmp_path: Path) -> None:
+def test_two_ranks_are_one(pool: RankPool, place: Place, tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path)
-    done = run_program("tests/answering_program.py", str(directory), str(tmp_path / "two"), ranks=2)
-    assert done.returncode == 0, done.stderr
-    one, *two = results(str(directory)), torch.load(tmp_path / "two.0"), torch.load(tmp_path / "two.1")
+    one, two = results(str(directory)), pool.run(results, str(directory), ranks=2).results
     assert two[0] == two[1]
     assert two[0].pop("refused") == "rank 1: text 0 is empty: give it at least one character"
     assert one.pop("refused") == ""

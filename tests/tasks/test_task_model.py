@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from rank_pool import RankPool
 from safetensors.torch import load_file, save_file
+from tasks_program import dropouts, failures, language_losses
 from test_heads import ENDINGS, LABELS, NAMES, SIZES, make, quiet_load
-from tiny import run_program, write_tokenizer
+from tiny import write_tokenizer
 from transformers import AutoConfig
 
 from llama import LlamaError, TaskModel
@@ -37,13 +39,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make("llama", task).save_pretrained(root / task)
         write_tokenizer(root / task / "tokenizer.model")
     return root
-
-
-def on_ranks(ranks: int, what: str, directory: Path, output: Path) -> list[Any]:
-    """The results of each rank."""
-    done = run_program("tests/tasks_program.py", what, str(directory), str(output), ranks=ranks)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(ranks)]
 
 
 # --- heads that are there, and new ones -------------------------------------------------------------------------------
@@ -150,11 +145,10 @@ def loss_cases() -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
-def test_a_language_loss_at_the_borders_of_ranks(tmp_path: Path) -> None:
-    """Also for logits whose exponentials overflow. The oracle is torch's loss in float64."""
+def test_a_language_loss_at_the_borders_of_ranks(pool: RankPool) -> None:
+    """Also of logits whose exponentials no float holds: torch's own loss in float64 is the oracle."""
     cases = loss_cases()
-    torch.save(cases, tmp_path / "cases.pt")
-    ranks = on_ranks(4, "losses", tmp_path, tmp_path / "out")
+    ranks = pool.run(language_losses, cases, ranks=4).results
     for name, case in cases.items():
         h, weight = (case[key].double().requires_grad_() for key in ("h", "weight"))
         logits = h @ weight.T
@@ -169,11 +163,11 @@ def test_a_language_loss_at_the_borders_of_ranks(tmp_path: Path) -> None:
         assert torch.allclose(words, weight.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_dropout_leaves_out_the_same_on_all_ranks(made: Path, tmp_path: Path) -> None:
+def test_dropout_leaves_out_the_same_on_all_ranks(pool: RankPool, made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "tag", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "classifier_dropout": 0.5}))
-    one, other = on_ranks(2, "dropouts", tmp_path, tmp_path / "out")
+    one, other = pool.run(dropouts, tmp_path, ranks=2).results
     assert one == other
     head = TaskModel.build(made / "tag", **OPTIONS).head.train()
     loss = head(torch.arange(8).view(1, 8), labels=torch.arange(8).view(1, 8) % 3).loss
@@ -280,13 +274,13 @@ def test_places_that_nothing_is_written_to(made: Path, tmp_path: Path, where: Ca
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_all_ranks_hear_what_failed_on_one(made: Path, tmp_path: Path) -> None:
-    """No rank waits for one that failed, no partial file stays, and an older checkpoint is kept."""
+def test_all_ranks_hear_what_failed_on_one(pool: RankPool, made: Path, tmp_path: Path) -> None:
+    """None waits for one that has gone, and nothing half-written is left; an older checkpoint stays."""
     shutil.copytree(made / "classify", tmp_path / "model")
     shutil.copytree(made / "tag", tmp_path / "old")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine.txt").write_text("mine")
-    one, other = on_ranks(2, "failures", tmp_path, tmp_path / "out")
+    one, other = pool.run(failures, tmp_path, ranks=2).results
     assert one == other
     assert "elsewhere: found nothing there" in one["unreadable"]
     assert "taken isn't empty" in one["taken"]

@@ -23,6 +23,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from finetune_program import finetune_all, finetune_until_done
+from rank_pool import RankPool
 from safetensors.torch import load_file
 from test_dataset import GOOD, write
 from test_heads import ENDINGS, make
@@ -238,7 +240,6 @@ def rank_jobs(root: Path, files: dict[str, str], output: Path, sizes: tuple[int,
             "config": {**shared, **more, "task": task, "data": files[task], "output": str(output / f"{task} {size}")},
             "ckpt_dir": str(root / task),
             "model_parallel_size": size,
-            "ranks": max(sizes),
         }
         for size in sizes
         for task, more in RANKED.items()
@@ -276,7 +277,6 @@ def failing_jobs(root: Path, files: dict[str, str], spoiled: Path, output: Path)
             },
             "ckpt_dir": str(root / task),
             "model_parallel_size": size,
-            "ranks": 2,
         }
         for size in (2, 1)
         for task, path in data.items()
@@ -293,21 +293,18 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def ranks(ckpt: Path, heads: Path, files: dict, spoiled: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    """Jobs that one rank does too, jobs that fail, and a job that isn't killed, all with ranks that start once."""
+def ranks(
+    pool: RankPool, ckpt: Path, heads: Path, files: dict, spoiled: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Ranks:
+    """What one rank does too, what ends in errors, and a command's job that nobody kills."""
     output = tmp_path_factory.mktemp("ranks")
     whole = {"task": "tag", "data": files["tag"], "eval": files["tag"], "output": str(output / "whole"), "every": 1}
     whole |= {"epochs": 3, "batch_size": 4, "max_seq_len": 64, "learning_rate": 1e-2}
     jobs = rank_jobs(heads, files, output / "two", (2, 1)) + failing_jobs(heads, files, spoiled, output)
-    jobs.append({"config": whole, "ckpt_dir": str(ckpt), "model_parallel_size": None, "ranks": 2})
-    return Ranks(output, *run_jobs(jobs + rank_jobs(heads, files, output / "four", (4, 2)), output))
-
-
-def run_jobs(jobs: list[dict[str, Any]], output: Path) -> list[list[list[dict[str, Any]]]]:
-    (output / "jobs.json").write_text(json.dumps(jobs))
-    done = run_program("tests/finetune_program.py", str(output / "jobs.json"))
-    assert done.returncode == 0, done.stderr
-    return json.loads((output / "jobs.json").read_text())
+    jobs.append({"config": whole, "ckpt_dir": str(ckpt), "model_parallel_size": None})
+    two = pool.run(finetune_all, jobs, ranks=2).results
+    four = pool.run(finetune_all, rank_jobs(heads, files, output / "four", (4, 2)), ranks=4).results
+    return Ranks(output, two, four)
 
 
 def check_same(reports: list[list[dict[str, Any]]], output: Path, alone: Path, sizes: tuple[int, ...]) -> None:
@@ -368,8 +365,8 @@ def names_in(output: Path) -> set[str]:
     return {str(path.relative_to(output)) for path in output.rglob("*")}
 
 
-def test_killed_at_any_moment_it_comes_to_the_same(ckpt: Path, files: dict, tmp_path: Path) -> None:
-    """With the dropout of a new head and of an adapter."""
+def test_killed_at_any_moment_it_comes_to_the_same(pool: RankPool, ckpt: Path, files: dict, tmp_path: Path) -> None:
+    """Dropout too, of a new head and of an adapter."""
     evaluated = {"epochs": 3, "batch_size": 3, "learning_rate": 5e-3, "every": 2}
     configs = {
         "tag": {**evaluated, "task": "tag", "data": files["tag"], "eval": files["tag"]},
@@ -379,13 +376,12 @@ def test_killed_at_any_moment_it_comes_to_the_same(ckpt: Path, files: dict, tmp_
     configs["adapter"] |= {"lora": {"r": 2, "alpha": 4, "dropout": 0.3}}
     seeds = (None, 1, 2)
     jobs = [
-        {"config": {**config, "output": str(tmp_path / f"{name} {seed}")}, "ckpt_dir": str(ckpt), "ranks": 1}
+        {"config": {**config, "output": str(tmp_path / f"{name} {seed}")}, "ckpt_dir": str(ckpt)}
         | {"model_parallel_size": 1, "kills": seed and f"{name} {seed}"}
         for name, config in configs.items()
         for seed in seeds
     ]
-    ((actual,),) = run_jobs(jobs, tmp_path)
-    kills = [one["kills"] for one in actual]
+    kills = [pool.run(finetune_until_done, job).results[0] for job in jobs]
     assert kills[:: len(seeds)] == [0] * len(configs) and sum(kills) > 8, kills
     for name in configs:
         whole = tmp_path / f"{name} None"
@@ -825,6 +821,7 @@ def test_options_that_do_not_go_together(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_they_go_on(ckpt: Path, files: dict, tmp_path: Path, ranks: Ranks) -> None:
     """On two ranks, with dropout, the files are equal to the byte to those of a run that wasn't killed."""
     given = command(ckpt, files["tag"], tmp_path / "out", "--eval", files["tag"], "--every", "1")
