@@ -565,7 +565,7 @@ def test_any_configuration_is_read_or_refused(
 
 
 def test_ranks_agree(pool: RankPool, twin: Twin, tmp_path: Path) -> None:
-    """1, 2 and 4 ranks, of which the last share 2 key/value heads: outputs, gradients, and files to the byte."""
+    """Outputs, gradients and files on 1, 2 and 4 ranks are the same; 4 ranks share 2 key/value heads."""
     save_checkpoint(tmp_path / "ckpt", ARGS, twin.ours.state_dict())
     extra = {"qa_outputs.weight": torch.randn(2, 64)}
     save_adapter(

@@ -105,8 +105,8 @@ CASES = [(family, task, side) for family in FAMILIES for task in ENDINGS for sid
 
 
 @pytest.fixture(scope="module")
-def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All cases on some ranks: one start of them each."""
+def actual(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs all cases on a number of ranks, which are started once."""
     root = tmp_path_factory.mktemp("heads")
     for family in FAMILIES:
         for task in ENDINGS:
@@ -138,8 +138,8 @@ def assert_close(actual: Tensor, expected: Tensor, share: float) -> None:
 
 @pytest.mark.parametrize(("family", "task", "side"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_logits_losses_and_gradients(found: Any, family: str, task: str, side: str, ranks: int) -> None:
-    directory = found(ranks) / f"{family} {task} {side}"
+def test_logits_losses_and_gradients(actual: Any, family: str, task: str, side: str, ranks: int) -> None:
+    directory = actual(ranks) / f"{family} {task} {side}"
     result, gradients = torch.load(directory / "result.pt"), load_file(directory / "model.safetensors")
     given = inputs(task, side)
     expected, wanted = theirs(make(family, task), given)

@@ -146,7 +146,7 @@ def loss_cases() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_a_language_loss_at_the_borders_of_ranks(pool: RankPool) -> None:
-    """Also of logits whose exponentials no float holds: torch's own loss in float64 is the oracle."""
+    """Also for logits whose exponentials overflow. The oracle is torch's loss in float64."""
     cases = loss_cases()
     ranks = pool.run(language_losses, cases, ranks=4).results
     for name, case in cases.items():
@@ -275,7 +275,7 @@ def test_places_that_nothing_is_written_to(made: Path, tmp_path: Path, where: Ca
 
 
 def test_all_ranks_hear_what_failed_on_one(pool: RankPool, made: Path, tmp_path: Path) -> None:
-    """None waits for one that has gone, and nothing half-written is left; an older checkpoint stays."""
+    """No rank waits for one that failed, no partial file stays, and an older checkpoint is kept."""
     shutil.copytree(made / "classify", tmp_path / "model")
     shutil.copytree(made / "tag", tmp_path / "old")
     (tmp_path / "taken").mkdir()

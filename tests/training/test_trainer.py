@@ -296,7 +296,7 @@ class Ranks:
 def ranks(
     pool: RankPool, ckpt: Path, heads: Path, files: dict, spoiled: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Ranks:
-    """What one rank does too, what ends in errors, and a command's job that nobody kills."""
+    """Jobs that one rank does too, jobs that fail, and a job that isn't killed."""
     output = tmp_path_factory.mktemp("ranks")
     whole = {"task": "tag", "data": files["tag"], "eval": files["tag"], "output": str(output / "whole"), "every": 1}
     whole |= {"epochs": 3, "batch_size": 4, "max_seq_len": 64, "learning_rate": 1e-2}
@@ -366,7 +366,7 @@ def names_in(output: Path) -> set[str]:
 
 
 def test_killed_at_any_moment_it_comes_to_the_same(pool: RankPool, ckpt: Path, files: dict, tmp_path: Path) -> None:
-    """Dropout too, of a new head and of an adapter."""
+    """With the dropout of a new head and of an adapter."""
     evaluated = {"epochs": 3, "batch_size": 3, "learning_rate": 5e-3, "every": 2}
     configs = {
         "tag": {**evaluated, "task": "tag", "data": files["tag"], "eval": files["tag"]},
