@@ -1,7 +1,7 @@
 """The attention weights of every head, computed by torch's plain operations, slowly.
 
-Knows the network; knows no files and no generation. The model stays as it is: what runs is a view: other layers with its parameters
-and caches.
+Knows the network; knows no files and no generation. The model stays as it is: what runs is a view,
+other layers with its parameters and caches.
 """
 
 from typing import TypeVar, cast
