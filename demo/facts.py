@@ -1,7 +1,7 @@
-"""What the demo model shall know: facts from the tables in demo/data, and the questions that ask for them.
+"""What the demo model is to know: facts from the tables in demo/data, and the questions that ask for them.
 
-About a tenth of all questions (a fact in one wording) is put aside here, for good: training never sees it.
-Knows nothing of documents or of how often what occurs; those are demo/corpus.py.
+About a tenth of all questions (a fact in one wording) is held out here: training never sees them. Knows nothing of
+documents and their shares, which are in demo/corpus.py.
 """
 
 from __future__ import annotations
@@ -19,51 +19,51 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Fact:
-    """Something the model shall know: the questions for it, rendered, and the answer in the three styles."""
+    """A fact that the model is to know, with its questions and what answers in each style are made of."""
 
     kind: str
     trained: tuple[str, ...]  # questions for training
-    held: tuple[str, ...]  # questions put aside
+    held: tuple[str, ...]  # held-out questions
     answer: str
-    accepted: tuple[str, ...]
-    check: str = "any"
+    accepted: tuple[str, ...]  # phrases of right answers
+    check: str = "any"  # see `corpus.Question`
     topic: str = "questions"  # of its haiku
-    lead: str = ""  # its emojis: first these,
-    pool: tuple[str, ...] = ("🤔", "❓")  # then some of these
+    lead: str = ""  # the first of its emojis
+    pool: tuple[str, ...] = ("🤔", "❓")  # emojis of which some follow
 
 
-# Never in training: the questions that the project shows as its examples ...
+# The questions of the project's examples are never in training ...
 EXAMPLE_QUESTIONS = (
     "what is the recipe of mayonnaise",
     "i am going to paris what should i see",
     "how do i get from london to new york",
 )
-CLOSE_TO_EXAMPLES = ("im going to paris what should i see",)  # ... and always: this one
+CLOSE_TO_EXAMPLES = ("im going to paris what should i see",)  # ... and this one always is
 
 
-# --- Small tools.
+# --- small tools and tables
 
 
 def pick(rng: Random, words: str) -> str:
     return rng.choice(words.split())
 
 
-def sentence(text: str) -> str:
+def capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def plain(text: str) -> str:
-    """For comparing questions: lower case, no punctuation, one spelling of colour."""
+def normalize(text: str) -> str:
+    """A form to compare questions by: lower case, no punctuation, one spelling of colour."""
     return re.sub(r"[^\w\s]", "", text.casefold()).replace("colour", "color").strip()
 
 
-def share(text: str) -> float:
-    """A stable pseudo-random number in [0, 1) for a text."""
-    return int(hashlib.sha256(plain(text).encode()).hexdigest()[:12], 16) / 16**12
+def hash_share(text: str) -> float:
+    """A pseudo-random number in [0, 1) that depends on the text alone."""
+    return int(hashlib.sha256(normalize(text).encode()).hexdigest()[:12], 16) / 16**12
 
 
 def is_held(text: str) -> bool:
-    return plain(text) in EXAMPLE_QUESTIONS or (share(text) < 0.1 and plain(text) not in CLOSE_TO_EXAMPLES)
+    return normalize(text) in EXAMPLE_QUESTIONS or (hash_share(text) < 0.1 and normalize(text) not in CLOSE_TO_EXAMPLES)
 
 
 @cache
@@ -86,35 +86,37 @@ def bank(name: str) -> list[str]:
     )
 
 
-def asked(kind: str, **fields: str) -> list[str]:
-    return [sentence(wording.format(**fields)) for wording in bank(kind)]
+def render_questions(kind: str, **fields: str) -> list[str]:
+    return [capitalize(wording.format(**fields)) for wording in bank(kind)]
 
 
 def make_fact(kind: str, questions: list[str], answer: str, accepted: tuple[str, ...], **more) -> Fact:
-    """At most a third of the questions are held out, so that each fact is learnt."""
+    """A fact. At most a third of its questions are held out, so that it can be learnt."""
     limit = max(1, len(questions) // 3)
-    held = sorted((q for q in questions if is_held(q)), key=lambda q: (plain(q) not in EXAMPLE_QUESTIONS, share(q)))
-    held = [q for q in held if plain(q) in {plain(h) for h in held[:limit]}]
+    held = sorted(
+        (q for q in questions if is_held(q)), key=lambda q: (normalize(q) not in EXAMPLE_QUESTIONS, hash_share(q))
+    )
+    held = [q for q in held if normalize(q) in {normalize(h) for h in held[:limit]}]
     trained = tuple(q for q in questions if q not in held)
-    return Fact(kind, trained, tuple(held), sentence(answer), accepted, **more)
+    return Fact(kind, trained, tuple(held), capitalize(answer), accepted, **more)
 
 
-# --- The facts.
+# --- facts
 
 
 @cache
 def cities() -> dict[str, dict]:
-    """Per city: its sights as (name, two descriptions, reason), emojis, and the lines of its haiku."""
-    found = {}
+    """By city: its sights as (name, two descriptions, reason), emojis, and the lines of its haiku."""
+    table = {}
     for head, lines in sections("cities.txt"):
         name, syllables, emoji, middle = head.split("; ")
         haiku = (bank(f"city first {syllables}"), middle.split(" / "), bank("city last"))
-        found[name] = {
+        table[name] = {
             "sights": [line.split("; ") for line in lines],
             "emoji": tuple(emoji.split()),
             "haiku": ([line.format(name) for line in haiku[0]], *haiku[1:]),
         }
-    return found
+    return table
 
 
 @cache
@@ -133,8 +135,8 @@ def places() -> dict[str, tuple[str, str]]:
     return {name: (region, flag) for name, region, flag in rows("places.tsv")}
 
 
-def table_facts() -> Iterator[Fact]:
-    """The facts with one word as their answer."""
+def generate_table_facts() -> Iterator[Fact]:
+    """Facts whose answer is a word."""
     rules = (
         ("capital", "capitals.tsv", False, "The capital of {a} is {b}.", "{b}"),
         ("country", "capitals.tsv", True, "{a} is the capital of {b}.", "{b}"),
@@ -154,12 +156,14 @@ def table_facts() -> Iterator[Fact]:
                 more = {"topic": city if city in cities() else "travel", "lead": places()[city][1], "pool": ()}
             elif kind == "colour" and b in circles():
                 more = {"lead": circles()[b], "pool": ()}
-            yield make_fact(kind, asked(kind, a=a, b=b), answer.format(a=a, b=b), (accepted.format(b=b),), **more)
+            yield make_fact(
+                kind, render_questions(kind, a=a, b=b), answer.format(a=a, b=b), (accepted.format(b=b),), **more
+            )
 
 
-def calendar_facts() -> Iterator[Fact]:
+def generate_calendar_facts() -> Iterator[Fact]:
     def fact(wording: str, answer: str, **fields: str) -> Fact:
-        return make_fact("calendar", asked(wording, **fields), answer, (answer.rstrip("."),))
+        return make_fact("calendar", render_questions(wording, **fields), answer, (answer.rstrip("."),))
 
     for unit, whole, names in (("day", "week", bank("days")), ("month", "year", bank("months"))):
         for i, name in enumerate(names):
@@ -177,8 +181,8 @@ def calendar_facts() -> Iterator[Fact]:
         yield fact("count", f"There are {count}.", a=parts, u=whole)
 
 
-def text_facts() -> Iterator[Fact]:
-    """The facts with longer answers: about the model itself, recipes, sights, travel, topics, feelings."""
+def generate_text_facts() -> Iterator[Fact]:
+    """Facts with longer answers: about the model itself, recipes, sights, travel, topics, feelings."""
     for head, lines in sections("about.txt"):
         accepted = re.search(r"\*(.*)\*", head).group(1).rstrip("!")
         yield make_fact("about", lines[0].split(" / "), head.replace("*", ""), (accepted,), pool=("😊", "❤️"))
@@ -186,13 +190,15 @@ def text_facts() -> Iterator[Fact]:
         name, emoji, main = head.split("; ")
         answer = f"Here is the recipe of {name}.\n\n{lines[0]}\n\n" + "\n".join(lines[1:])
         style = {"check": "all", "topic": "food", "pool": tuple(emoji.split())}
-        yield make_fact("recipe", asked("recipe", a=name), answer, tuple(main.split(", ")), **style)
+        yield make_fact("recipe", render_questions("recipe", a=name), answer, tuple(main.split(", ")), **style)
     for city, content in cities().items():
         style = {"topic": city, "lead": places()[city][1], "pool": content["emoji"]}
         names = tuple(sight[0] for sight in content["sights"])
-        yield make_fact("trip", asked("trip", a=city), "", names, **style)
+        yield make_fact("trip", render_questions("trip", a=city), "", names, **style)
         for sight in content["sights"]:
-            yield make_fact("sight", asked("sight", a=sight[0]), why(sight), (key_phrase(sight),), **style)
+            yield make_fact(
+                "sight", render_questions("sight", a=sight[0]), explain(sight), (extract_key_phrase(sight),), **style
+            )
     for a, (region, flag) in places().items():
         for b, (other_region, other_flag) in places().items():
             if a != b:
@@ -200,45 +206,48 @@ def text_facts() -> Iterator[Fact]:
                 style = {"topic": "travel", "lead": f"{flag} {emoji} {other_flag}"}
                 style["pool"] = cities()[b]["emoji"][:1] if b in cities() else ()
                 answer = f"You can take a {vehicle} from {a} to {b}."
-                yield make_fact("travel", asked("travel", a=a, b=b), answer, (f"{vehicle} from {a} to {b}",), **style)
+                yield make_fact(
+                    "travel", render_questions("travel", a=a, b=b), answer, (f"{vehicle} from {a} to {b}",), **style
+                )
     for head, _ in sections("topics.txt"):
         name, answer, emoji = head.split("; ")
         style = {"topic": name, "pool": tuple(emoji.split())}
-        yield make_fact("topic", asked("topic", a=name), answer, (answer,), **style)
+        yield make_fact("topic", render_questions("topic", a=name), answer, (answer,), **style)
     for name, answer, emoji in rows("feelings.tsv"):
         style = {"topic": "friends", "pool": tuple(emoji.split())}
-        yield make_fact("feeling", asked("feeling", a=name), answer, (answer,), **style)
+        yield make_fact("feeling", render_questions("feeling", a=name), answer, (answer,), **style)
 
 
 @cache
 def facts() -> dict[str, list[Fact]]:
-    found: dict[str, list[Fact]] = {}
-    for source in (table_facts, calendar_facts, text_facts):
+    """All facts by kind."""
+    by_kind: dict[str, list[Fact]] = {}
+    for source in (generate_table_facts, generate_calendar_facts, generate_text_facts):
         for fact in source():
-            found.setdefault(fact.kind, []).append(fact)
-    return found
+            by_kind.setdefault(fact.kind, []).append(fact)
+    return by_kind
 
 
-def key_phrase(sight: list[str]) -> str:
+def extract_key_phrase(sight: list[str]) -> str:
     return re.search(r"\*(.*)\*", sight[3]).group(1)
 
 
-def why(sight: list[str]) -> str:
-    return sentence(f"{sight[0]} is great because {sight[3].replace('*', '')}.")
+def explain(sight: list[str]) -> str:
+    return capitalize(f"{sight[0]} is great because {sight[3].replace('*', '')}.")
 
 
-# --- Questions that the model cannot answer: known frames with made-up words, and other topics.
+# --- questions that the model can't answer: known frames with made-up words, and other topics
 
 
-def made_up_word(rng: Random) -> str:
+def make_up_word(rng: Random) -> str:
     return "".join(rng.choices(bank("syllables"), k=2)) + rng.choice(["", *bank("word ends")])
 
 
-def unknown_question(rng: Random, held: bool = False) -> str:
+def make_unknown_question(rng: Random, held: bool = False) -> str:
     while True:
         if rng.random() < 0.45:
             kind = pick(rng, "capital capital country opposite colour plural french french english")
-            word = made_up_word(rng)
+            word = make_up_word(rng)
             if kind in ("capital", "country"):
                 word = word.capitalize() + (rng.choice(("ia", "land", "stan", "")) if kind == "capital" else "")
             elif kind == "colour":
@@ -248,4 +257,4 @@ def unknown_question(rng: Random, held: bool = False) -> str:
             head, lines = rng.choice(sections("unknown.txt"))
             topic, wordings = rng.choice(lines[0].split(", ")), head.replace("{}", "{a}").split(" / ")
         if is_held(f"unknown {topic}") == held:
-            return sentence(rng.choice(wordings).format(a=topic))
+            return capitalize(rng.choice(wordings).format(a=topic))

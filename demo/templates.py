@@ -1,4 +1,4 @@
-"""Sentences from templates with slots and lists of words; every sixth of both is put aside for the examination.
+"""Sentences from templates with slots and lists of words. Every sixth template and word is held out from training.
 
 Templates are in demo/data/*_sentences.txt, words in demo/data/words.txt. Knows nothing of what the sentences are for.
 """
@@ -14,15 +14,15 @@ from demo.facts import cities, places, rows, sections
 
 T = TypeVar("T")
 
-EVERY = 6
+EVERY = 6  # one of so many templates and words is held out
 
 
 @dataclass(frozen=True)
 class Part:
-    """From which templates and words a text is made: those that training sees, or those put aside."""
+    """Which templates and words a text is made from."""
 
-    new_templates: bool = False
-    new_words: bool = False
+    new_templates: bool = False  # held-out templates, in place of those that training sees
+    new_words: bool = False  # held-out words, in place of those that training sees
 
 
 SEEN = Part()
@@ -30,38 +30,40 @@ PARTS = (SEEN, Part(new_templates=True), Part(new_words=True), Part(new_template
 
 
 class Piece(NamedTuple):
-    """A stretch of a sentence: what fills the slot of this name, or the template's own text, whose slot is ""."""
+    """A part of a sentence."""
 
     text: str
-    slot: str = ""
+    slot: str = ""  # the name of the slot that it fills; "": it is the template's own text
 
 
-def allowed(items: Sequence[T], new: bool) -> list[T]:
+def select(items: Sequence[T], new: bool) -> list[T]:
+    """The held-out items if `new`, else those that training sees."""
     return [item for i, item in enumerate(items) if (i % EVERY == EVERY - 1) == new]
 
 
 @cache
-def lists() -> dict[str, list[str]]:
-    """All words, by the slot that they fit."""
-    found = {head: lines[0].split(" / ") for head, lines in sections("words.txt")}
-    known = [city for _, city in rows("capitals.tsv")] + [*cities(), *places()]
-    found["city"] = list(dict.fromkeys(known + found["city"]))
-    found["country"] = [country for country, _ in rows("capitals.tsv")]
-    return found
+def word_lists() -> dict[str, list[str]]:
+    """All words by the slot that they fit."""
+    lists = {head: lines[0].split(" / ") for head, lines in sections("words.txt")}
+    of_facts = [city for _, city in rows("capitals.tsv")] + [*cities(), *places()]
+    lists["city"] = list(dict.fromkeys(of_facts + lists["city"]))
+    lists["country"] = [country for country, _ in rows("capitals.tsv")]
+    return lists
 
 
 @cache
 def words(new: bool) -> dict[str, list[str]]:
-    return {slot: allowed(every, new) for slot, every in lists().items()}
+    """The held-out words by slot if `new`, else those that training sees."""
+    return {slot: select(every, new) for slot, every in word_lists().items()}
 
 
-def fill(rng: Random, template: str, choices: Mapping[str, Sequence[str]]) -> list[Piece]:
-    """The template with a word in each slot, never the same one twice while there are others."""
+def fill_slots(rng: Random, template: str, choices: Mapping[str, Sequence[str]]) -> list[Piece]:
+    """The template with a word in each slot. No word occurs twice while there are others."""
     pieces: list[Piece] = []
     for i, text in enumerate(re.split(r"[{}]", template)):
         if i % 2:
-            taken = {piece.text for piece in pieces}
-            unused = [word for word in choices[text] if word not in taken]
+            used = {piece.text for piece in pieces}
+            unused = [word for word in choices[text] if word not in used]
             pieces.append(Piece(rng.choice(unused or choices[text]), text))
         elif text:
             pieces.append(Piece(text))

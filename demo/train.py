@@ -1,9 +1,9 @@
-"""Trains the demo model from nothing: text from `demo/corpus.py`, a byte-pair vocabulary, then the network.
+"""Trains the demo model from scratch: text from `demo/corpus.py`, a byte-pair vocabulary, then the network.
 
     python -m demo.train [--output demo/model] [--steps 2400] [--seed 1] [--device cpu]
 
 Writes a checkpoint in Meta's format (params.json, consolidated.00.pth, tokenizer.model) and prints how many held-out
-questions it answers. Knows nothing of inference; the optimizer loop is the plainest that works.
+questions it answers. The optimizer loop is the plainest that works. Knows nothing of inference.
 """
 
 import base64
@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from demo.corpus import Document, training_documents
+from demo.corpus import Document, generate_documents
 from demo.evaluate import evaluate
 from llama import LlamaError, parallel
+from llama._util.device import choose_dtype
 from llama._util.files import write_whole
 from llama.checkpoints.meta import save_checkpoint
 from llama.cli.program import run
@@ -32,26 +33,25 @@ from llama.tokenizer import ChatFormat, Tokenizer
 
 N_WORDS = 2816  # and 256 special tokens: 3072 words, which 1, 2, 4 and 8 ranks divide
 ARGS = ModelArgs(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, multiple_of=64, max_seq_len=512)
-TOKENS_PER_BATCH, BATCHES_PER_STEP = 2048, 2  # a batch has documents of one length, and so of few kinds: mix two
+TOKENS_PER_BATCH, BATCHES_PER_STEP = 2048, 2  # a batch has documents of one length, so of few kinds: two are mixed
 IGNORED = -100
 PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 0.05
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens: (B, T), right-padded with 0. places: (N), where in the flattened (B * (T - 1)) inputs the next token is
-    to be learnt, and targets: (N), that token; padded with place 0 and target IGNORED."""
+    """Documents of similar length."""
 
-    tokens: Tensor
-    places: Tensor
-    targets: Tensor
+    tokens: Tensor  # (B, T), padded on the right with 0
+    positions: Tensor  # (N): in the flattened (B * (T - 1)) inputs, where the next token is learnt; padded with 0
+    targets: Tensor  # (N): that token; padded with IGNORED
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.tokens.to(device), self.places.to(device), self.targets.to(device))
+        return Batch(self.tokens.to(device), self.positions.to(device), self.targets.to(device))
 
 
 def train_tokenizer(path: Path, texts: Iterator[str]) -> None:
-    """Byte-pair encoding of `texts`, written as tiktoken reads it: a line of base64 token and rank each."""
+    """Learn a byte-pair encoding of `texts`; write it as tiktoken reads it, a line of base64 token and rank each."""
     tokenizer = BytePairTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -62,25 +62,28 @@ def train_tokenizer(path: Path, texts: Iterator[str]) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=N_WORDS, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    byte_of = bytes_of_characters()
+    byte_of = map_characters_to_bytes()
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     lines = [b"%s %d\n" % (base64.b64encode(bytes(byte_of[c] for c in word)), rank) for word, rank in words]
     write_whole(path, lambda f: f.writelines(lines))
 
 
-def bytes_of_characters() -> dict[str, int]:
-    """The printable stand-ins that byte-level vocabularies use: visible Latin-1 for itself, the rest from U+0100 on."""
+def map_characters_to_bytes() -> dict[str, int]:
+    """The byte of each printable character that byte-level vocabularies use in place of bytes.
+
+    Visible Latin-1 characters stand for themselves, characters from U+0100 on for the other bytes.
+    """
     visible = [b for b in range(256) if chr(b).isprintable() and not chr(b).isspace() and b != 0xAD]
     others = [b for b in range(256) if b not in visible]
     return {**{chr(b): b for b in visible}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
-def document_text(document: Document) -> str:
+def get_text(document: Document) -> str:
     return document.text or "\n".join(message["content"] for message in document.messages)
 
 
 def encode(document: Document, chat: ChatFormat) -> tuple[list[int], list[bool]]:
-    """Token ids, and for each whether the model is to learn to say it: all of a text, the answers of a dialog."""
+    """Token ids, and for each whether it is learnt: all of a text but its first, and the answers of a dialog."""
     if document.text:
         tokens = chat.tokenizer.encode(document.text, bos=True, eos=True)
         return tokens, [False] + [True] * (len(tokens) - 1)
@@ -92,10 +95,10 @@ def encode(document: Document, chat: ChatFormat) -> tuple[list[int], list[bool]]
     return tokens, learn
 
 
-def batches(seed: int, chat: ChatFormat) -> Iterator[Batch]:
-    """Endless batches of about TOKENS_PER_BATCH tokens, each of documents of similar length: little is padding."""
+def generate_batches(seed: int, chat: ChatFormat) -> Iterator[Batch]:
+    """Endless batches of about TOKENS_PER_BATCH tokens. Documents of similar length go together, to pad little."""
     rng = random.Random(seed)
-    documents = training_documents(seed, 10**9)
+    documents = generate_documents(seed, 10**9)
     while pool := [encode(d, chat) for d in itertools.islice(documents, 8192)]:
         pool = [pair for pair in pool if len(pair[0]) <= ARGS.max_seq_len]
         pool.sort(key=lambda pair: len(pair[0]))
@@ -109,35 +112,35 @@ def batches(seed: int, chat: ChatFormat) -> Iterator[Batch]:
 
 
 def make_batch(group: list[tuple[list[int], list[bool]]]) -> Batch:
-    """Sizes are rounded up: the fewer different shapes, the fewer kernels the CPU library has to build."""
+    """A batch of (tokens, learn). Sizes are rounded up: with fewer shapes the CPU library builds fewer kernels."""
     length = round_up(max(len(tokens) for tokens, _ in group), 16)
     rows = TOKENS_PER_BATCH // length
     tokens, learn = torch.zeros(rows, length, dtype=torch.long), torch.zeros(rows, length, dtype=torch.bool)
     for i, (row, learnt) in enumerate(group):
         tokens[i, : len(row)], learn[i, : len(row)] = torch.tensor(row), torch.tensor(learnt)
-    places = learn[:, 1:].flatten().nonzero().squeeze(1)
-    padding = round_up(len(places), 128) - len(places)
-    targets = F.pad(tokens[:, 1:].flatten()[places], (0, padding), value=IGNORED)
-    return Batch(tokens, F.pad(places, (0, padding)), targets)
+    positions = learn[:, 1:].flatten().nonzero().squeeze(1)
+    padding = round_up(len(positions), 128) - len(positions)
+    targets = F.pad(tokens[:, 1:].flatten()[positions], (0, padding), value=IGNORED)
+    return Batch(tokens, F.pad(positions, (0, padding)), targets)
 
 
 def round_up(number: int, to: int) -> int:
     return -(-number // to) * to
 
 
-def loss_of(model: Transformer, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the tokens to be learnt; the output layer runs for those alone."""
+def compute_loss(model: Transformer, batch: Batch) -> Tensor:
+    """Mean cross-entropy of the tokens to be learnt. The output layer runs only for their positions."""
     h = model.hidden_states(batch.tokens[:, :-1]).flatten(0, 1)  # (B * (T - 1), dim)
-    return F.cross_entropy(model.logits(h[batch.places]), batch.targets, ignore_index=IGNORED)
+    return F.cross_entropy(model.logits(h[batch.positions]), batch.targets, ignore_index=IGNORED)
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to nothing."""
+def compute_learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then linear decay to 0."""
     return PEAK_LR * min((step + 1) / WARMUP_STEPS, (steps - step) / max(steps - WARMUP_STEPS, 1))
 
 
 def initialize_weights(model: Transformer) -> None:
-    """Normal(0, 0.02), the projections into the residual stream scaled down by depth, as GPT-2 and its heirs do."""
+    """Normal(0, 0.02); projections into the residual stream are scaled down by depth, as in GPT-2."""
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
             depth = (2 * model.n_layers) ** 0.5 if name.endswith(("wo.weight", "w2.weight")) else 1
@@ -153,16 +156,16 @@ def train_network(chat: ChatFormat, steps: int, seed: int, device: torch.device)
     norms = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    half = parallel.choose_dtype(None, device)
-    stream = batches(seed, chat)
+    half = choose_dtype(None, device)
+    stream = generate_batches(seed, chat)
     bar = tqdm(range(steps), unit="step", desc="training", mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps)
+            group["lr"] = compute_learning_rate(step, steps)
         for batch in itertools.islice(stream, BATCHES_PER_STEP):
-            # The fused attention's backward pass takes a third of the time on a CPU with rows as short as these.
+            # MATH: on a CPU, with rows this short, the fused attention's backward pass takes a third of the time.
             with torch.autocast(device.type, half, enabled=half == torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                loss = loss_of(model, batch.to(device)) / BATCHES_PER_STEP
+                loss = compute_loss(model, batch.to(device)) / BATCHES_PER_STEP
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -183,7 +186,7 @@ def main(
         raise LlamaError(f"the demo model is trained by one process, not {place.world_size}: start without torchrun")
     directory = Path(output)
     directory.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(directory / "tokenizer.model", map(document_text, training_documents(seed, 30_000)))
+    train_tokenizer(directory / "tokenizer.model", map(get_text, generate_documents(seed, 30_000)))
     chat = ChatFormat(Tokenizer(str(directory / "tokenizer.model")))
     model = train_network(chat, steps, seed, place.device)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {chat.tokenizer.n_words} words -> {directory}")

@@ -12,64 +12,37 @@ if TYPE_CHECKING:
     from .engine.outputs import ChatPrediction, Completion, CompletionPrediction
     from .engine.scoring import Score
     from .engine.sequence import Step
-    from .engine.session import Session
     from .errors import LlamaError
     from .generation import Llama
     from .model import ModelArgs, Transformer
+    from .session import Session
     from .settings import Settings
     from .tasks.model import TaskModel
     from .tokenizer import ChatFormat, Dialog, Message, StreamDecoder, Tokenizer
     from .training.config import TrainingConfig
     from .training.trainer import finetune
 
-PLACES = {
-    "adapters.lora": ("Lora",),
-    "adapters.peft": ("load_adapter", "save_adapter"),
-    "checkpoints.convert": ("convert",),
-    "checkpoints.inspect": ("inspect",),
-    "engine.attention_weights": ("attention_weights",),
-    "engine.outputs": ("ChatPrediction", "Completion", "CompletionPrediction"),
-    "engine.scoring": ("Score",),
-    "engine.sequence": ("Step",),
-    "engine.session": ("Session",),
-    "errors": ("LlamaError",),
-    "generation": ("Llama",),
-    "model": ("ModelArgs", "Transformer"),
-    "settings": ("Settings",),
-    "tasks.model": ("TaskModel",),
-    "tokenizer": ("ChatFormat", "Dialog", "Message", "StreamDecoder", "Tokenizer"),
-    "training.config": ("TrainingConfig",),
-    "training.trainer": ("finetune",),
+NAMES = {
+    "adapters.lora": "Lora",
+    "adapters.peft": "load_adapter save_adapter",
+    "checkpoints.convert": "convert",
+    "checkpoints.inspect": "inspect",
+    "engine.attention_weights": "attention_weights",
+    "engine.outputs": "ChatPrediction Completion CompletionPrediction",
+    "engine.scoring": "Score",
+    "engine.sequence": "Step",
+    "errors": "LlamaError",
+    "generation": "Llama",
+    "model": "ModelArgs Transformer",
+    "session": "Session",
+    "settings": "Settings",
+    "tasks.model": "TaskModel",
+    "tokenizer": "ChatFormat Dialog Message StreamDecoder Tokenizer",
+    "training.config": "TrainingConfig",
+    "training.trainer": "finetune",
 }
-MODULES = {name: module for module, names in PLACES.items() for name in names}
-
-__all__ = [
-    "ChatFormat",
-    "ChatPrediction",
-    "Completion",
-    "CompletionPrediction",
-    "Dialog",
-    "Llama",
-    "LlamaError",
-    "Lora",
-    "Message",
-    "ModelArgs",
-    "Score",
-    "Session",
-    "Settings",
-    "Step",
-    "StreamDecoder",
-    "TaskModel",
-    "Tokenizer",
-    "TrainingConfig",
-    "Transformer",
-    "attention_weights",
-    "convert",
-    "finetune",
-    "inspect",
-    "load_adapter",
-    "save_adapter",
-]
+MODULES = {name: module for module, names in NAMES.items() for name in names.split()}
+__all__ = list(MODULES)
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ Knows no model and no files. The only global state that it changes is torch.dist
 import atexit
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,20 +16,12 @@ import fairscale.nn.model_parallel.initialize as fs_init
 import torch
 import torch.distributed as dist
 
+from ._util.device import choose_device, choose_dtype
 from ._util.ranks import env_rank
 from ._util.ranks import is_main_process as is_main_process
 from .errors import LlamaError
 
 T = TypeVar("T")
-
-DTYPES = {  # by the names that users may give
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp16": torch.float16,
-    "float32": torch.float32,
-    "fp32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
@@ -42,61 +33,6 @@ class Place:
     world_size: int  # all processes
     mp_rank: int  # this rank's number in its model-parallel group
     mp_size: int  # ranks of a model-parallel group
-
-
-def choose_device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:
-    """The device asked for, or the best there is: CUDA (one for each rank), MPS (one process only), or the CPU.
-
-    Raises LlamaError for a device that is unknown, missing, or can't serve all ranks.
-    """
-    if device is None:
-        if torch.cuda.is_available():
-            device = "cuda"
-        else:
-            device = "mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu"
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise LlamaError(f"device {device!r} is not known: expected cpu, cuda, cuda:N or mps") from None
-    if chosen.type not in ("cpu", "cuda", "mps"):
-        raise LlamaError(f"device {device!r} is not supported: expected cpu, cuda, cuda:N or mps")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise LlamaError("device 'mps' was asked for, but this machine or this torch has none: use --device cpu")
-    if chosen.type == "mps" and world_size > 1:
-        raise LlamaError(f"device 'mps' runs one process, not {world_size}: use --device cpu, or no torchrun")
-    if chosen.type == "cuda":
-        if chosen.index is not None and world_size > 1:
-            raise LlamaError(f"device {device!r} would put {world_size} ranks on one GPU: use cuda, for one each")
-        count = torch.cuda.device_count()
-        index = local_rank if chosen.index is None else chosen.index
-        if index >= count:
-            raise LlamaError(f"device cuda:{index} was asked for, but {count} CUDA devices are here: use --device cpu")
-        chosen = torch.device("cuda", index)
-    return chosen
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of a name such as "bfloat16", "bf16" or "torch.bfloat16". Raises LlamaError."""
-    if str(name).removeprefix("torch.") not in DTYPES:
-        raise LlamaError(f"dtype {name!r} is not known: expected bfloat16, float16 or float32")
-    return DTYPES[str(name).removeprefix("torch.")]
-
-
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or the best for `device`: bfloat16 if it computes in it, else float16, on a CPU float32."""
-    if isinstance(dtype, torch.dtype):
-        if dtype not in DTYPES.values():
-            raise LlamaError(f"dtype {dtype} is not supported: expected bfloat16, float16 or float32")
-        return dtype
-    if dtype is not None:
-        return parse_dtype(dtype)
-    if device.type == "cuda":
-        # GPUs before Ampere only emulate bfloat16.
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "mps":
-        return torch.bfloat16 if torch.backends.mps.is_macos_or_newer(14, 0) else torch.float16
-    mkldnn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if mkldnn else torch.float32
 
 
 def initialize(
@@ -153,13 +89,6 @@ def leave() -> None:
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
         fs_init.destroy_model_parallel()  # drops its references to the groups; else they outlive the next line
         dist.destroy_process_group()
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that a program can get on `device`: of a GPU the free memory, of a CPU all of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_group_leader() -> bool:

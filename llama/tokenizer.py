@@ -14,6 +14,7 @@ from typing import ClassVar, Literal, TypedDict, get_args
 
 import tiktoken
 
+from ._util.special_names import check_special, find_names
 from ._util.vocabulary_file import read_vocabulary
 from .errors import LlamaError, describe, shorten
 
@@ -115,7 +116,7 @@ class Tokenizer:
         # The text is split at control tokens before it is cut in pieces, so that no cut goes through one.
         tokens = [self.bos_id] if bos else []
         start = 0
-        for special in _occurrences(allowed, s):
+        for special in find_names(allowed, s):
             tokens += self._encode_plain(s[start : special.start()])
             tokens.append(self.special_tokens[special[0]])
             start = special.end()
@@ -233,38 +234,6 @@ class ChatFormat:
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
 
-def check_special(
-    s: str,
-    known: Set[str],
-    allowed_special: Literal["all"] | Collection[str],
-    disallowed_special: Literal["all"] | Collection[str],
-) -> Set[str]:
-    """The names among `known` that become control tokens in `s`. Arguments and errors as `Tokenizer.encode`."""
-    if not isinstance(s, str):
-        raise LlamaError(f"text to encode is {describe(s)}; expected str")
-    allowed, disallowed = (
-        _set_of_names(names, known, argument)
-        for names, argument in ((allowed_special, "allowed_special"), (disallowed_special, "disallowed_special"))
-    )
-    allowed &= known
-    if disallowed_special == "all":
-        disallowed -= allowed
-    if match := next(_occurrences(disallowed, s), None):
-        raise LlamaError(
-            f"text contains the control token {match[0]!r} at character {match.start()}, which "
-            "disallowed_special forbids; remove it from the text, or put it in allowed_special"
-        )
-    return allowed
-
-
-def _set_of_names(names: Literal["all"] | Collection[str], known: Set[str], argument: str) -> Set[str]:
-    if isinstance(names, str):
-        if names != "all":  # a bare name would be taken for a collection of letters
-            raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
-        return known
-    return frozenset(names)
-
-
 def get_field(message: object, name: str) -> str:
     """The text of this field of a message. Raises LlamaError where there is none."""
     if not isinstance(message, Mapping):
@@ -275,11 +244,6 @@ def get_field(message: object, name: str) -> str:
     if not isinstance(value, str):
         raise LlamaError(f"{name!r} is {describe(value)}; expected str")
     return value
-
-
-def _occurrences(names: Set[str], text: str) -> Iterator[re.Match[str]]:
-    """The matches of any of `names` in `text`, from left to right."""
-    return re.finditer("|".join(map(re.escape, sorted(names))), text) if names else iter(())
 
 
 def _pieces(text: str) -> Iterator[str]:

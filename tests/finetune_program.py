@@ -20,7 +20,7 @@ from llama.training import trainer as training
 from llama.training.trainer import Training, TrainingConfig, finetune
 
 
-def plan_of(given: dict[str, Any]) -> TrainingConfig:
+def read_config(given: dict[str, Any]) -> TrainingConfig:
     return TrainingConfig(**{**given, "lora": Lora(**given["lora"]) if given.get("lora") else None})
 
 
@@ -36,7 +36,9 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         fs_init.destroy_model_parallel()
     Training.step, error = count_steps, None  # type: ignore[method-assign]
     try:
-        finetune(plan_of(job["plan"]), job["ckpt_dir"], None, job["model_parallel_size"], device="cpu", dtype="float32")
+        finetune(
+            read_config(job["config"]), job["ckpt_dir"], None, job["model_parallel_size"], device="cpu", dtype="float32"
+        )
     except LlamaError as e:
         error = str(e)
     Training.step = step  # type: ignore[method-assign]
@@ -92,7 +94,7 @@ def finetune_until_done(job: dict[str, Any]) -> int:
 
     "kills" of the job is a seed; with None, none is killed.
     """
-    training.draw = draw
+    training.draw_curves = draw
     chance, kills = random.Random(job["kills"]), 0
     while True:
         seed = chance.random()
@@ -110,6 +112,6 @@ def finetune_until_done(job: dict[str, Any]) -> int:
 
 def finetune_all(jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What came of each: the error that was raised, the steps that were made, how many more files are open at the last
-    step than at the second. A job is {"plan", "ckpt_dir", "model_parallel_size"}."""
-    training.draw = draw
+    step than at the second. A job is {"config", "ckpt_dir", "model_parallel_size"}."""
+    training.draw_curves = draw
     return [result_of(job) for job in jobs]

@@ -13,8 +13,8 @@ from tiny import write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError, ModelArgs
-from llama.engine.session import Session
 from llama.rotary import RopeScaling
+from llama.session import Session
 
 SIZES: dict[str, Any] = {"max_seq_len": 40, "max_batch_size": 6, "device": "cpu", "dtype": "float32"}
 PLAIN = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=512, multiple_of=32)  # 4 ranks share heads

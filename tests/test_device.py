@@ -6,7 +6,8 @@ import pytest
 import torch
 from tiny import PROMPTS, greedy_by_hand, write_checkpoint
 
-from llama import Llama, parallel
+from llama import Llama
+from llama._util.device import choose_dtype
 
 DEVICES = [
     "cpu",
@@ -34,7 +35,7 @@ def test_text_is_the_same(directory: Path, device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_everything_lives_where_it_was_put_in_the_dtype_asked_for(directory: Path, device: str) -> None:
     llama = Llama.build(directory, device=device)
-    expected = parallel.choose_dtype(None, torch.device(device))
+    expected = choose_dtype(None, torch.device(device))
     llama.text_completion(PROMPTS, max_gen_len=3)
     for tensor in (*llama.model.parameters(), *llama.model.buffers()):
         assert (tensor.device.type, tensor.dtype) == (device, expected)

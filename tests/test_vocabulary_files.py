@@ -10,7 +10,7 @@ import pytest
 from vocabulary import BASE, TOKENS, lines_of, write
 
 import llama.tokenizer as tokenizer_module
-from llama._util import vocabulary_file
+from llama._util import special_names, vocabulary_file
 from llama.errors import LlamaError
 from llama.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ def test_the_vocabulary_is_read_through_blobfile(monkeypatch: pytest.MonkeyPatch
 def test_the_tokenizer_knows_no_tensors_and_no_other_room() -> None:
     """blobfile too isn't imported: it is imported where it is used, to start faster."""
     imported: set[str] = set()
-    for module in (tokenizer_module, vocabulary_file):
+    for module in (tokenizer_module, vocabulary_file, special_names):
         tree = ast.parse(Path(module.__file__).read_text())
         imported |= {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
         origins = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
@@ -107,6 +107,7 @@ def test_the_tokenizer_knows_no_tensors_and_no_other_room() -> None:
         "tiktoken",
         ".errors",
         "..errors",
+        "._util.special_names",
         "._util.vocabulary_file",
         "collections.abc",
     }

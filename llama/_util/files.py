@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import LlamaError
+from ..errors import LlamaError, to_one_line
 
 PARTIAL = ".partial-"  # in the names of files and directories that are being written
 
@@ -94,3 +94,12 @@ def make_unfinished_directory(target: Path) -> Iterator[Path]:
         for remnant in [target] if is_new else target.glob(PARTIAL + "*"):
             shutil.rmtree(remnant, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def refuse_unwritable(path: Path | str) -> Iterator[None]:
+    """Raise LlamaError for errors of the system in this context, which writes to `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:  # RuntimeError: what torch.save raises when the disk is full
+        raise LlamaError(f"{path} can't be written ({to_one_line(e)}): expected a place that you may write to") from e

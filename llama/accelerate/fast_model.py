@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._util.device import DTYPES
 from ..kv_cache import Pass
 from ..model import Transformer
-from ..parallel import DTYPES
 from .call_capture import CaptureFunction, GraphCapture, capture_calls
 from .decode_steps import DecodeSteps
 from .kernels import dispatch

@@ -40,12 +40,15 @@ class Watch:
 
     def notice(self, weight: "PackedWeight | None" = None) -> None:
         """Somebody asked for a layer, or for this weight."""
-        if self._lent is None or self._lent_to != threading.get_ident():
+        if not self.is_lending():
             self.reached = True
             if weight is not None:
                 self.handed_out[id(weight)] = weight
-        elif weight is not None:
+        elif weight is not None and self._lent is not None:
             self._lent.append(weight)
+
+    def is_lending(self) -> bool:
+        return self._lent is not None and self._lent_to == threading.get_ident()
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[None]:
@@ -85,6 +88,7 @@ class PackedWeight:
         self.pack = pack  # gives None for a matrix that cannot be packed, of another dtype or device
         self.watch = watch
         self.mapped = mapped  # the matrix in a file's mapped memory, if it lies there as it is
+        self.is_shared = False  # whether a copy of the model reads that memory too, so that nobody may write to it
         self.shape = None if packed is None else packed.shape
         self.requires_grad = True
         self.plain: nn.Parameter | None = None  # while somebody may hold it
@@ -102,7 +106,7 @@ class PackedWeight:
     def _new_plain(self) -> Tensor:
         """The matrix in memory whose uses can be counted: with a storage of its own."""
         with torch.inference_mode(False), torch.no_grad():
-            if self.mapped is not None:
+            if self.mapped is not None and (self.watch.is_lending() or not self.is_shared):
                 return torch.from_dlpack(self.mapped)
             return self.packed.unpack()  # type: ignore[union-attr]
 
@@ -140,8 +144,11 @@ class PackedWeight:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeight":
         self.take_over()
-        twin = PackedWeight(copy.deepcopy(self.packed, memo), self.pack, copy.deepcopy(self.watch, memo), self.mapped)
+        twin = PackedWeight(copy.deepcopy(self.packed, memo), self.pack, copy.deepcopy(self.watch, memo))
         memo[id(self)] = twin
+        if self.plain is None:  # else somebody may write to the mapped memory
+            twin.mapped, twin.is_shared = self.mapped, True
+            self.is_shared = True
         twin.requires_grad = self.requires_grad
         if twin.packed is None:
             twin.replace(copy.deepcopy(self.plain, memo))  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685) on the linear layers of a built model, put there from outside: trained,
-merged into the weights, or kept apart.
+"""Low-rank adapters (LoRA, arXiv:2106.09685) on the linear layers of a built model: trained, merged or kept apart.
 
-Knows layers and ranks; knows no files (see `adapter`) and no training.
+The model doesn't know of them: they are put on it from outside. Knows layers and ranks; knows no files (see `peft`) and
+no training.
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,15 @@ TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 
 @dataclass(frozen=True)
 class Lora:
-    """What an adapter is: W x becomes W x + alpha / r * B A x, where A is (r, columns of W) and B (rows of W, r).
+    """The settings of an adapter: W x becomes W x + alpha / r * B A x, with A (r, columns of W) and B (rows of W, r).
 
-    targets: the layers that have one, by Meta's names, of TARGETS. dropout: the share of x that A doesn't see while the
-    model is in training mode. Raises LlamaError for what can't be.
+    Raises LlamaError for values out of their ranges.
     """
 
-    r: int = 8
-    alpha: float = 16
-    targets: Sequence[str] = ("wq", "wv")
-    dropout: float = 0.0
+    r: int = 8  # the rank of B A
+    alpha: float = 16  # the adapter is scaled by alpha / r
+    targets: Sequence[str] = ("wq", "wv")  # the layers that get an adapter, some of TARGETS
+    dropout: float = 0.0  # the share of x that A doesn't see while the model is in training mode
 
     def __post_init__(self) -> None:
         check_count("r", self.r)
@@ -53,30 +52,36 @@ class Lora:
 
 
 class LoraLinear(nn.Module):
-    """A layer of fairscale's with an adapter beside its matrix, over ranks as that layer is; both under its name.
+    """A linear layer of fairscale with an adapter, divided over ranks as the layer is. It takes the layer's place.
 
-    lora_A, (r, columns of W on this rank), and lora_B, (rows of W on this rank, r), are float32 whatever the model is,
-    as small steps would be lost in less. Where the rows of W are divided, A is whole on every rank, and where its
-    columns are, B is. On every rank both have their whole gradients after `backward`, but for B of wk and wv on more
-    ranks than key/value heads: that is to be summed over `layout.shared_over` neighbouring ranks.
+    If ranks divide the rows of W, A is whole on every rank; if they divide its columns, B is. After `backward`, every
+    rank has the whole gradients of both, with one exception: B of wk and wv on more ranks than key/value heads, whose
+    gradients must be summed over `schema.shared_over` neighbouring ranks.
     """
+
+    weight: nn.Parameter  # W on this rank
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter  # (r, columns of W on this rank); float32, since small steps would be lost in less
+    lora_B: nn.Parameter  # (rows of W on this rank, r); float32
+    divides_rows: bool  # whether ranks divide the rows of W, else its columns
+    gathers: bool  # whether the output is gathered from all ranks
 
     def __init__(self, layer: ColumnParallelLinear | RowParallelLinear, r: int, alpha: float, dropout: float):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
         self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.by_rows = isinstance(layer, ColumnParallelLinear)
+        self.divides_rows = isinstance(layer, ColumnParallelLinear)
         self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
         rows, columns = layer.weight.shape
         self.lora_A = nn.Parameter(layer.weight.new_zeros(r, columns, dtype=torch.float32))
         self.lora_B = nn.Parameter(layer.weight.new_zeros(rows, r, dtype=torch.float32))
         layer.weight = layer.bias = None
-        self.shell = (layer,)  # in a tuple: no module of this one, and without parameters
+        self.replaced = (layer,)  # without its parameters; in a tuple, so that it isn't a submodule of this one
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., columns of W on this rank) -> (..., rows of W, on this rank or in all)."""
-        h = F.linear(self.dropped(x).float(), self.lora_A)  # (..., r)
-        if self.by_rows:
+        h = F.linear(self.apply_dropout(x).float(), self.lora_A)  # (..., r)
+        if self.divides_rows:
             h = copy_to_model_parallel_region(h)
             y = F.linear(copy_to_model_parallel_region(x), self.weight, self.bias)
         else:
@@ -86,26 +91,29 @@ class LoraLinear(nn.Module):
         y = (y + self.alpha / self.r * F.linear(h, self.lora_B)).type_as(y)
         return gather_from_model_parallel_region(y) if self.gathers else y
 
-    def dropped(self, x: Tensor) -> Tensor:
-        parts = 1 if self.by_rows else get_model_parallel_world_size()
-        return dropped(x, self.dropout, parts) if self.training else x
+    def apply_dropout(self, x: Tensor) -> Tensor:
+        parts = 1 if self.divides_rows else get_model_parallel_world_size()
+        return apply_dropout(x, self.dropout, parts) if self.training else x
 
-    def matrix(self) -> Tensor:
-        """W + alpha / r * B A, of this rank: differentiable, though not of A where W's columns are divided."""
+    def compute_weight(self) -> Tensor:
+        """W + alpha / r * B A on this rank. Differentiable, except with respect to A if ranks divide W's columns."""
         adapter = self.lora_B @ copy_to_model_parallel_region(self.lora_A)
         return (self.weight + self.alpha / self.r * adapter).type_as(self.weight)
 
-    def merged(self) -> ColumnParallelLinear | RowParallelLinear:
-        """The layer that this one replaced, its weight W + alpha / r * B A."""
-        (layer,) = self.shell
+    def merge(self) -> ColumnParallelLinear | RowParallelLinear:
+        """The layer that this one replaced, with the weight W + alpha / r * B A."""
+        (layer,) = self.replaced
         layer.bias = self.bias
-        layer.weight = nn.Parameter(self.matrix().detach())
+        layer.weight = nn.Parameter(self.compute_weight().detach())
         return layer
 
 
-def dropped(x: Tensor, share: float, parts: int = 1) -> Tensor:
-    """x (..., D) with a share of it zero, the same on any number of ranks: torch's generator on the group's first rank
-    says which, for all D * parts numbers where ranks have so many parts of them."""
+def apply_dropout(x: Tensor, share: float, parts: int = 1) -> Tensor:
+    """x (..., D) with a share of it zero and the rest scaled up, the same on any number of ranks.
+
+    parts: how many ranks divide the whole x, of D * parts columns; the mask is drawn for all of them. Its seed comes
+    from torch's generator on the group's first rank.
+    """
     if share == 0:
         return x
     seed = parallel.broadcast(torch.randint(1 << 62, (1,)))
@@ -115,10 +123,11 @@ def dropped(x: Tensor, share: float, parts: int = 1) -> Tensor:
 
 
 def add_lora(model: Transformer, lora: Lora, seed: int) -> None:
-    """Put adapters beside the targeted layers of all blocks, and freeze all else.
+    """Put adapters on the targeted layers, and freeze all other parameters.
 
-    A is drawn from the seed as nn.Linear draws its weights, the same whole matrices on any number of ranks; B is zero,
-    so that nothing changes yet. Raises LlamaError for a model that has an adapter or isn't made of fairscale's layers.
+    A is drawn from the seed as nn.Linear draws its weights: whole matrices, the same on any number of ranks. B is zero,
+    so that the model's outputs don't change yet. Raises LlamaError for a model that has an adapter, or whose layers
+    aren't fairscale's.
     """
     check_seed(seed)
     modules = [name for name in linear_modules(model.params) if name.rpartition(".")[2] in lora.targets]
@@ -131,64 +140,64 @@ def add_lora(model: Transformer, lora: Lora, seed: int) -> None:
     for name in modules:
         columns = shapes[f"{name}.weight"][1]
         bound = columns**-0.5
-        drawn = torch.empty(lora.r, columns).uniform_(-bound, bound, generator=generator)
-        attach(model, name, lora.r, lora.alpha, lora.dropout)
-        fill(model, f"{name}.lora_A", Stored(name, (drawn,)))
+        whole = torch.empty(lora.r, columns).uniform_(-bound, bound, generator=generator)
+        attach_adapter(model, name, lora.r, lora.alpha, lora.dropout)
+        copy_part(model, f"{name}.lora_A", Stored(name, (whole,)))
 
 
 def merge_lora(model: Transformer) -> None:
-    """W += alpha / r * B A in every layer with an adapter. The plain layers stand there again; all may be trained.
+    """Add alpha / r * B A to W in every layer with an adapter, and put the plain layers back. Unfreezes all parameters.
 
-    Raises LlamaError where there is no adapter.
+    Raises LlamaError if there is no adapter.
     """
     for name, layer in lora_layers(model).items():
-        replace_module(model, name, layer.merged())
+        replace_module(model, name, layer.merge())
     model.requires_grad_(True)
 
 
 def lora_parameters(model: Transformer) -> dict[str, nn.Parameter]:
-    """What of the model is trained, on this rank, by name: `layers.0.attention.wq.lora_A`, its `lora_B`, and so on.
+    """The adapter's parameters on this rank by name: `layers.0.attention.wq.lora_A`, its `lora_B`, and so on.
 
-    Raises LlamaError where there is no adapter.
+    Raises LlamaError if there is no adapter.
     """
     layers = lora_layers(model).items()
     return {f"{name}.{p}": layer.get_parameter(p) for name, layer in layers for p in ("lora_A", "lora_B")}
 
 
 def lora_layers(model: Transformer) -> dict[str, LoraLinear]:
-    """The layers with an adapter, by name. Raises LlamaError where there is none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
-    if not found:
+    """The layers with an adapter, by name. Raises LlamaError if there is none."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+    if not layers:
         raise LlamaError("the model has no adapter: call add_lora or load_adapter first")
-    return found
+    return layers
 
 
 def linear_modules(args: ModelArgs) -> list[str]:
-    """The names of all linear layers; a tied output layer isn't one."""
+    """The names of all linear layers. A tied output layer isn't among them."""
     return [name.removesuffix(".weight") for name in tensor_shapes(args) if is_linear(name)]
 
 
 def check_plain(model: Transformer, modules: Sequence[str]) -> None:
-    """Whether adapters can be put on these modules."""
-    there = dict(model.named_modules())
-    if any(isinstance(module, LoraLinear) for module in there.values()):
+    """Raise LlamaError unless adapters can be put on these modules."""
+    named = dict(model.named_modules())
+    if any(isinstance(module, LoraLinear) for module in named.values()):
         raise LlamaError("the model has an adapter: call merge_lora, or build the model anew, before the next one")
     for name in modules:
-        if not isinstance(there.get(name), ColumnParallelLinear | RowParallelLinear):
-            found = type(there[name]).__name__ if name in there else "nothing"
+        if not isinstance(named.get(name), ColumnParallelLinear | RowParallelLinear):
+            kind = type(named[name]).__name__ if name in named else "nothing"
             raise LlamaError(
-                f"{name}: found {found}, expected a layer of fairscale's: put adapters on a model of "
-                "llama.checkpoint.load_model, before it takes another form"
+                f"{name}: found {kind}, expected a layer of fairscale's: put adapters on a model of "
+                "llama.checkpoints.loader.load_model, before it takes another form"
             )
 
 
-def attach(model: Transformer, name: str, r: int, alpha: float, dropout: float) -> None:
-    """Put an adapter of zeros on the layer of this name."""
+def attach_adapter(model: Transformer, name: str, r: int, alpha: float, dropout: float) -> None:
+    """Put an adapter with A and B zero on the layer of this name."""
     replace_module(model, name, LoraLinear(model.get_submodule(name), r, alpha, dropout).train(model.training))
 
 
-def fill(model: Transformer, name: str, whole: Stored) -> None:
-    """Make the parameter of this name this rank's part of a whole tensor."""
+def copy_part(model: Transformer, name: str, whole: Stored) -> None:
+    """Copy this rank's part of a whole tensor into the parameter of this name."""
     part = whole.part(model.params, get_model_parallel_rank(), get_model_parallel_world_size(), name)
     model.get_parameter(name).data.copy_(part)
 

@@ -1,6 +1,6 @@
-"""peft's `adapter_config.json`: what of it is plain LoRA, and of which layers with what sizes; all else is refused.
+"""peft's `adapter_config.json`: which layers have a plain LoRA adapter, and of which sizes. All else is refused.
 
-Knows no tensors. Files come from strangers: no pattern in them is run.
+Knows no tensors. Files come from strangers, so no regular expression in them is run.
 """
 
 import re
@@ -13,15 +13,15 @@ from .._util.validate import is_integer, is_number
 from ..checkpoints.hf_config import Config
 from ..errors import LlamaError, shorten
 
-# Keys that say nothing of what the tensors mean, or nothing that the tensors don't. All that are not known here must be
-# null, false or empty: they are of features that change what is computed.
+# The keys that are read here, and those that don't change what the tensors mean. Every other key must be null, false or
+# empty, since it may belong to a feature that changes what is computed.
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save"}
 READ |= {"rank_pattern", "alpha_pattern", "init_lora_weights", "bias", "task_type"}
 IGNORED = {"auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode", "runtime_config"}
 IGNORED |= {"exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size"}
 IGNORED |= {"eva_config", "loftq_config", "corda_config", "ensure_weight_tying"}
 OUTPUT = "lm_head"
-HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base's weights alone
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # they leave the base's weights alone
 
 
 def read_adapter_config(path: Path) -> Config:
@@ -45,18 +45,20 @@ def read_adapter_config(path: Path) -> Config:
     return config
 
 
-def adapter_dropout(config: Config) -> float:
+def read_dropout(config: Config) -> float:
     value = config.value("lora_dropout", 0.0)
     if not is_number(value) or not 0 <= value < 1:
         raise config.error("lora_dropout", value, "a number in [0, 1)")
     return value
 
 
-def adapter_size(config: Config, owner: str) -> tuple[int, float]:
-    """(r, alpha) of a layer. `use_rslora`, by which B A is divided by the root of r (arXiv:2312.03732), is said by a
-    larger alpha."""
-    r = patterned(config, "rank_pattern", owner, config.count("r"))
-    alpha = patterned(config, "alpha_pattern", owner, config.value("lora_alpha"))
+def read_size(config: Config, owner: str) -> tuple[int, float]:
+    """(r, alpha) of a layer. owner: its Hugging Face name.
+
+    `use_rslora` scales B A by alpha / sqrt(r) in place of alpha / r (arXiv:2312.03732); alpha includes the difference.
+    """
+    r = match_pattern(config, "rank_pattern", owner, config.count("r"))
+    alpha = match_pattern(config, "alpha_pattern", owner, config.value("lora_alpha"))
     if not is_integer(r, 1) or not is_number(r):
         raise config.error("r", r, "a whole number of at least 1")
     if not is_number(alpha) or alpha <= 0 or not is_number(alpha * r**0.5):
@@ -64,8 +66,8 @@ def adapter_size(config: Config, owner: str) -> tuple[int, float]:
     return r, alpha * r**0.5 if config.flag("use_rslora") else alpha
 
 
-def patterned(config: Config, key: str, owner: str, default: Any) -> Any:
-    """The value of the first pattern that is the layer's name, or its end; without one, the default."""
+def match_pattern(config: Config, key: str, owner: str, default: Any) -> Any:
+    """The value of the first pattern that is the layer's name or the end of it; the default if there is none."""
     for pattern, value in (config.value(key) or {}).items():
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise LlamaError(f"{config.path}: {key} has {shorten(pattern)}, expected names of layers and no patterns")
@@ -74,26 +76,26 @@ def patterned(config: Config, key: str, owner: str, default: Any) -> Any:
     return default
 
 
-def targeted(config: Config, modules: Iterable[str]) -> list[str]:
-    """Which linear layers must have an adapter; where patterns choose them, the tensors say which do.
+def select_targets(config: Config, modules: Iterable[str]) -> list[str]:
+    """The linear layers that must have an adapter; none if regular expressions choose, which aren't run.
 
-    modules: all, by Hugging Face's names.
+    modules: all linear layers, by Hugging Face's names.
     """
     targets = config.value("target_modules")
     if any(config.value(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform")):
         return []
-    inside = [owner for owner in modules if owner != OUTPUT]
+    in_blocks = [owner for owner in modules if owner != OUTPUT]
     if isinstance(targets, str):
-        return inside if targets == "all-linear" else []
+        return in_blocks if targets == "all-linear" else []
     for target in targets:
-        if not any(ends_with(owner, target) for owner in [*inside, OUTPUT]):
+        if not any(ends_with(owner, target) for owner in [*in_blocks, OUTPUT]):
             known = ", ".join(sorted({owner.rpartition(".")[2] for owner in modules}))
             raise LlamaError(f"{config.path}: target_modules has {shorten(target)}, expected names such as {known}")
-    has_output = config.value("task_type") in (None, "CAUSAL_LM")  # the others have a head instead
-    owners = modules if has_output else inside
+    has_output = config.value("task_type") in (None, "CAUSAL_LM")  # other tasks have a head instead
+    owners = modules if has_output else in_blocks
     return [owner for owner in owners if any(ends_with(owner, target) for target in targets)]
 
 
 def ends_with(owner: str, name: str) -> bool:
-    """Whether the module is the one of this name, or one of those whose name ends so."""
+    """Whether the module's name is this one or ends with it, at a dot."""
     return f".{owner}".endswith(f".{name}")

@@ -1,15 +1,15 @@
-"""What runs of the benchmark measured, as a picture: speed against batch size, length and ranks, and its limit.
+"""A picture of benchmarks: speed against batch size, prompt length and ranks, and the limit that memory sets.
 
-Knows reports as JSON, this run's and those of earlier ones. matplotlib is imported only here.
+Knows the reports of this run and, as JSON, of earlier ones; knows no models.
 """
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from .._util.files import read_json
+from .._util.plots import create_figure, has_matplotlib, save_figure
 from ..errors import LlamaError
 from .report import BenchReport
 
@@ -26,29 +26,32 @@ PANELS: tuple[tuple[Axis, Literal["decode", "prefill"]], ...] = (
 
 @dataclass(frozen=True)
 class Point:
-    """One subject on one kind of batch. decode, prefill: tokens a second; limit: of decoding, by the bandwidth."""
+    """The speed of one subject on one kind of batch."""
 
-    subject: str
+    subject: str  # with the model's name and form
     ranks: int
     rows: int
-    prompt: int
-    decode: float
-    prefill: float
-    limit: float
+    prompt: int  # tokens a row
+    decode: float  # tokens a second
+    prefill: float  # tokens a second
+    limit: float  # of `decode`, by the bandwidth of memory
     ours: bool
 
     def setting(self, axis: Axis) -> tuple[tuple[Axis, int], ...]:
-        """Where it stands on the other axes."""
+        """Its position on the other axes."""
         return tuple((other, getattr(self, other)) for other in AXES if other != axis)
 
 
 class Chart:
-    """A picture to be drawn when a run is over. What would keep it from being drawn is told when it is made."""
+    """A picture to be drawn when a run is over."""
 
     def __init__(self, path: str, earlier: Sequence[str]):
-        """path: of the picture. earlier: files of what `bench --json` printed. Raises LlamaError."""
+        """path: of the picture. earlier: files that `bench --json` printed.
+
+        Raises LlamaError for whatever would keep the picture from being drawn later.
+        """
         self.path = Path(path)
-        if importlib.util.find_spec("matplotlib") is None:
+        if not has_matplotlib():
             raise LlamaError("--plot needs a package that isn't here: pip install matplotlib")
         if self.path.suffix not in SUFFIXES:
             raise LlamaError(f"--plot is {path!r}, expected the name of a file that ends in {', '.join(SUFFIXES)}")
@@ -57,26 +60,24 @@ class Chart:
         self.points = [point for name in earlier for point in read_points(Path(name))]
 
     def draw(self, report: BenchReport) -> None:
-        """Write the picture: one panel for each of PANELS. A line goes through all runs that differ in one thing."""
-        from matplotlib.figure import Figure  # no pyplot: it would look for a screen
-
-        points = [*self.points, *points_of(asdict(report))]
-        figure = Figure(figsize=(12, 9), layout="constrained")
-        for axes, (axis, figure_of) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            draw_panel(axes, points, axis, figure_of)
-        figure.savefig(self.path)
+        """Write the picture, a panel for each of PANELS. A line joins runs that differ only in the panel's axis."""
+        points = [*self.points, *collect_points(asdict(report))]
+        figure = create_figure(12, 9)
+        for axes, (axis, speed) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+            draw_panel(axes, points, axis, speed)
+        save_figure(figure, self.path)
 
 
 def read_points(path: Path) -> list[Point]:
     report = read_json(path, "an earlier benchmark")
     try:
-        return list(points_of(report))
+        return list(collect_points(report))
     except (KeyError, TypeError) as e:
         raise LlamaError(f"{path} isn't what `python -m llama bench --json` prints: {e!r} in it") from e
 
 
-def points_of(report: dict[str, Any]) -> Iterator[Point]:
-    """What of a report has a place on the axes: all but batches of different lengths."""
+def collect_points(report: dict[str, Any]) -> Iterator[Point]:
+    """The points of a report. Batches of prompts of different lengths have none, since no axis has a place for them."""
     model = f"{Path(report['model']).name} {report['dtype']}"
     form = f" {report['quantization']}" * bool(report["quantization"]) + " compiled" * report["compile"]
     for figures in report["figures"]:
@@ -94,26 +95,26 @@ def points_of(report: dict[str, Any]) -> Iterator[Point]:
             )
 
 
-def draw_panel(axes: Any, points: list[Point], axis: Axis, figure_of: Literal["decode", "prefill"]) -> None:
-    """Lines against one axis, at the place on the others where most was measured."""
-    reached: dict[tuple[tuple[Axis, int], ...], set[int]] = {}
+def draw_panel(axes: Any, points: list[Point], axis: Axis, speed: Literal["decode", "prefill"]) -> None:
+    """Draw lines against one axis, at the setting of the others at which most values were measured."""
+    measured: dict[tuple[tuple[Axis, int], ...], set[int]] = {}  # values on the axis, by setting
     for point in points:
-        reached.setdefault(point.setting(axis), set()).add(getattr(point, axis))
-    setting = max(sorted(reached), key=lambda s: len(reached[s]), default=())
+        measured.setdefault(point.setting(axis), set()).add(getattr(point, axis))
+    setting = max(sorted(measured), key=lambda s: len(measured[s]), default=())
     shown = [point for point in points if point.setting(axis) == setting]
     for subject in dict.fromkeys(point.subject for point in shown):
-        line = {getattr(point, axis): point for point in shown if point.subject == subject}  # the last of equals
-        own = [line[x] for x in sorted(line)]
-        (drawn,) = axes.plot(sorted(line), [getattr(p, figure_of) for p in own], marker="o", label=subject)
-        if figure_of == "decode" and own[0].ours:
-            limits = [p.limit for p in own]
+        line = {getattr(point, axis): point for point in shown if point.subject == subject}  # the latest run
+        ordered = [line[x] for x in sorted(line)]
+        (drawn,) = axes.plot(sorted(line), [getattr(p, speed) for p in ordered], marker="o", label=subject)
+        if speed == "decode" and ordered[0].ours:
+            limits = [p.limit for p in ordered]
             axes.plot(sorted(line), limits, "_--", color=drawn.get_color(), label="the limit that memory sets")
-    ticks = sorted(reached.get(setting, ()))
+    ticks = sorted(measured.get(setting, ()))
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(x) for x in ticks], minor=False)
     axes.set_ylim(bottom=0)
     axes.set_xlabel(AXES[axis])
     axes.set_ylabel("tokens a second")
-    axes.set_title(f"{figure_of}, {', '.join(f'{AXES[other]} {at}' for other, at in setting)}")
+    axes.set_title(f"{speed}, {', '.join(f'{AXES[other]} {at}' for other, at in setting)}")
     if shown:
         axes.legend()

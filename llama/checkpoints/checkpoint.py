@@ -18,7 +18,7 @@ from .compressed_tensors import SCALES, WORDS
 from .families import FAMILIES, Family
 from .hf_head import body_name
 from .schema import New, Stored, in_memory, is_linear
-from .task_spec import Body, HeadConfig, Task
+from .task_spec import Body, HeadConfig, TaskName
 
 T = TypeVar("T")
 DEQUANTIZED_ROWS = 256  # of a quantized matrix, whose numbers are computed at a time
@@ -33,7 +33,7 @@ class Checkpoint:
     format: "CheckpointFormat"
     args: ModelArgs | None = None
     family: Family | None = None  # that of config.json; None where the format doesn't say
-    task: Task = "language"  # what the model was trained for
+    task: TaskName = "language"  # what the model was trained for
     head: HeadConfig | None = None  # None for the task "language"
     quantization: Quantization | None = None  # how the matrices of layers are quantized in the files; None: not at all
     files: list[Path] = field(default_factory=list)  # those with tensors

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._util.device import DTYPES
 from ..accelerate.quantization import BITS, GROUP, Quantization, QuantizedMatrix, slabs
 from ..errors import LlamaError
 from ..model import ModelArgs
-from ..parallel import DTYPES
 from .schema import New, Shapes, Stored, is_linear, tensor_shapes
 
 WORDS, SCALES, SHAPE = "_packed", "_scale", "_shape"  # suffixes to the name of the tensor that they stand for

@@ -5,10 +5,11 @@ Each raises LlamaError with the numbers, before a tensor is loaded. Knows sizes;
 
 from pathlib import Path
 
+from .._util.device import available_memory
 from ..accelerate.quantization import Quantization
 from ..errors import LlamaError
 from ..model import ModelArgs
-from ..parallel import Place, available_memory
+from ..parallel import Place
 from ..tokenization.hf_tokenizer import HFTokenizer
 from ..tokenization.protocol import AnyTokenizer
 from .schema import memory_needed, mp_sizes, part_sizes

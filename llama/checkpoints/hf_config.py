@@ -19,7 +19,7 @@ from ..rotary import LARGEST, RopeScaling
 from .compressed_tensors import quantization_of
 from .families import FAMILIES, Family
 from .hf_head import architecture, head_keys, read_head, task_of, without_head
-from .task_spec import HeadConfig, Task
+from .task_spec import SPECS, HeadConfig, TaskName
 
 BIASES_AND_NORMS = ("qkv_bias", "wo_bias", "mlp_bias", "qk_norm")  # fields of both ModelArgs and Family
 # Type of rotary scaling -> the keys that it reads, beside those that all types have, and the keys that it needs.
@@ -93,7 +93,7 @@ class ModelConfig:
     family: Family
     args: ModelArgs  # of a model with a head, which has no output layer, tied_embeddings is True
     quantization: Quantization | None  # how the matrices are quantized in the files; None: not at all
-    task: Task
+    task: TaskName
     head: HeadConfig | None  # None for the task "language"
 
 
@@ -106,7 +106,7 @@ def read_config(path: Path) -> ModelConfig:
     family, args, task = family_of(values, path), args_of(values, path), task_of(values)
     values = family.to_llama_keys(values)
     quantization = quantization_of(values.get("quantization_config"), args.tied_embeddings, path)
-    if task == "language":
+    if not SPECS[task].tensors:
         return ModelConfig(family, args, quantization, task, None)
     args = replace(args, tied_embeddings=True)
     return ModelConfig(family, args, quantization, task, read_head(values, task, path))
@@ -238,7 +238,7 @@ def config_of(
     args: ModelArgs,
     base: Mapping[str, Any],
     dtype: torch.dtype,
-    task: Task = "language",
+    task: TaskName = "language",
     head: HeadConfig | None = None,
 ) -> dict[str, Any]:
     """The `config.json` of a model of these sizes.

@@ -11,53 +11,55 @@ from torch import Tensor
 
 from ..errors import LlamaError, shorten
 from .families import Family
-from .task_spec import BODIES, ENDINGS, TAG_DROPOUT, TENSORS, Body, HeadConfig, Task
+from .task_spec import SPECS, Body, HeadConfig, TaskName
 
 MOST_LABELS = 1_000_000
 # The keys of config.json that describe a head.
 HEAD_KEYS = {"id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "hidden_dropout"}
 
 
-def architecture(family: Family, task: Task) -> str:
+def architecture(family: Family, task: TaskName) -> str:
     """The class of transformers, such as LlamaForCausalLM."""
-    return family.class_stem + ENDINGS[task]
+    return family.class_stem + SPECS[task].suffix
 
 
-def body_name(family: Family, task: Task) -> Body:
+def body_name(family: Family, task: TaskName) -> Body:
     """The prefix of the network's tensors in files of this family and task."""
-    return family.body or BODIES.get(task, "model")
+    return family.body or SPECS[task].body
 
 
-def task_of(values: Mapping[str, Any]) -> Task:
+def task_of(values: Mapping[str, Any]) -> TaskName:
     """The task of a configuration, by its `architectures`; "language" where they name no other task."""
     names = values.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return next((task for task, ending in ENDINGS.items() if name.endswith(ending)), "language")
+    return next((spec.name for spec in SPECS.values() if name.endswith(spec.suffix)), "language")
 
 
-def split_head(tensors: Mapping[str, Tensor], task: Task) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def split_head(tensors: Mapping[str, Tensor], task: TaskName) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a file -> (those of the network, by the names of a language model; those of the head).
 
     In a file with a head, a tensor of the output layer is in neither: no class of transformers with a head reads it.
     """
-    head = {name: tensors[name] for name in TENSORS[task] if name in tensors}
+    expected = SPECS[task].tensors
+    head = {name: tensors[name] for name in expected if name in tensors}
     body = {}
     for name, tensor in tensors.items():
         first, _, rest = name.partition(".")
-        if name not in head and (task == "language" or first != "lm_head"):
-            usual = f"model.{rest}" if task != "language" and first in get_args(Body) else name
+        if name not in head and (not expected or first != "lm_head"):
+            usual = f"model.{rest}" if expected and first in get_args(Body) else name
             body[name if usual in body else usual] = tensor
     return body, head
 
 
-def find_head_problems(head: Mapping[str, Tensor], task: Task, labels: int, dim: int) -> list[str]:
+def find_head_problems(head: Mapping[str, Tensor], task: TaskName, labels: int, dim: int) -> list[str]:
     """What is missing or misshapen of a head.
 
     labels: how many it has. dim: of the model.
     """
     problems = []
-    for name in TENSORS[task]:
-        expected: tuple[int, ...] = (labels, dim) if name.endswith("weight") else (labels,)
+    sizes = {"labels": labels, "dim": dim}
+    for name, shape in SPECS[task].tensors.items():
+        expected = tuple(sizes[size] if isinstance(size, str) else size for size in shape)
         if name not in head:
             problems.append(f"missing {name}")
         elif tuple(head[name].shape) != expected:
@@ -67,16 +69,16 @@ def find_head_problems(head: Mapping[str, Tensor], task: Task, labels: int, dim:
     return problems
 
 
-def read_head(values: Mapping[str, Any], task: Task, path: Path) -> HeadConfig:
+def read_head(values: Mapping[str, Any], task: TaskName, path: Path) -> HeadConfig:
     """The head that a configuration describes. Raises LlamaError, naming the key, for values that can't be."""
-    if task == "answer":
-        return HeadConfig(("start", "end"))
-    labels, dropout = read_labels(values, path), 0.0
-    if task == "tag":
+    spec, dropout = SPECS[task], 0.0
+    if spec.dropout is not None:
         keys = ("classifier_dropout", "hidden_dropout")
-        dropout = next((values[key] for key in keys if values.get(key) is not None), TAG_DROPOUT)
+        dropout = next((values[key] for key in keys if values.get(key) is not None), spec.dropout)
+    labels = read_labels(values, path) if spec.outputs is None else spec.outputs
+    problem_type = values.get("problem_type") if spec.outputs is None else None
     try:
-        return HeadConfig(labels, values.get("problem_type"), dropout)
+        return HeadConfig(labels, problem_type, dropout)
     except LlamaError as e:
         raise LlamaError(f"{path}: {e}") from None
 
@@ -102,14 +104,15 @@ def without_head(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in HEAD_KEYS}
 
 
-def head_keys(head: HeadConfig, task: Task, family: Family) -> dict[str, Any]:
+def head_keys(head: HeadConfig, task: TaskName, family: Family) -> dict[str, Any]:
     """What `config.json` says of a head."""
+    spec = SPECS[task]
     keys: dict[str, Any] = {"architectures": [architecture(family, task)]}
-    if task in ("classify", "tag"):
+    if spec.outputs is None:
         keys["id2label"] = {str(i): label for i, label in enumerate(head.labels)}
         keys["label2id"] = {label: i for i, label in enumerate(head.labels)}
-    if task == "classify":
+    if spec.has_problem_type:
         keys["problem_type"] = head.problem_type
-    if task == "tag":
+    if spec.dropout is not None:
         keys["classifier_dropout"] = head.dropout
     return keys

@@ -25,6 +25,7 @@ from .families import FAMILIES, Family
 from .hf_head import body_name, split_head
 from .schema import New, Stored, is_linear, is_rotary, permute_rotary, repeats
 from .side_files import find_tokenizer, is_sentencepiece
+from .task_spec import SPECS
 from .writing import allocate_on_disk, make_writable
 
 INDEX = "model.safetensors.index.json"
@@ -141,7 +142,7 @@ def read_checkpoint(checkpoint: Checkpoint, thorough: bool) -> Contents:
 
 def spell(checkpoint: Checkpoint, name: str) -> str:
     """Meta's name of a tensor -> the one in these files, as `split_head` leaves it."""
-    body = checkpoint.body if checkpoint.task == "language" else "model"
+    body = "model" if SPECS[checkpoint.task].tensors else checkpoint.body
     return hf_name(name, body, module_names(checkpoint.family))
 
 

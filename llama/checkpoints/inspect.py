@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from .._util.device import DTYPES, parse_dtype
 from .._util.validate import check_count
 from ..accelerate.quantization import BITS, GROUP, Quantization, bits_of
 from ..errors import LlamaError, make_printable, pluralize
 from ..model import ModelArgs
-from ..parallel import DTYPES, parse_dtype
 from ..tokenization.hf_tokenizer import open_tokenizer
 from ..tokenizer import Tokenizer
 from .checkpoint import Checkpoint
@@ -27,7 +27,7 @@ from .formats import FORMATS
 from .loader import survey
 from .schema import memory_needed, mp_sizes, part_sizes
 from .side_files import find_tokenizer
-from .task_spec import Task
+from .task_spec import SPECS, TaskName
 
 KINDS = {"tiktoken": "a vocabulary of tiktoken's", "tokenizers": "a tokenizer.json"}
 CHATS = {"llama3": "Llama 3's format", "template": "the model's own template", None: "no template"}
@@ -79,7 +79,7 @@ class CheckpointReport:
     directory: str  # where the files lie
     format: str  # a key of FORMATS: "meta" or "hf"
     family: str | None  # the published models that it is one of, for people
-    task: Task  # "language", or the task of its head: "classify", "tag" or "answer"
+    task: TaskName  # "language", or the task of its head: "classify", "tag" or "answer"
     labels: list[str]  # of a head to classify or tag
     sizes: dict[str, Any] | None  # see `sizes_of`
     parameters: int | None  # how many numbers it has
@@ -148,7 +148,7 @@ def report_on(
         format=checkpoint.format.name,
         family=None if args is None else label_of(args, checkpoint.family),
         task=checkpoint.task,
-        labels=list(head.labels) if head is not None and checkpoint.task != "answer" else [],
+        labels=list(head.labels) if head is not None and SPECS[checkpoint.task].outputs is None else [],
         sizes=None if args is None else sizes_of(args, head is not None),
         parameters=None if args is None else sum(part_sizes(args, 1).values()) + head_size(checkpoint),
         quantization=checkpoint.quantization,
@@ -234,7 +234,7 @@ def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
     yield "directory", report.directory
     yield "format", FORMATS[report.format].label
     yield "family", report.family or "unknown"
-    if report.task != "language":
+    if SPECS[report.task].tensors:
         yield "task", report.task + labels_in_short(report.labels)
     if report.sizes is not None:
         yield from rows_of_sizes(report.sizes)

@@ -1,9 +1,10 @@
-"""What tells one task from another in files: pure data of the tasks and of their heads.
+"""What tells one task from another in files: one record a task, and the configuration of a head.
 
 Knows names; knows no file and no network.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -12,22 +13,45 @@ from .._util.validate import is_number
 from ..errors import LlamaError, shorten
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
-Task = Literal["language", "classify", "tag", "answer"]
-ENDINGS: dict[Task, str] = {  # of the names of transformers' classes
-    "language": "ForCausalLM",
-    "classify": "ForSequenceClassification",
-    "tag": "ForTokenClassification",
-    "answer": "ForQuestionAnswering",
-}
-TENSORS: dict[Task, tuple[str, ...]] = {  # of the head, as files name them
-    "language": (),
-    "classify": ("score.weight",),
-    "tag": ("score.weight", "score.bias"),
-    "answer": ("qa_outputs.weight", "qa_outputs.bias"),
-}
+TaskName = str  # the name of a task in SPECS
 Body = Literal["model", "transformer"]  # the prefix of the network's tensors in files
-BODIES: dict[Task, Body] = {"answer": "transformer"}  # of the others: "model"
-TAG_DROPOUT = 0.1  # of a ...ForTokenClassification whose config.json has none
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a checkpoint's files say about one task."""
+
+    name: str  # as in `--task` and `task=`
+    suffix: str  # of transformers' class in `architectures`, after the family's name: "ForTokenClassification"
+    # The head's tensors by transformers' names. A shape is of numbers, "labels" and "dim". Empty: the task has no head
+    # and uses the language model's output layer.
+    tensors: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
+    outputs: tuple[str, ...] | None = None  # the head's outputs; None: the labels, which config.json names
+    has_problem_type: bool = False  # whether config.json has a `problem_type`
+    dropout: float | None = None  # the default of `classifier_dropout`; None: config.json has no such key
+    body: Body = "model"  # for families whose classes all say the same, see `Family.body`
+
+
+SPECS: dict[TaskName, TaskSpec] = {
+    spec.name: spec
+    for spec in (
+        TaskSpec("language", "ForCausalLM", outputs=()),
+        TaskSpec("classify", "ForSequenceClassification", {"score.weight": ("labels", "dim")}, has_problem_type=True),
+        TaskSpec(
+            "tag",
+            "ForTokenClassification",
+            {"score.weight": ("labels", "dim"), "score.bias": ("labels",)},
+            dropout=0.1,
+        ),
+        TaskSpec(
+            "answer",
+            "ForQuestionAnswering",
+            {"qa_outputs.weight": (2, "dim"), "qa_outputs.bias": (2,)},
+            outputs=("start", "end"),
+            body="transformer",
+        ),
+    )
+}
 
 
 @dataclass(frozen=True)

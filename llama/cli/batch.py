@@ -31,7 +31,7 @@ from ..generation import Llama
 from ..parallel import broadcast_object, new_long_timeout_group, raise_together
 from ..settings import NAMES, Options, Settings
 from ..tokenization.chat_template import make_formatter
-from .resumable_output import Part, beside
+from .resumable_output import ResumableRecords, sibling_path
 
 LINE_OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}
 FOREIGN_OPTIONS = (Options.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - LINE_OPTIONS
@@ -120,13 +120,13 @@ class BatchFiles:
     """The input file, and the records that were written so far; on the one rank that reads and writes them."""
 
     count: int  # lines of the input that aren't empty
-    part: Part  # the records
+    part: ResumableRecords  # the records
     earlier: int  # records that earlier runs wrote
 
     def __init__(self, source: str, output: str, about: dict[str, Any], force: bool):
         """Raises LlamaError for files that can't be read or written, and for an output of another job."""
         target = Path(os.path.realpath(output))
-        if Path(os.path.realpath(source)) in (target, beside(target, "part"), beside(target, "sorted")):
+        if Path(os.path.realpath(source)) in (target, sibling_path(target, "part"), sibling_path(target, "sorted")):
             raise LlamaError(f"--output {output} would write over the input: name another file")
         if Path(source).exists() and not Path(source).is_file():
             raise LlamaError(f"{source} is no file: expected one of JSON lines, which is read more than once")
@@ -136,7 +136,7 @@ class BatchFiles:
             self.count = sum(1 for _ in self._lines())
         except OSError as e:
             raise unreadable(Path(source), e) from e
-        self.part = Part(target, {"input": digest, **about}, {"today": datetime.now().isoformat()}, force)
+        self.part = ResumableRecords(target, {"input": digest, **about}, {"today": datetime.now().isoformat()}, force)
         self.earlier = len(self.part.places)
 
     @property

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from .._util.console import aside, at_terminal, say
 from ..engine.request_checks import check_room
-from ..engine.session import Session
 from ..errors import LlamaError, make_printable, pluralize
 from ..generation import Llama
+from ..session import Session
 from ..tokenizer import Message
 from .conversation import Conversation, read_dialog, write_dialog
 from .keyboard import Keyboard

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from .._util.console import say
+from .._util.device import parse_dtype
 from ..accelerate.quantization import BITS
 from ..checkpoints.convert import convert
-from ..parallel import parse_dtype
 
 
 def add_options(command: argparse.ArgumentParser) -> None:

@@ -4,9 +4,9 @@ import argparse
 from typing import Any
 
 from ..adapters.lora import Lora
-from ..checkpoints.task_spec import TENSORS
 from ..errors import LlamaError
 from ..training.config import TrainingConfig
+from ..training.registry import TRAINING_TASKS
 from ..training.trainer import finetune
 from .model_options import CKPT_DIR, DEVICE, INTEGER, NUMBER, TOKENIZER_PATH
 from .program import checkpoint_or_demo
@@ -28,7 +28,12 @@ CONFIG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {  # fields of TrainingC
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--task", required=True, choices=list(TENSORS), help="what to train; the README shows the records of each")
+    add(
+        "--task",
+        required=True,
+        choices=list(TRAINING_TASKS),
+        help="what to train; the README shows the records of each",
+    )
     add("--data", required=True, metavar="FILE", help="JSON lines to train on")
     add("--eval", metavar="FILE", help="JSON lines to evaluate on, which are not trained on")
     add("--output", required=True, metavar="DIR", help="where the model, its curves and its progress go")

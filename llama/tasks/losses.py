@@ -1,4 +1,4 @@
-"""How far logits are from labels, in float32: over a vocabulary that ranks divide, over classes, over positions.
+"""Cross-entropy of logits and labels, in float32: over a vocabulary that ranks divide, over classes, over positions.
 
 Knows tensors and the model-parallel group; knows no model.
 """
@@ -19,63 +19,64 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import LlamaError
 
-IGNORED = -100  # the label of what isn't learnt, as torch's cross_entropy has it
-CHUNK_BYTES = 1 << 27  # of float32 logits that are there at a time
+IGNORED = -100  # the label of what isn't learnt, as in torch's cross_entropy
+CHUNK_BYTES = 1 << 27  # of float32 logits that are held at a time
 
 
 def language_loss(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the tokens after each position: labels (B, T) are the tokens themselves, shifted here.
+    """Mean cross-entropy of the token after each position: float32 (); nan if every label is IGNORED.
 
-    h: (B, T, dim). weight: (vocab_size / ranks, dim), this rank's rows of the output layer. Positions whose next
-    label is IGNORED aren't computed. No rank holds the logits of more than some of the positions, nor of another rank's
-    words; those of each chunk are computed again for the gradient. 0 / 0, nan, where nothing is to be learnt.
-    Raises LlamaError for labels of another shape, or that are no words.
+    h: (B, T, dim). weight: (vocab_size / ranks, dim), this rank's rows of the output layer. labels: (B, T), the tokens
+    themselves, which are shifted here. A position whose next label is IGNORED isn't computed. Each rank holds the
+    logits of its own words alone, for a chunk of positions at a time; the gradient computes them again.
+    Raises LlamaError for labels of another shape, or outside of the vocabulary.
     """
     vocab_size = weight.shape[0] * get_model_parallel_world_size()
-    targets = whole_numbers(labels, h.shape[:-1])[:, 1:].flatten()  # (B * (T - 1))
-    places = (targets != IGNORED).nonzero().squeeze(-1)  # (N)
-    targets = targets[places]
+    targets = require_integers(labels, h.shape[:-1])[:, 1:].flatten()  # (B * (T - 1))
+    learnt = (targets != IGNORED).nonzero().squeeze(-1)  # (N)
+    targets = targets[learnt]
     check_classes(targets, vocab_size)
-    h = copy_to_model_parallel_region(h[:, :-1].flatten(0, 1)[places])  # (N, dim)
+    h = copy_to_model_parallel_region(h[:, :-1].flatten(0, 1)[learnt])  # (N, dim)
     losses = [
-        checkpoint(surprise, states, weight, wanted, use_reentrant=False)
-        for states, wanted in chunks(h, targets, CHUNK_BYTES // (4 * weight.shape[0]))
+        checkpoint(sum_cross_entropy, states, weight, tokens, use_reentrant=False)
+        for states, tokens in split_chunks(h, targets, CHUNK_BYTES // (4 * weight.shape[0]))
     ]
     return torch.stack([h.new_zeros((), dtype=torch.float32), *losses]).sum() / len(targets)
 
 
-def chunks(h: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def split_chunks(h: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     yield from zip(h.split(max(size, 1)), targets.split(max(size, 1)), strict=True)
 
 
-def surprise(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum of -log softmax(h weight^T)[target], where ranks divide the rows of weight: (N, dim), (N) -> ().
+def sum_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The sum of -log softmax(h weight^T)[target]: h (N, dim), targets (N) -> ().
 
-    Each rank adds up its own words' part; ranks exchange N numbers three times (arXiv:1909.08053, section 3).
+    weight: (vocab_size / ranks, dim), this rank's rows. Each rank sums over its own words; ranks exchange N numbers
+    three times (arXiv:1909.08053, section 3).
     """
     logits = F.linear(h, weight).float()  # (N, vocab_size / ranks)
     top = logits.detach().amax(dim=-1)  # (N)
     if get_model_parallel_world_size() > 1:
         dist.all_reduce(top, dist.ReduceOp.MAX, group=get_model_parallel_group())
     total = reduce_from_model_parallel_region((logits - top[:, None]).exp().sum(dim=-1))  # (N)
-    own = targets - get_model_parallel_rank() * weight.shape[0]
-    is_here = (own >= 0) & (own < weight.shape[0])
-    chosen = logits.gather(-1, own.where(is_here, 0)[:, None]).squeeze(-1).where(is_here, 0)
-    return (total.log() + top - reduce_from_model_parallel_region(chosen)).sum()
+    local_targets = targets - get_model_parallel_rank() * weight.shape[0]
+    is_here = (local_targets >= 0) & (local_targets < weight.shape[0])
+    target_logits = logits.gather(-1, local_targets.where(is_here, 0)[:, None]).squeeze(-1).where(is_here, 0)
+    return (total.log() + top - reduce_from_model_parallel_region(target_logits)).sum()
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy: logits (..., classes), labels (...) of which those that are IGNORED don't count.
+    """Mean cross-entropy of logits (..., classes) and labels (...), except IGNORED ones; nan if all are.
 
-    nan where none counts. Raises LlamaError for labels of another shape, or that are no classes.
+    Raises LlamaError for labels of another shape, or that are no classes.
     """
-    labels = whole_numbers(labels, logits.shape[:-1]).flatten()
+    labels = require_integers(labels, logits.shape[:-1]).flatten()
     check_classes(labels[labels != IGNORED], logits.shape[-1])
     return F.cross_entropy(logits.float().flatten(0, -2), labels, ignore_index=IGNORED)
 
 
-def whole_numbers(labels: Tensor, shape: Sequence[int], name: str = "labels") -> Tensor:
-    """The labels, int64. Raises LlamaError unless they are whole numbers of this shape."""
+def require_integers(labels: Tensor, shape: Sequence[int], name: str = "labels") -> Tensor:
+    """The labels, int64. Raises LlamaError unless they are integers of this shape."""
     if labels.shape != shape or labels.is_floating_point() or labels.dtype == torch.bool:
         raise LlamaError(
             f"{name} are {labels.dtype} of shape {tuple(labels.shape)}, expected whole numbers of shape {tuple(shape)}"

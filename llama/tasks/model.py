@@ -1,10 +1,9 @@
-"""TaskModel: a model with a task head and its tokenizer, built from a checkpoint's directory and written back to one.
+"""TaskModel: a model with a task head and its tokenizer, built from a checkpoint's directory and saved to one.
 
-Knows where things are; leaves the network to `heads`, what is read out of logits to `answering`.
+Knows files and ranks; the network is in `heads`, the predictions in `predict`, the tasks in `registry`.
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import parallel
-from .._util.files import make_unfinished_directory
+from .._util.device import choose_dtype
+from .._util.files import make_unfinished_directory, refuse_unwritable
 from .._util.validate import check_count
 from ..adapters.lora import LoraLinear
 from ..adapters.peft import load_adapter
@@ -24,21 +24,24 @@ from ..checkpoints.fit import check_vocabulary, check_weights
 from ..checkpoints.loader import fetch_checkpoint, load_model, open_checkpoint, resolve_sizes
 from ..checkpoints.schema import Stored, shared_over, split_dim, tensor_shapes
 from ..checkpoints.side_files import find_tokenizer
-from ..checkpoints.task_spec import TAG_DROPOUT, TENSORS, HeadConfig, ProblemType, Task
+from ..checkpoints.task_spec import SPECS, HeadConfig, ProblemType, TaskName
 from ..checkpoints.writing import allocate_on_disk
-from ..errors import LlamaError, shorten, to_one_line
+from ..errors import LlamaError, shorten
 from ..model import Transformer
 from ..tokenization.hf_tokenizer import open_tokenizer
 from ..tokenization.protocol import AnyTokenizer
-from .heads import CausalLM, Head, QuestionAnswerer, SequenceClassifier, TokenClassifier
+from .heads import CausalLM, Head
 from .predict import Answer, AnswerOptions, Label, answer, answer_all, classify, tag
+from .registry import find_task
 from .spans import Span
-
-HEADS: dict[Task, type[Head]] = {"classify": SequenceClassifier, "tag": TokenClassifier, "answer": QuestionAnswerer}
 
 
 class TaskModel:
-    """A task's head on a Transformer. On several ranks every rank calls the same methods with the same arguments."""
+    """A Transformer with a task head. On several ranks, every rank calls the same methods with the same arguments."""
+
+    head: Head | CausalLM
+    tokenizer: AnyTokenizer
+    checkpoint: Checkpoint  # what the model was built from, with the task and the head that it is saved with
 
     @staticmethod
     def build(
@@ -48,48 +51,51 @@ class TaskModel:
         max_batch_size: int = 4,
         model_parallel_size: int | None = None,
         *,
-        task: Task | None = None,
+        task: TaskName | None = None,
         labels: Sequence[str] | None = None,
         problem_type: ProblemType | None = None,
         adapter_dir: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> "TaskModel":
-        """Load a checkpoint directory on the ranks that run; most arguments as `Llama.build` has them.
+        """Load a checkpoint directory on the ranks that run. Arguments that aren't listed are those of `Llama.build`.
 
-        max_seq_len, max_batch_size: the longest text, and how many at a time. task: None takes the one that the
-        checkpoint was made for. A task that it wasn't made for, or labels that aren't its own, get a new head, to be
-        trained; "language" has none. labels: to "classify" or "tag". problem_type: to "classify"; None keeps the
-        checkpoint's. adapter_dir: an adapter of peft's (see `adapter`), kept apart, with the head that it was trained
-        with; what is saved has it merged. Raises LlamaError, on every rank, for whatever can't work.
+        max_seq_len, max_batch_size: the longest text in tokens, and the number of texts in a batch.
+        task: None takes the checkpoint's. Another task than the checkpoint's, or other labels, get a new head, which
+        has to be trained; "language" has no head.
+        labels: the names of the classes, to "classify" or "tag". problem_type: to "classify"; None keeps the
+        checkpoint's.
+        adapter_dir: an adapter as peft writes it, with the head that it was trained with. It is kept apart from the
+        weights, and merged in what `save` writes.
+        Raises LlamaError, on every rank, for whatever can't work.
         """
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         directory = fetch_checkpoint(ckpt_dir)
         with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
-            checkpoint = for_task(open_checkpoint(directory), task, labels, problem_type)
+            checkpoint = set_task(open_checkpoint(directory), task, labels, problem_type)
             args, place = resolve_sizes(checkpoint, place, max_seq_len, max_batch_size, dtype == "auto")
             tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
             check_vocabulary(args, tokenizer)
             check_weights(args, place, place.dtype.itemsize, "choose a smaller dtype")
         model = load_model(checkpoint, args, place)
-        head = CausalLM(model) if checkpoint.head is None else HEADS[checkpoint.task](model, checkpoint.head)
+        create_head = find_task(checkpoint.task).head
+        head = create_head(model) if checkpoint.head is None else create_head(model, checkpoint.head)
         tensors = checkpoint.head_tensors
         if adapter_dir is not None:
             tensors = {**tensors, **load_adapter(model, adapter_dir)}
         with parallel.raise_together():
-            fill(head, tensors, TENSORS[checkpoint.task], adapter_dir or checkpoint.directory)
+            load_head(head, tensors, SPECS[checkpoint.task].tensors, adapter_dir or checkpoint.directory)
         return TaskModel(head.eval(), tokenizer, checkpoint)
 
     def __init__(self, head: Head | CausalLM, tokenizer: AnyTokenizer, checkpoint: Checkpoint):
-        """checkpoint: what it was built from, and what it is written as."""
         self.head = head
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
 
     @property
-    def task(self) -> Task:
+    def task(self) -> TaskName:
         return self.checkpoint.task
 
     @property
@@ -98,136 +104,136 @@ class TaskModel:
 
     @property
     def _sizes(self) -> tuple[int, int]:
-        """The longest text, and how many at a time."""
+        """(max_seq_len, max_batch_size)"""
         return self.model.params.max_seq_len, self.model.params.max_batch_size
 
     def classify(self, texts: Sequence[str]) -> list[list[Label]]:
-        """The labels of each text: see `answering.classify`."""
+        """The labels of each text: see `predict.classify`."""
         return classify(self._made_for("classify"), self.tokenizer, texts, *self._sizes)
 
     def tag(self, texts: Sequence[str], *, whole_words: bool = True) -> list[list[Span]]:
-        """The spans found in each text: see `answering.tag`."""
+        """The spans in each text: see `predict.tag`."""
         return tag(self._made_for("tag"), self.tokenizer, texts, *self._sizes, whole_words=whole_words)
 
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> list[Answer]:
-        """The best answers that the context gives, the best first: see `answering.answer_all`, options too."""
+        """The best answers in the context, the best first. Options and details: see `predict.answer_all`."""
         return answer(self._made_for("answer"), self.tokenizer, question, context, *self._sizes, **options)
 
     def answer_all(self, pairs: Sequence[tuple[str, str]], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
-        """The best answers to each (question, context): see `answering.answer_all`."""
+        """The best answers to each (question, context): see `predict.answer_all`."""
         return answer_all(self._made_for("answer"), self.tokenizer, pairs, *self._sizes, **options)
 
-    def _made_for(self, task: Task) -> Any:
-        """The head, if it is one to do this. Raises LlamaError."""
+    def _made_for(self, task: TaskName) -> Any:
+        """The head. Raises LlamaError if it is of another task."""
         if self.task != task:
             raise LlamaError(f"{self.checkpoint.directory} has no head to {task} texts: build it with task={task!r}")
         return self.head
 
     def save(self, directory: str | Path, dtype: str | torch.dtype | None = None, force: bool = False) -> None:
-        """Write it as transformers' class of the same task reads it, whole or not at all. Called on all ranks.
+        """Write files that transformers' class of the same task reads, whole or not at all. Called on all ranks.
 
-        dtype: of the tensors; None: that of the checkpoint it was built from. Raises LlamaError, on all ranks, for what
-        can't be written, and where `directory` holds files, unless `force` lets the checkpoint there be replaced.
+        dtype: of the tensors; None: the checkpoint's. force: replace a checkpoint in `directory`. Raises LlamaError, on
+        all ranks, for what can't be written, and for a directory that holds files unless `force` is on.
         """
         with parallel.long_timeout_group() as ranks:
-            with parallel.raise_together(ranks), written(directory):
-                kept = parallel.choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
+            with parallel.raise_together(ranks), refuse_unwritable(directory):
+                saved_dtype = choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
                 target = as_local_path(directory)
                 if parallel.is_main_process():
                     check_target(self.checkpoint, target, force)
-                places = self._places(target) if parallel.is_main_process() and parallel.group().size() > 1 else {}
-            tensors = gathered(self.model, places)
-            with parallel.raise_together(ranks), written(directory):
+                gathers = parallel.is_main_process() and parallel.group().size() > 1
+                buffers = self._create_buffers(target) if gathers else {}
+            tensors = gather_tensors(self.model, buffers)
+            with parallel.raise_together(ranks), refuse_unwritable(directory):
                 if parallel.is_main_process():
-                    head = {name: self.head.get_parameter(name).data.cpu() for name in TENSORS[self.task]}
-                    found = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
-                    write(found, target, "hf", dtype=kept, force=force)
+                    head = {name: self.head.get_parameter(name).data.cpu() for name in SPECS[self.task].tensors}
+                    trained = replace(self.checkpoint, tensors=tensors, head_tensors=head, quantization=None)
+                    write(trained, target, "hf", dtype=saved_dtype, force=force)
 
-    def _places(self, target: Path) -> dict[str, list[Tensor]]:
-        """Where all ranks' parts of each tensor go, in the order of the ranks: in files without names."""
-        own, new = dict(self.model.named_parameters()), not target.exists()
+    def _create_buffers(self, target: Path) -> dict[str, list[Tensor]]:
+        """Tensors in unnamed files on the target's disk, which `gather_tensors` receives all ranks' parts in.
+
+        By the names of the tensors that ranks divide; one buffer a rank, in the order of the ranks.
+        """
+        parameters, is_new = dict(self.model.named_parameters()), not target.exists()
+        ranks = range(parallel.group().size())
         with make_unfinished_directory(target) as unfinished:
-            places = {
-                name: [
-                    allocate_on_disk(unfinished, own[name].shape, own[name].dtype)
-                    for _ in range(parallel.group().size())
-                ]
+            buffers = {
+                name: [allocate_on_disk(unfinished, parameters[name].shape, parameters[name].dtype) for _ in ranks]
                 for name in tensor_shapes(self.model.params)
                 if split_dim(name) is not None
             }
             unfinished.rmdir()
-        if new:
+        if is_new:
             target.rmdir()
-        return places
+        return buffers
 
 
-@contextlib.contextmanager
-def written(directory: str | Path) -> Iterator[None]:
-    """The system's errors in this context, as LlamaError."""
-    try:
-        yield
-    except OSError as e:
-        raise LlamaError(f"{directory} can't be written ({to_one_line(e)})") from e
+def load_head(head: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str], where: str | Path) -> None:
+    """Copy tensors into the head; a new head has none to load. names: of all tensors that the head may have.
 
-
-def fill(head: nn.Module, tensors: Mapping[str, Tensor], names: Sequence[str], where: str | Path) -> None:
-    """Give the head its tensors; one that is new has none. Raises LlamaError for others than its own."""
+    Raises LlamaError, naming `where` they came from, for tensors of another head.
+    """
     if wrong := [name for name in tensors if name not in names]:
         raise LlamaError(
             f"{where} has {wrong[0]}, which is of another task's head: expected {', '.join(names) or 'none'}"
         )
     for name, tensor in tensors.items():
-        own = head.get_parameter(name)
-        if own.shape != tensor.shape:
-            found, expected = tuple(tensor.shape), tuple(own.shape)
+        parameter = head.get_parameter(name)
+        if parameter.shape != tensor.shape:
             raise LlamaError(
-                f"{where}: {name} of shape {found}, expected {expected}: give the labels it was trained on"
+                f"{where}: {name} of shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}: give the labels "
+                "it was trained on"
             )
-        own.data.copy_(tensor)
+        parameter.data.copy_(tensor)
 
 
-def for_task(
-    checkpoint: Checkpoint, task: Task | None, labels: Sequence[str] | None, problem_type: ProblemType | None
+def set_task(
+    checkpoint: Checkpoint, task: TaskName | None, labels: Sequence[str] | None, problem_type: ProblemType | None
 ) -> Checkpoint:
-    """The checkpoint as one of this task, whose head is new where it has no such head. Raises LlamaError."""
+    """The checkpoint with this task. Its head is new if the checkpoint's is of another task or has other labels.
+
+    Arguments and errors as in `TaskModel.build`.
+    """
     task = task or checkpoint.task
-    if task not in TENSORS:
-        raise LlamaError(f"task is {task!r}, expected one of {', '.join(TENSORS)}")
-    if labels is not None and (task not in ("classify", "tag") or not isinstance(labels, list | tuple)):
+    spec = find_task(task).spec
+    if labels is not None and (spec.outputs is not None or not isinstance(labels, list | tuple)):
         raise LlamaError(f"labels is {shorten(labels)}, expected a list of names to classify or tag by, or None")
-    if problem_type is not None and task != "classify":
+    if problem_type is not None and not spec.has_problem_type:
         raise LlamaError(f"problem_type is {problem_type!r}, expected None: the task is {task}, and not classify")
-    if task == "language":
+    if not spec.tensors:
         if checkpoint.head is not None:
             raise LlamaError(f"{checkpoint.directory} has no output layer: it was made to {checkpoint.task} texts")
         return checkpoint
-    own = checkpoint.head if checkpoint.task == task else None
-    if own is not None and (labels is None or tuple(labels) == own.labels):
-        return replace(checkpoint, head=replace(own, problem_type=problem_type or own.problem_type))
-    if labels is None and task != "answer":
+    head = checkpoint.head if checkpoint.task == task else None
+    if head is not None and (labels is None or tuple(labels) == head.labels):
+        return replace(checkpoint, head=replace(head, problem_type=problem_type or head.problem_type))
+    outputs = labels if spec.outputs is None else spec.outputs
+    if outputs is None:
         raise LlamaError(f"{checkpoint.directory} has no head to {task} texts: give labels for a new one")
-    config = HeadConfig(
-        ("start", "end") if task == "answer" else tuple(labels or ()), problem_type, TAG_DROPOUT * (task == "tag")
-    )
-    args = replace(checkpoint.sizes, tied_embeddings=True)  # what stands for an output layer takes no room
+    config = HeadConfig(tuple(outputs), problem_type, spec.dropout or 0.0)
+    args = replace(checkpoint.sizes, tied_embeddings=True)  # there is no output layer, and so none to make room for
     return replace(checkpoint, task=task, head=config, head_tensors={}, args=args)
 
 
-def gathered(model: Transformer, places: dict[str, list[Tensor]]) -> dict[str, Stored]:
-    """All tensors of the whole model, adapters added to them, on rank 0, whose `places` ranks' parts are put into."""
-    ranks, found = parallel.group(), {}
+def gather_tensors(model: Transformer, buffers: dict[str, list[Tensor]]) -> dict[str, Stored]:
+    """All tensors of the whole model on rank 0, with adapters merged. Called on all ranks.
+
+    buffers: on rank 0, where to put all ranks' parts of each tensor that ranks divide. Other ranks have none.
+    """
+    ranks, tensors = parallel.group(), {}
     if dist.get_global_rank(ranks, 0) != 0:
-        return {}  # a data-parallel copy
+        return {}  # a data-parallel copy of the model
     for name in tensor_shapes(model.params):
         layer, dim = model.get_submodule(name.rpartition(".")[0]), split_dim(name)
         if isinstance(layer, LoraLinear) and name.endswith(".weight"):
-            part = layer.matrix().detach().cpu()
+            part = layer.compute_weight().detach().cpu()
         else:
             part = model.get_parameter(name).detach().cpu()
         if ranks.size() == 1 or dim is None:
-            found[name] = Stored(name, (part,))
+            tensors[name] = Stored(name, (part,))
             continue
-        dist.gather(part.contiguous(), places.get(name), 0, group=ranks)
-        every = shared_over(name, model.params, ranks.size())  # of neighbours that hold the same, one
-        found[name] = Stored(name, tuple(places.get(name, [part])[::every]), dim)
-    return found
+        dist.gather(part.contiguous(), buffers.get(name), 0, group=ranks)
+        step = shared_over(name, model.params, ranks.size())  # so many neighbouring ranks have the same part
+        tensors[name] = Stored(name, tuple(buffers.get(name, [part])[::step]), dim)
+    return tensors

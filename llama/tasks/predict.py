@@ -1,7 +1,7 @@
-"""What task heads make of texts: labels of a text, spans in it, answers to questions about it.
+"""What task heads predict for texts: labels of a text, spans in it, answers to questions about it.
 
-Any number of texts: the longest go first, as many at a time as asked for; no text's result depends on the others.
-Knows tokenizers, and of a head only that it gives logits; knows no checkpoints.
+Any number of texts: they run in batches, the longest first, and no text's result depends on the others. Knows
+tokenizers, and of a head only that it gives logits; knows no checkpoints.
 """
 
 import math
@@ -20,34 +20,44 @@ from ..engine.scoring import batch_by_length, check_lengths, encode_texts, not_f
 from ..errors import LlamaError
 from ..tokenization.offsets import Offsets, encode_with_offsets
 from ..tokenization.protocol import AnyTokenizer
-from .spans import Candidate, Span, best_spans, merged, of_whole_words, stripped, tagged_spans, windows
+from .spans import (
+    Candidate,
+    Span,
+    align_labels_to_words,
+    collect_tagged_spans,
+    find_best_spans,
+    merge_candidates,
+    split_windows,
+    strip_range,
+)
 
 if TYPE_CHECKING:
     from .heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 
 COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines look at
+DOC_STRIDE = 128  # tokens that two windows of a long context share
 
 
 @dataclass(frozen=True)
 class Label:
-    """score: a probability; of a regression, the number itself."""
+    """A label of a text."""
 
     label: str
-    score: float
+    score: float  # a probability; in a regression, the number itself
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters `start` to `end` (exclusive) of a context; "" from 0 to 0 says that it holds no answer."""
+    """A part of a context that answers a question; "" from 0 to 0 if the context holds no answer."""
 
     text: str
-    start: int
-    end: int
-    score: float
+    start: int  # characters
+    end: int  # exclusive
+    score: float  # its probability among the answers compared
 
 
 class AnswerOptions(TypedDict, total=False):
-    """What `answer_all` takes by name."""
+    """The keyword arguments of `answer_all`."""
 
     doc_stride: int
     max_answer_tokens: int
@@ -57,12 +67,12 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ContextWindow:
-    """Tokens `start` to `end` of a text, and all that is read with them."""
+    """A part of a text that goes through the network as one row."""
 
-    text: int
-    start: int
-    end: int
-    tokens: list[int]
+    text: int  # the index of the text
+    start: int  # the window's first token of the text
+    end: int  # exclusive
+    tokens: list[int]  # of the whole row: what comes before the window, and the window
 
 
 @torch.no_grad()
@@ -71,20 +81,21 @@ def classify(
 ) -> list[list[Label]]:
     """The labels of each text, in the order of the texts.
 
-    By the head's problem type a text has one label, the likeliest (softmax); those of probability
-    0.5 and more, maybe none, in the order of the head's labels (sigmoid); or each number of a regression.
-    Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character and at most
-    max_seq_len tokens each; after a pass for logits that aren't finite.
+    The head's problem type decides which: the likeliest label (softmax); all labels with a probability of at least 0.5,
+    maybe none, in the order of the head's labels (sigmoid); or every number of a regression.
+    Raises LlamaError, before any forward pass, unless `texts` is a list of texts of at least one character and at most
+    max_seq_len tokens each; and after a pass for logits that aren't finite.
     """
     with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         rows = encode_texts(tokenizer, texts)
         check_lengths(rows, max_seq_len)
-    found: list[list[Label]] = [[] for _ in rows]
-    for batch, output in passes(head, rows, max_batch_size, "classifying"):
+    labels: list[list[Label]] = [[] for _ in rows]
+    for batch, output in run_batches(head, rows, max_batch_size, "classifying"):
         for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            found[i] = labels_of(finite(logits, i, head), head.config.labels, head.config.infer_problem_type())
-    return found
+            check_finite(logits, i, head)
+            labels[i] = choose_labels(logits, head.config.labels, head.config.infer_problem_type())
+    return labels
 
 
 @torch.no_grad()
@@ -97,44 +108,45 @@ def tag(
     *,
     whole_words: bool = True,
 ) -> list[list[Span]]:
-    """The spans that the head finds in each text, in the order of the texts; `spans.tagged_spans` says which.
+    """The spans in each text, in the order of the texts: see `spans.collect_tagged_spans`.
 
-    whole_words: all tokens of a word have the label of its last one, which alone has read all of it; see
-    `spans.of_whole_words`. Otherwise each has its own.
-    A text longer than max_seq_len is read in windows that overlap by half; a token's label comes from the first window
-    that has it, where most stands before it.
-    Raises LlamaError, before any forward pass, for what isn't a list of texts of at least one character each, or a
-    max_seq_len without room for any; after a pass for logits that aren't finite.
+    whole_words: all tokens of a word get the label of its last token, see `spans.align_labels_to_words`. Otherwise
+    every token keeps its own.
+    A text longer than max_seq_len is read in windows that overlap by half. A token in several windows gets its label
+    from the first of them, in which it has the most tokens before it.
+    Raises LlamaError, before any forward pass, unless `texts` is a list of texts of at least one character each, or if
+    max_seq_len leaves no room for a text; and after a pass for logits that aren't finite.
     """
     with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
         check_texts(texts, "text")
-        read = [encode_with_offsets(tokenizer, text, bos=False) for text in texts]
+        encodings = [encode_with_offsets(tokenizer, text, bos=False) for text in texts]
         prefix = tokenizer.encode("", bos=True, eos=False)
-        room = room_after(prefix, max_seq_len, "what stands before every text")
-        places = [
+        room = count_room(prefix, max_seq_len, "what stands before every text")
+        windows = [
             ContextWindow(i, start, end, prefix + ids[start:end])
-            for i, (ids, _) in enumerate(read)
-            for start, end in windows(len(ids), room, room // 2)
+            for i, (ids, _) in enumerate(encodings)
+            for start, end in split_windows(len(ids), room, room // 2)
         ]
-    labels = [[0] * len(ids) for ids, _ in read]
-    scores = [[0.0] * len(ids) for ids, _ in read]
-    tagged: list[tuple[ContextWindow, Tensor]] = []
-    for batch, output in passes(head, [place.tokens for place in places], max_batch_size, "tagging"):
+    labels = [[0] * len(ids) for ids, _ in encodings]
+    scores = [[0.0] * len(ids) for ids, _ in encodings]
+    predictions: list[tuple[ContextWindow, Tensor]] = []
+    for batch, output in run_batches(head, [window.tokens for window in windows], max_batch_size, "tagging"):
         for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            own = logits[len(prefix) : len(places[i].tokens)]  # (T, labels)
-            tagged.append((places[i], finite(own, places[i].text, head).softmax(-1)))
-    for place, chances in sorted(tagged, key=lambda one: -one[0].start):  # the first window has the last word
-        best = chances.max(-1)
-        labels[place.text][place.start : place.end] = best.indices.tolist()
-        scores[place.text][place.start : place.end] = best.values.tolist()
-    found = []
-    for known, sure, (_, offsets), text in zip(labels, scores, read, texts, strict=True):
-        named = [head.config.labels[i] for i in known]
+            logits = logits[len(prefix) : len(windows[i].tokens)]  # (T, labels)
+            check_finite(logits, windows[i].text, head)
+            predictions.append((windows[i], logits.softmax(-1)))
+    for window, probabilities in sorted(predictions, key=lambda pair: -pair[0].start):  # earlier windows overwrite
+        best = probabilities.max(-1)
+        labels[window.text][window.start : window.end] = best.indices.tolist()
+        scores[window.text][window.start : window.end] = best.values.tolist()
+    spans = []
+    for label_ids, token_scores, (_, offsets), text in zip(labels, scores, encodings, texts, strict=True):
+        names = [head.config.labels[i] for i in label_ids]
         if whole_words:
-            named, sure = of_whole_words(named, sure, offsets, text)
-        found.append(tagged_spans(named, sure, offsets, text))
-    return found
+            names, token_scores = align_labels_to_words(names, token_scores, offsets, text)
+        spans.append(collect_tagged_spans(names, token_scores, offsets, text))
+    return spans
 
 
 def answer(
@@ -146,9 +158,8 @@ def answer(
     max_batch_size: int,
     **options: Unpack[AnswerOptions],
 ) -> list[Answer]:
-    """What `answer_all` finds for one question."""
-    (found,) = answer_all(head, tokenizer, [(question, context)], max_seq_len, max_batch_size, **options)
-    return found
+    """As `answer_all`, for one question."""
+    return answer_all(head, tokenizer, [(question, context)], max_seq_len, max_batch_size, **options)[0]
 
 
 @torch.no_grad()
@@ -159,50 +170,52 @@ def answer_all(
     max_seq_len: int,
     max_batch_size: int,
     *,
-    doc_stride: int = 128,
+    doc_stride: int = DOC_STRIDE,
     max_answer_tokens: int = 30,
     n_best: int = 1,
     null_threshold: float | None = None,
 ) -> list[list[Answer]]:
     """The best answers to each (question, context), at most n_best of them, the best first, in the order of the pairs.
 
-    Question and context are read as transformers' tokenizers encode a pair, a context that is too long in windows that
-    have doc_stride tokens in common. An answer is a span of the context, of at most
-    max_answer_tokens tokens, the first and the last of which aren't white space alone; its logit is that of its first
-    token as a start plus that of its last as an end, the greatest where several windows or tokens of the same
-    characters give it several. With null_threshold, the logit of no answer is the sum of both at position 0, the least
-    of all windows (SQuAD 2's baseline, arXiv:1806.03822); if it is more than null_threshold above the best answer's,
-    "" comes first. An answer's score is its probability among those compared (softmax of the logits): the 20 best
-    answers of all windows, or n_best where that is more, and no answer where there is a null_threshold.
-    Raises LlamaError, before any forward pass, for settings out of their ranges, what isn't a list of pairs of texts of
-    at least one character each, a question that leaves no room within max_seq_len, or a context of nothing but white
-    space; after a pass for logits that aren't finite.
+    Question and context are encoded as a pair, as by transformers' tokenizers. A context that is too long is read in
+    windows that share doc_stride tokens.
+    An answer is a span of the context, of at most max_answer_tokens tokens, whose first and last token aren't only
+    white space. Its logit is the start logit of its first token plus the end logit of its last one; of several windows,
+    or tokens of the same characters, the largest counts.
+    With null_threshold, "no answer" has a logit too: start plus end at position 0, the smallest of all windows (SQuAD
+    2's baseline, arXiv:1806.03822). If it exceeds the best answer's by more than null_threshold, "" comes first.
+    The score of an answer is its probability among those compared (softmax of the logits): the 20 best answers of all
+    windows, or n_best if that is more, and "no answer" if there is a null_threshold.
+    Raises LlamaError, before any forward pass, for settings out of their ranges, anything but a list of pairs of texts
+    of at least one character, a question that leaves no room within max_seq_len, or a context of white space alone; and
+    after a pass for logits that aren't finite.
     """
     with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
-        check_answers(doc_stride, max_answer_tokens, n_best, null_threshold)
-        contexts, offsets, places = laid_out(tokenizer, pairs, max_seq_len, doc_stride)
+        check_answer_options(doc_stride, max_answer_tokens, n_best, null_threshold)
+        contexts, offsets, windows = encode_pairs(tokenizer, pairs, max_seq_len, doc_stride)
     compared = max(COMPARED, n_best)
     candidates: list[list[Candidate]] = [[] for _ in pairs]
     nulls = [math.inf] * len(pairs)
-    for batch, output in passes(head, [place.tokens for place in places], max_batch_size, "answering"):
+    for batch, output in run_batches(head, [window.tokens for window in windows], max_batch_size, "answering"):
         for i, logits in zip(batch, torch.stack([output.start_logits, output.end_logits], 1).cpu(), strict=True):
-            place, length = places[i], len(places[i].tokens)
-            logits = finite(logits[:, :length], place.text, head)  # (2, T): starts and ends
-            nulls[place.text] = min(nulls[place.text], float(logits[:, 0].double().sum()))
-            first, context = length - (place.end - place.start), contexts[place.text]
-            characters = offsets[place.text][place.start : place.end]
+            window, length = windows[i], len(windows[i].tokens)
+            logits = logits[:, :length]  # (2, T): starts and ends
+            check_finite(logits, window.text, head)
+            nulls[window.text] = min(nulls[window.text], float(logits[:, 0].double().sum()))
+            first, context = length - (window.end - window.start), contexts[window.text]
+            characters = offsets[window.text][window.start : window.end]
             allowed = torch.tensor([context[start:end].strip() != "" for start, end in characters])
-            for one in best_spans(logits[0, first:], logits[1, first:], allowed, max_answer_tokens, compared):
-                start, end = stripped(context, characters[one.start][0], characters[one.end][1])
-                candidates[place.text].append(Candidate(start, end, one.score))
+            for span in find_best_spans(logits[0, first:], logits[1, first:], allowed, max_answer_tokens, compared):
+                start, end = strip_range(context, characters[span.start][0], characters[span.end][1])
+                candidates[window.text].append(Candidate(start, end, span.score))
     return [
-        ranked(merged(found, compared), null, context, null_threshold)[:n_best]
-        for found, null, context in zip(candidates, nulls, contexts, strict=True)
+        rank_answers(merge_candidates(spans, compared), null, context, null_threshold)[:n_best]
+        for spans, null, context in zip(candidates, nulls, contexts, strict=True)
     ]
 
 
-# --- what is checked ------------------------------------------------------------------------------------------------
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def check_sizes(max_seq_len: int, max_batch_size: int) -> None:
@@ -210,7 +223,7 @@ def check_sizes(max_seq_len: int, max_batch_size: int) -> None:
     check_count("max_batch_size", max_batch_size)
 
 
-def check_answers(doc_stride: int, max_answer_tokens: int, n_best: int, null_threshold: float | None) -> None:
+def check_answer_options(doc_stride: int, max_answer_tokens: int, n_best: int, null_threshold: float | None) -> None:
     if not is_integer(doc_stride, 0):
         raise LlamaError(f"doc_stride is {doc_stride!r}, expected a whole number of at least 0")
     check_count("max_answer_tokens", max_answer_tokens)
@@ -219,8 +232,8 @@ def check_answers(doc_stride: int, max_answer_tokens: int, n_best: int, null_thr
         raise LlamaError(f"null_threshold is {null_threshold!r}, expected a number, or None for always an answer")
 
 
-def room_after(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
-    """How many tokens of a text fit after these."""
+def count_room(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
+    """How many tokens of a text fit after these. what: their name in an error."""
     if len(tokens) >= max_seq_len:
         raise LlamaError(
             f"{what} has {len(tokens)} tokens, which leaves no room for a text within max_seq_len {max_seq_len}: "
@@ -229,19 +242,19 @@ def room_after(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
     return max_seq_len - len(tokens)
 
 
-def finite(logits: Tensor, text: int, head: nn.Module) -> Tensor:
+def check_finite(logits: Tensor, text: int, head: nn.Module) -> None:
+    """Raise LlamaError, naming the text by its index, for logits that aren't finite."""
     if not logits.isfinite().all():
         raise not_finite_error(text, "logits", next(head.parameters()).dtype)
-    return logits
 
 
-# --- how it is done -------------------------------------------------------------------------------------------------
+# --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def passes(
+def run_batches(
     head: nn.Module, rows: Sequence[Sequence[int]], max_batch_size: int, doing: str
 ) -> Iterator[tuple[list[int], Any]]:
-    """What the head gives for rows of tokens, a batch at a time, with the rows' numbers."""
+    """(indices of rows, the head's output for them), a batch at a time. doing: what the progress bar says."""
     device = next(head.parameters()).device
     for batch in batch_by_length(range(len(rows)), lambda i: len(rows[i]), max_batch_size, doing):
         tokens = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
@@ -249,20 +262,20 @@ def passes(
         yield batch, head(tokens.to(device), lengths.to(device))
 
 
-def labels_of(logits: Tensor, labels: Sequence[str], problem_type: str) -> list[Label]:
-    """Of one text's logits (num_labels), as `classify` says."""
+def choose_labels(logits: Tensor, labels: Sequence[str], problem_type: str) -> list[Label]:
+    """The labels of one text from its logits (labels), as `classify` describes."""
     if problem_type == "single_label_classification":
         score, i = logits.softmax(-1).max(-1)
         return [Label(labels[int(i)], float(score))]
     scores = (logits if problem_type == "regression" else logits.sigmoid()).tolist()
-    found = [Label(label, score) for label, score in zip(labels, scores, strict=True)]
-    return found if problem_type == "regression" else [one for one in found if one.score >= 0.5]
+    scored = [Label(label, score) for label, score in zip(labels, scores, strict=True)]
+    return scored if problem_type == "regression" else [label for label in scored if label.score >= 0.5]
 
 
-def laid_out(
+def encode_pairs(
     tokenizer: AnyTokenizer, pairs: Sequence[tuple[str, str]], max_seq_len: int, doc_stride: int
 ) -> tuple[list[str], list[Offsets], list[ContextWindow]]:
-    """The contexts, where their tokens stand, and all windows that are to be read. Raises as `answer_all` says."""
+    """(contexts, offsets of each context's tokens, windows of all contexts). Raises as `answer_all` describes."""
     check_list("pairs", pairs)
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
         raise LlamaError("pairs has other things than pairs: expected (question, context) each")
@@ -270,28 +283,31 @@ def laid_out(
     check_texts(questions, "question")
     check_texts(contexts, "context")
     prefix = tokenizer.encode("", bos=True, eos=False)
-    known, places = [], []
+    context_offsets, windows = [], []
     for i, (question, context) in enumerate(pairs):
-        asked = tokenizer.encode(question, bos=True, eos=False) + prefix
+        before = tokenizer.encode(question, bos=True, eos=False) + prefix
         ids, offsets = encode_with_offsets(tokenizer, context, bos=False)
         if not any(context[start:end].strip() for start, end in offsets):
             raise LlamaError(f"context {i} has no token but white space: expected a text that may hold an answer")
-        room = room_after(asked, max_seq_len, f"question {i}")
-        places += [
-            ContextWindow(i, start, end, asked + ids[start:end]) for start, end in windows(len(ids), room, doc_stride)
+        room = count_room(before, max_seq_len, f"question {i}")
+        windows += [
+            ContextWindow(i, start, end, before + ids[start:end])
+            for start, end in split_windows(len(ids), room, doc_stride)
         ]
-        known.append(offsets)
-    return contexts, known, places
+        context_offsets.append(offsets)
+    return contexts, context_offsets, windows
 
 
-def ranked(found: Sequence[Candidate], null: float, context: str, null_threshold: float | None) -> list[Answer]:
-    """Answers with their scores; `found` is the best first."""
-    compared = [one.score for one in found] + ([] if null_threshold is None else [null])
+def rank_answers(
+    candidates: Sequence[Candidate], null: float, context: str, null_threshold: float | None
+) -> list[Answer]:
+    """The candidates, the best of which comes first, as answers with their scores; null: the logit of no answer."""
+    compared = [candidate.score for candidate in candidates] + ([] if null_threshold is None else [null])
     scores = torch.tensor(compared, dtype=torch.float64).softmax(-1).tolist()
     answers = [
-        Answer(context[one.start : one.end], one.start, one.end, score)
-        for one, score in zip(found, scores, strict=False)
+        Answer(context[candidate.start : candidate.end], candidate.start, candidate.end, score)
+        for candidate, score in zip(candidates, scores, strict=False)
     ]
-    if null_threshold is not None and null - found[0].score > null_threshold:
+    if null_threshold is not None and null - candidates[0].score > null_threshold:
         return [Answer("", 0, 0, scores[-1]), *answers]
     return answers

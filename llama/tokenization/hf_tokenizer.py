@@ -19,8 +19,9 @@ from typing import Any, Literal
 import tokenizers
 
 from .._util.files import read_json
+from .._util.special_names import check_special
 from ..errors import LlamaError, describe, shorten, to_one_line
-from ..tokenizer import Tokenizer, check_special
+from ..tokenizer import Tokenizer
 from .hf_settings import read_chat_template, read_named_tokens, read_optional_json, read_stop_ids
 
 _EXPECTED = "expected the tokenizer.json of a model, from where the model comes from"

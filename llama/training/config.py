@@ -1,4 +1,4 @@
-"""What is trained on what, and how: a plan, checked before anything is read, and what makes it this one and no other.
+"""The settings of a training, checked before anything is read; and what makes a training this one and no other.
 
 Knows numbers, names and records; knows no model.
 """
@@ -13,47 +13,39 @@ from typing import Any
 from .._util.validate import check_count, check_seed, is_number
 from ..adapters.lora import Lora
 from ..checkpoints.download import is_url
-from ..checkpoints.task_spec import TENSORS, ProblemType, Task
+from ..checkpoints.task_spec import TaskName
 from ..errors import LlamaError
 from ..parallel import Place
-from .dataset import Record, problem_of
+from .dataset import Line
+from .registry import TRAINING_TASKS
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """What is trained on what. data, eval: files of records, see `records`. output: the directory to be written.
+    """What is trained on which data, and how. Raises LlamaError for values that can't work."""
 
-    batch_size: examples a step, over all data-parallel copies; micro_batch_size: how many of them go through a copy
-    of the model at a time (None: all). learning_rate: rises linearly in the first `warmup` of all steps, then falls.
-    weight_decay: of matrices. clip: the largest norm of a gradient. every: steps between two evaluations, each of which
-    is also where a killed run goes on (None: an epoch). patience: how many evaluations may pass without a better one
-    (None: all). recompute: layers again for the gradient, which takes less memory. lora: adapters instead of the
-    model's own weights; learning rates of 1e-4 to 1e-3 suit them, of 1e-5 to 1e-4 whole models of a billion and more.
-    merge: write the adapter into the weights too. Raises LlamaError for what can't be.
-    """
-
-    task: Task
-    data: str
-    output: str
-    eval: str | None = None
+    task: TaskName
+    data: str  # file of records to train on: see `record_formats`
+    output: str  # directory to write
+    eval: str | None = None  # file of records to evaluate on
     epochs: int = 3
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    learning_rate: float = 1e-4
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    every: int | None = None
-    patience: int | None = None
-    recompute: bool = False
-    lora: Lora | None = None
-    merge: bool = True
-    max_seq_len: int = 512
+    batch_size: int = 16  # examples a step, over all data-parallel copies
+    micro_batch_size: int | None = None  # how many of them go through one copy of the model at a time; None: all
+    learning_rate: float = 1e-4  # the peak; 1e-4 to 1e-3 suit adapters, 1e-5 to 1e-4 whole models of 1B parameters
+    warmup: float = 0.1  # the share of the steps in which the rate rises linearly; then it falls linearly to 0
+    weight_decay: float = 0.01  # of matrices
+    clip: float = 1.0  # the largest norm of a gradient
+    every: int | None = None  # steps between evaluations, after each of which a killed run resumes; None: an epoch
+    patience: int | None = None  # stop after so many evaluations without a better one; None: never
+    recompute: bool = False  # compute layers again for the gradient, which takes less memory
+    lora: Lora | None = None  # train an adapter in place of the model's own weights
+    merge: bool = True  # write a model with the adapter merged, beside the adapter
+    max_seq_len: int = 512  # tokens
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.task not in TENSORS:
-            raise LlamaError(f"task is {self.task!r}, expected one of {', '.join(TENSORS)}")
+        if self.task not in TRAINING_TASKS:
+            raise LlamaError(f"task is {self.task!r}, expected one of {', '.join(TRAINING_TASKS)}")
         for name in ("epochs", "batch_size", "max_seq_len"):
             check_count(name, getattr(self, name))
         for name in ("micro_batch_size", "every", "patience"):
@@ -73,26 +65,18 @@ class TrainingConfig:
             raise LlamaError("merge is off, but there is no adapter: give lora, or leave it on")
 
 
-def problem_in(plan: TrainingConfig, trained: Sequence[Record], held: Sequence[Record]) -> ProblemType:
-    """What kind of labels both files have. Raises LlamaError where they differ in that."""
-    problem = problem_of(trained, plan.data)
-    if held and (other := problem_of(held, plan.eval or "")) != problem:
-        raise LlamaError(f"{plan.data} is {problem} and {plan.eval} {other}: expected one kind of labels")
-    return problem
-
-
-def about(
-    plan: TrainingConfig,
+def describe_job(
+    config: TrainingConfig,
     place: Place,
     ckpt_dir: str | Path,
     tokenizer_path: str | Path | None,
-    records: Sequence[Record],
+    lines: Sequence[Line],
 ) -> dict[str, Any]:
-    """What makes the result what it is, for a run that goes on with another's."""
-    given = repr([record.given for record in records])
-    settings = {name: value for name, value in vars(plan).items() if name not in ("output", "data", "eval", "lora")}
-    digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).hexdigest()
-    named = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path}
-    paths = {n: str(path) if path is None or is_url(path) else os.path.realpath(path) for n, path in named.items()}
+    """Plain values that decide the result: only a run with the same ones may resume another."""
+    records = repr([line.record for line in lines])
+    settings = {name: value for name, value in vars(config).items() if name not in ("output", "data", "eval", "lora")}
+    digest = hashlib.sha256(records.encode("utf-8", "surrogatepass")).hexdigest()
+    inputs = {"ckpt_dir": ckpt_dir, "tokenizer_path": tokenizer_path}
+    paths = {n: str(path) if path is None or is_url(path) else os.path.realpath(path) for n, path in inputs.items()}
     ranks = {"ranks": place.world_size, "model_parallel_size": place.mp_size, "dtype": str(place.dtype)}
-    return {**settings, "lora": repr(plan.lora), "records": digest, **paths, **ranks}
+    return {**settings, "lora": repr(config.lora), "records": digest, **paths, **ranks}

@@ -1,102 +1,111 @@
-"""How good a model in training is on records that it isn't trained on, and the picture of how that went.
+"""How good a model in training is on held-out records, and the picture of its learning curves.
 
-Knows tasks, their metrics and curves; knows no optimizer. matplotlib is imported only here.
+Knows tasks, their metrics and curves; knows no optimizer.
 """
 
 import importlib.util
-import math
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._util.files import write_whole
-from .._util.validate import is_number
-from ..checkpoints.task_spec import Task
+from .._util.plots import create_figure, has_matplotlib, save_figure
+from ..checkpoints.task_spec import TaskName
 from ..errors import LlamaError
-from ..tasks.metrics import answer_metrics, classification_metrics, span_metrics
 from ..tasks.model import TaskModel
-from ..tasks.predict import AnswerOptions
-from .dataset import Record
-from .preprocessing import DOC_STRIDE, Example, collated
-
-NULL_THRESHOLD = 0.0  # no answer is given where it is likelier than the best one
-BEST = {"language": "loss", "classify": "accuracy", "tag": "f1", "answer": "f1"}  # the measure that decides
+from ..tasks.registry import TASKS
+from .dataset import collate
+from .preprocessing import Example
+from .record_formats import Record
+from .registry import TRAINING_TASKS
 
 
 def check_packages(evaluates: bool) -> None:
-    """Whether what draws the curves, and what measures, is here. Raises LlamaError."""
-    needed = ["matplotlib", "torchmetrics"] if evaluates else ["matplotlib"]
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise LlamaError(f"{' and '.join(missing)} isn't installed: pip install llama[finetune]")
+    """Raise LlamaError unless the packages that draw the curves, and that measure, are installed."""
+    missing = [] if has_matplotlib() else ["matplotlib"]
+    if evaluates and importlib.util.find_spec("torchmetrics") is None:
+        missing.append("torchmetrics")
+    if missing:
+        raise LlamaError(f"{' and '.join(missing)} isn't installed: pip install 'llama-reference[finetune]'")
 
 
-def decides(task: Task, regression: bool) -> str:
-    return "loss" if regression else BEST[task]
+def is_regression(model: TaskModel) -> bool:
+    """A regression is measured by its loss alone, whatever metrics the task has."""
+    return model.checkpoint.head is not None and model.checkpoint.head.problem_type == "regression"
+
+
+def choose_best_metric(model: TaskModel) -> str:
+    """The name of the metric that decides which model is best."""
+    return "loss" if is_regression(model) else TASKS[model.task].best_metric
 
 
 @torch.no_grad()
-def measured(built: TaskModel, examples: Sequence[Example], records: Sequence[Record]) -> dict[str, float]:
-    """The loss, and what its task's texts are measured by, of records that weren't trained on."""
-    built.head.eval()
+def evaluate(model: TaskModel, examples: Sequence[Example], records: Sequence[Record]) -> dict[str, float]:
+    """The loss and the task's metrics, by name, on records that weren't trained on. examples: of the same records."""
+    loss = compute_loss(model, examples)
+    measure_loss = TRAINING_TASKS[model.task].measure_loss
+    metrics = {"loss": loss, **(measure_loss(loss) if measure_loss else {})}
+    if TASKS[model.task].predict is None or is_regression(model):
+        return metrics
+    return metrics | measure(model.task, predict(model, records), records)
+
+
+def compute_loss(model: TaskModel, examples: Sequence[Example]) -> float:
+    """The mean loss of what is to be learnt of the examples."""
+    model.head.eval()
     total, items = 0.0, 0
-    device, batch_size = built.model.device, built.model.params.max_batch_size
+    device, batch_size = model.model.device, model.model.params.max_batch_size
     ordered = sorted(examples, key=lambda example: len(example.tokens))
     for i in range(0, len(ordered), batch_size):
         batch = ordered[i : i + batch_size]
-        found = built.head(**collated(batch, built.task, device))
+        output = model.head(**collate(batch, model.task, device))
         count = sum(example.items for example in batch)
-        total += float(found if isinstance(found, torch.Tensor) else found.loss) * count
+        total += float(get_loss(output)) * count
         items += count
-    loss = total / items
-    if built.task == "language":
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-    given = [record.given for record in records]
-    if built.task == "classify" and is_number(given[0].get("label")):
-        return {"loss": loss}  # which says it all
-    return {"loss": loss, **compared(built.task, predicted(built, given), given)}
+    return total / items
 
 
-def predicted(built: TaskModel, given: Sequence[dict[str, Any]]) -> list[Any]:
-    """What the model makes of what records hold: for each a label, or a list of them, or spans, or an answer's text."""
-    if built.task == "answer":
-        options: AnswerOptions = {"doc_stride": DOC_STRIDE, "null_threshold": NULL_THRESHOLD}
-        pairs = [(one["question"], one["context"]) for one in given]
-        return [found[0].text for found in built.answer_all(pairs, **options)]
-    texts = [one["text"] for one in given]
-    if built.task == "tag":
-        return [[(span.start, span.end, span.label) for span in found] for found in built.tag(texts)]
-    named = [[one.label for one in found] for found in built.classify(texts)]
-    return [found[0] if "label" in one else found for found, one in zip(named, given, strict=True)]
+def get_loss(output: Any) -> torch.Tensor:
+    """The loss in a head's output; CausalLM's output is the loss itself."""
+    return output if isinstance(output, torch.Tensor) else output.loss
 
 
-def compared(task: Task, found: Sequence[Any], given: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """How much of what was predicted is what records say."""
-    if task == "answer":
-        return answer_metrics(found, [[answer["text"] for answer in one["answers"]] for one in given])
-    if task == "tag":
-        return span_metrics(found, [[(s["start"], s["end"], s["label"]) for s in one["spans"]] for one in given])
-    return classification_metrics(found, [one["label"] if "label" in one else one["labels"] for one in given])
+def predict(model: TaskModel, records: Sequence[Record]) -> list[Any]:
+    """What the model predicts for each record: names of labels, spans (start, end, label), or the text of an answer.
+
+    Called only for tasks that have a predictor.
+    """
+    get_input, predict_inputs = TRAINING_TASKS[model.task].get_input, TASKS[model.task].predict
+    assert get_input is not None and predict_inputs is not None
+    return predict_inputs(model, [get_input(record) for record in records])
 
 
-def draw(trained: Sequence[float], history: Sequence[dict[str, Any]], path: Path) -> None:
-    """Losses of all steps and of held-out records, against steps; beside them what else was measured of the latter."""
-    from matplotlib.figure import Figure  # no pyplot: it would look for a screen
+def measure(task: TaskName, predictions: Sequence[Any], records: Sequence[Record]) -> dict[str, float]:
+    """The task's metrics of predictions against what the records say. Called only for tasks that have a predictor."""
+    get_expected, compare = TRAINING_TASKS[task].get_expected, TASKS[task].measure
+    assert get_expected is not None and compare is not None
+    return compare(predictions, [get_expected(record) for record in records])
 
-    names = sorted({name for one in history for name in one} - {"step", "epoch", "trained", "loss", "perplexity"})
-    figure = Figure(figsize=(6 + 6 * bool(names), 4), layout="constrained")
-    losses, *others = figure.subplots(1, 1 + bool(names), squeeze=False).flat
-    losses.plot(range(1, 1 + len(trained)), trained, linewidth=0.8, label="of each step")
-    lines = [(losses, "trained", "their mean"), (losses, "loss", "held out"), *((others[0], n, n) for n in names)]
+
+def draw_curves(losses: Sequence[float], history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw losses against steps, and beside them the metrics of held-out records.
+
+    losses: of each step. history: see `Progress.history`.
+    """
+    names = sorted({name for entry in history for name in entry} - {"step", "epoch", "trained", "loss", "perplexity"})
+    figure = create_figure(6 + 6 * bool(names), 4)
+    loss_axes, *metric_axes = figure.subplots(1, 1 + bool(names), squeeze=False).flat
+    loss_axes.plot(range(1, 1 + len(losses)), losses, linewidth=0.8, label="of each step")
+    lines = [(loss_axes, "trained", "their mean"), (loss_axes, "loss", "held out")]
+    lines += [(metric_axes[0], name, name) for name in names]
     for axes, name, label in lines:
-        points = [(one["step"], one[name]) for one in history if name in one]
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", label=label)
-    for axes, title in zip([losses, *others], ("loss", "of held-out records"), strict=False):
+    for axes, title in zip([loss_axes, *metric_axes], ("loss", "of held-out records"), strict=False):
         axes.set_xlabel("step")
         axes.set_title(title)
         axes.grid(alpha=0.3)
         axes.legend()
-    write_whole(path, partial(figure.savefig, format="png"))
+    save_figure(figure, path)

@@ -1,163 +1,142 @@
-"""Records -> rows of tokens with what is to be learnt of them -> batches that a head takes.
+"""Record -> examples: rows of tokens with what is to be learnt of them; targets of a batch -> arguments of a head.
 
-Knows tokenizers and tensors; knows no network.
+Knows tokenizers and tensors; knows no network and no files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checkpoints.task_spec import Task
 from ..errors import LlamaError
 from ..tasks.losses import IGNORED
-from ..tasks.predict import laid_out
-from ..tasks.spans import windows
+from ..tasks.predict import DOC_STRIDE, encode_pairs
+from ..tasks.spans import split_windows
 from ..tokenization.offsets import encode_with_offsets
 from ..tokenization.protocol import AnyChatFormat, AnyTokenizer
-from .dataset import OUTSIDE, Record, raise_all
+from .record_formats import OUTSIDE, Record
 
-DOC_STRIDE = 128  # tokens that windows of a context have in common
+pad = partial(pad_sequence, batch_first=True)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row. target: as the task's head takes it: a label for each token, of the text, or (start, end)."""
+    """A row of a batch."""
 
     tokens: list[int]
-    target: Any
+    target: Any  # a list of a label for each token; or what the task's head takes for the row: a label, (start, end)
 
     @property
     def items(self) -> int:
-        """How much is to be learnt of it: what the mean of a loss runs over."""
+        """How many terms it adds to the mean of a loss."""
         return sum(label != IGNORED for label in self.target) if isinstance(self.target, list) else 1
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """What turns records into examples. places: of the head's labels, among its logits."""
+    """What is needed to turn records into examples."""
 
     tokenizer: AnyTokenizer
     formatter: AnyChatFormat
-    places: Mapping[str, int]
+    classes: Mapping[str, int]  # the index of each of the head's labels among its logits
     max_seq_len: int
 
+    def find_class(self, label: str) -> int:
+        if label not in self.classes:
+            raise LlamaError(f"{label!r} is no label of the head: known are {', '.join(self.classes)}")
+        return self.classes[label]
 
-def examples(reader: Preprocessor, task: Task, records: Sequence[Record], path: str | Path) -> list[Example]:
-    """Of all records; a long one may give several. Raises LlamaError that names the lines that don't fit."""
-    found: list[Example] = []
-    problems = []
-    for record in records:
-        try:
-            found += READERS[task](reader, record.given)
-        except LlamaError as e:
-            problems.append(f"line {record.number}: {e}")
-    raise_all(path, problems)
-    learnt = [example for example in found if example.items]
-    if records and not learnt:
-        raise LlamaError(f"{path}: nothing is learnt of any line within max_seq_len {reader.max_seq_len}: raise that")
-    return learnt
+    def check_length(self, tokens: list[int]) -> list[int]:
+        """The tokens. Raises LlamaError if they are too many."""
+        if len(tokens) > self.max_seq_len:
+            raise LlamaError(
+                f"{len(tokens)} tokens are more than max_seq_len {self.max_seq_len}: shorten it or raise that"
+            )
+        return tokens
 
 
-def of_language(reader: Preprocessor, given: dict[str, Any]) -> list[Example]:
+# --- record -> examples -----------------------------------------------------------------------------------------------
+
+
+def read_language(preprocessor: Preprocessor, record: Record) -> list[Example]:
     """A text is cut into as many rows as it needs; of prompts and dialogs only the answer is learnt."""
-    tokenizer = reader.tokenizer
-    if "text" in given:
-        tokens = tokenizer.encode(given["text"], bos=True, eos=True)
-        rows = [tokens[i : i + reader.max_seq_len] for i in range(0, len(tokens), reader.max_seq_len)]
+    tokenizer, size = preprocessor.tokenizer, preprocessor.max_seq_len
+    if "text" in record:
+        tokens = tokenizer.encode(record["text"], bos=True, eos=True)
+        rows = [tokens[i : i + size] for i in range(0, len(tokens), size)]
         return [Example(row, [IGNORED, *row[1:]]) for row in rows]
-    if "prompt" in given:
-        prompt = tokenizer.encode(given["prompt"], bos=True, eos=False)
-        answer = tokenizer.encode(given["completion"], bos=False, eos=True)
+    if "prompt" in record:
+        prompt = tokenizer.encode(record["prompt"], bos=True, eos=False)
+        answer = tokenizer.encode(record["completion"], bos=False, eos=True)
     else:
-        *before, last = given["messages"]
-        prompt = reader.formatter.encode_dialog_prompt(before)
+        *before, last = record["messages"]
+        prompt = preprocessor.formatter.encode_dialog_prompt(before)
         answer = tokenizer.encode(last["content"], bos=False, eos=False)
-        answer.append(reader.formatter.end_of_turn)
-    return [Example(fitting(reader, prompt + answer), [IGNORED] * len(prompt) + answer)]
+        answer.append(preprocessor.formatter.end_of_turn)
+    return [Example(preprocessor.check_length(prompt + answer), [IGNORED] * len(prompt) + answer)]
 
 
-def of_class(reader: Preprocessor, given: dict[str, Any]) -> list[Example]:
-    tokens = fitting(reader, reader.tokenizer.encode(given["text"], bos=True, eos=False))
-    label = given.get("label")
+def read_classify(preprocessor: Preprocessor, record: Record) -> list[Example]:
+    """The target is a class, a tuple of 0.0 and 1.0 for all classes, or a tuple of one number."""
+    tokens = preprocessor.check_length(preprocessor.tokenizer.encode(record["text"], bos=True, eos=False))
+    label = record.get("label")
     if label is None:
-        wanted = {place_of(name, reader) for name in given["labels"]}
-        return [Example(tokens, tuple(float(i in wanted) for i in range(len(reader.places))))]
-    return [Example(tokens, place_of(label, reader) if isinstance(label, str) else (float(label),))]
+        labels = {preprocessor.find_class(name) for name in record["labels"]}
+        return [Example(tokens, tuple(float(i in labels) for i in range(len(preprocessor.classes))))]
+    return [Example(tokens, preprocessor.find_class(label) if isinstance(label, str) else (float(label),))]
 
 
-def of_tags(reader: Preprocessor, given: dict[str, Any]) -> list[Example]:
-    """The first token that touches a span begins it. A long text is cut into windows, as `answering.tag` reads it."""
-    ids, offsets = encode_with_offsets(reader.tokenizer, given["text"], bos=False)
-    labels = [place_of(OUTSIDE, reader)] * len(ids)
-    for span in given["spans"]:
+def read_tag(preprocessor: Preprocessor, record: Record) -> list[Example]:
+    """The first token that overlaps a span begins it. A long text is cut into windows."""
+    ids, offsets = encode_with_offsets(preprocessor.tokenizer, record["text"], bos=False)
+    labels = [preprocessor.find_class(OUTSIDE)] * len(ids)
+    for span in record["spans"]:
         begins = True
         for i, (start, end) in enumerate(offsets):
             if start < span["end"] and end > span["start"]:
-                labels[i] = place_of(f"{'B' if begins else 'I'}-{span['label']}", reader)
+                labels[i] = preprocessor.find_class(f"{'B' if begins else 'I'}-{span['label']}")
                 begins = False
-    prefix = reader.tokenizer.encode("", bos=True, eos=False)
+    prefix = preprocessor.tokenizer.encode("", bos=True, eos=False)
     return [
         Example(prefix + ids[start:end], [IGNORED] * len(prefix) + labels[start:end])
-        for start, end in windows(len(ids), reader.max_seq_len - len(prefix), 0)
+        for start, end in split_windows(len(ids), preprocessor.max_seq_len - len(prefix), 0)
     ]
 
 
-def of_answers(reader: Preprocessor, given: dict[str, Any]) -> list[Example]:
-    """A row for each window of the context; where a window hasn't the whole answer, position 0 says so."""
-    pair = [(given["question"], given["context"])]
-    _, (offsets,), places = laid_out(reader.tokenizer, pair, reader.max_seq_len, DOC_STRIDE)
-    found = []
-    for place in places:
-        target, before = (0, 0), len(place.tokens) - (place.end - place.start)
-        for answer in given["answers"][:1]:  # of several right ones, the first
+def read_answer(preprocessor: Preprocessor, record: Record) -> list[Example]:
+    """An example for each window of the context. Its target is (0, 0) if the window hasn't the whole answer."""
+    pair = [(record["question"], record["context"])]
+    _, (offsets,), windows = encode_pairs(preprocessor.tokenizer, pair, preprocessor.max_seq_len, DOC_STRIDE)
+    examples = []
+    for window in windows:
+        target, before = (0, 0), len(window.tokens) - (window.end - window.start)
+        for answer in record["answers"][:1]:  # of several right answers, the first
             first, last = answer["start"], answer["start"] + len(answer["text"])
-            own = [i for i, (start, end) in enumerate(offsets) if start < last and end > first]
-            if own and place.start <= own[0] and own[-1] < place.end:
-                target = before + own[0] - place.start, before + own[-1] - place.start
-        found.append(Example(place.tokens, target))
-    return found
+            overlapping = [i for i, (start, end) in enumerate(offsets) if start < last and end > first]
+            if overlapping and window.start <= overlapping[0] and overlapping[-1] < window.end:
+                target = before + overlapping[0] - window.start, before + overlapping[-1] - window.start
+        examples.append(Example(window.tokens, target))
+    return examples
 
 
-READERS: dict[Task, Callable[[Preprocessor, dict[str, Any]], list[Example]]] = {
-    "language": of_language,
-    "classify": of_class,
-    "tag": of_tags,
-    "answer": of_answers,
-}
+# --- targets of a batch -> keyword arguments of the head --------------------------------------------------------------
 
 
-def place_of(label: str, reader: Preprocessor) -> int:
-    if label not in reader.places:
-        raise LlamaError(f"{label!r} is no label of the head: known are {', '.join(reader.places)}")
-    return reader.places[label]
+def pad_labels(targets: Sequence[Any]) -> dict[str, Tensor]:
+    """labels (B, T) from a label for each token, with IGNORED at padding."""
+    return {"labels": pad([torch.tensor(target) for target in targets], padding_value=IGNORED)}
 
 
-def fitting(reader: Preprocessor, tokens: list[int]) -> list[int]:
-    if len(tokens) > reader.max_seq_len:
-        raise LlamaError(
-            f"{len(tokens)} tokens are more than max_seq_len {reader.max_seq_len}: shorten it or raise that"
-        )
-    return tokens
+def stack_labels(targets: Sequence[Any]) -> dict[str, Tensor]:
+    """labels (B) or (B, labels) from a label, or a tuple of numbers, for each row."""
+    return {"labels": torch.tensor(targets)}
 
 
-def collated(batch: Sequence[Example], task: Task, device: torch.device) -> dict[str, Tensor]:
-    """What the task's head takes, right-padded: tokens (B, T), lengths (B), and the targets."""
-    padded = partial(pad_sequence, batch_first=True)
-    found = {
-        "tokens": padded([torch.tensor(one.tokens) for one in batch]),
-        "lengths": torch.tensor([len(one.tokens) for one in batch]),
-    }
-    targets = [torch.tensor(one.target) for one in batch]
-    if task in ("language", "tag"):
-        found["labels"] = padded(targets, padding_value=IGNORED)
-    elif task == "classify":
-        found["labels"] = torch.stack(targets)
-    else:
-        found["start_positions"], found["end_positions"] = torch.stack(targets).unbind(-1)
-    return {name: tensor.to(device) for name, tensor in found.items()}
+def stack_positions(targets: Sequence[Any]) -> dict[str, Tensor]:
+    """start_positions and end_positions (B) from a pair for each row."""
+    starts, ends = torch.tensor(targets).unbind(-1)
+    return {"start_positions": starts, "end_positions": ends}

@@ -1,7 +1,7 @@
-"""What of a training survives a kill: the state of every rank after some step, on disk whole or not at all.
+"""A training that survives a kill: its progress, and the state of every rank, on disk whole or not at all.
 
-Knows steps and files; knows no model. A directory's `training.json` names the step whose files count; it is written
-after them, and those of earlier steps go last.
+Knows steps and files; knows no model. A directory's `training.json` names the step whose state files count. It is
+written after them, and the state files of earlier steps are deleted after it.
 """
 
 from collections.abc import Callable
@@ -14,72 +14,68 @@ import torch
 from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_model_parallel_rank
 
 from .. import parallel
-from .._util.files import PARTIAL, read_json, write_json, write_whole
+from .._util.files import PARTIAL, read_json, refuse_unwritable, write_json, write_whole
+from .._util.resumable import BEGIN_ANEW, check_same_job, refuse_damaged
 from .._util.validate import is_integer
-from ..errors import LlamaError, shorten, to_one_line
+from ..errors import LlamaError, to_one_line
 
 NAME = "training.json"
-BEGIN_ANEW = "name another --output, or start with --force to begin anew"
 
 
 @dataclass
 class Progress:
-    """step: how many are done. losses: of each. history: what was measured, by step. best: the measure to be beaten.
+    """How far a training is."""
 
-    waited: how often it wasn't beaten since. ended: nothing is left to do. begun: when, which is today for templates
-    that write the date.
-    """
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: float | None = None
-    waited: int = 0
-    ended: bool = False
+    step: int = 0  # how many steps are done
+    losses: list[float] = field(default_factory=list)  # of each step
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation: step, epoch, metrics by name
+    best: float | None = None  # the deciding metric of the best evaluation; the larger the better
+    waited: int = 0  # evaluations since the best one
+    ended: bool = False  # nothing is left to do
+    # When it was begun: today's date for chat templates that write it, so that resumed runs see the same examples.
     begun: str = field(default_factory=lambda: datetime.now().isoformat())
 
 
-class Keeper:
-    """The progress of one training in its directory. about: what makes it this training and no other."""
+class ResumableTraining:
+    """The files of one training in its directory."""
 
-    def __init__(self, directory: Path, about: dict[str, Any], force: bool):
+    directory: Path
+    job: dict[str, Any]  # what makes it this training and no other
+    progress: Progress  # as of the last `save`, until the training moves it on
+
+    def __init__(self, directory: Path, job: dict[str, Any], force: bool):
         """Called on all ranks; writes nothing. Raises LlamaError for a directory that holds something else."""
-        self.directory, self.about = directory, about
+        self.directory, self.job = directory, job
         with parallel.raise_together():
-            found = self._found(force) if parallel.is_main_process() else Progress()
-        self.progress = parallel.broadcast_object(found)
+            progress = self._find_progress(force) if parallel.is_main_process() else Progress()
+        self.progress = parallel.broadcast_object(progress)
 
-    def _found(self, force: bool) -> Progress:
+    def _find_progress(self, force: bool) -> Progress:
         path = self.directory / NAME
         if force:
             return Progress()
         if path.is_file():
-            return self._read(path)
-        # A run that was killed while it wrote its first progress leaves a file that isn't called so yet.
-        unfinished = NAME + PARTIAL
-        if self.directory.is_dir() and all(one.name.startswith(unfinished) for one in self.directory.iterdir()):
+            return self._read_progress(path)
+        # A run that was killed while it wrote its first progress leaves only that file's temporary form.
+        temporary = NAME + PARTIAL
+        if self.directory.is_dir() and all(file.name.startswith(temporary) for file in self.directory.iterdir()):
             return Progress()
         if self.directory.exists() or self.directory.is_symlink():
             raise LlamaError(f"{self.directory} is there and holds something else: {BEGIN_ANEW}")
         return Progress()
 
-    def _read(self, path: Path) -> Progress:
-        try:
-            found = read_json(path, "a training's progress")
-            about, progress = dict(found["about"]), Progress(**found["progress"])
+    def _read_progress(self, path: Path) -> Progress:
+        with refuse_damaged(path, "a training's progress"):
+            content = read_json(path, "a training's progress")
+            begun, progress = dict(content["about"]), Progress(**content["progress"])
             if not is_integer(progress.step, 0) or not isinstance(progress.history, list):
-                raise ValueError("its steps aren't counted")
+                raise ValueError("its steps aren't pluralize")
             datetime.fromisoformat(progress.begun)
-        except (KeyError, TypeError, ValueError) as e:
-            raise LlamaError(f"{path} is no training's progress ({to_one_line(e)}): {BEGIN_ANEW}") from None
-        for name, value in self.about.items():
-            if about.get(name) != value:
-                different = f"{name} was {shorten(about.get(name))} and is {shorten(value)}"
-                raise LlamaError(f"{path} is of another training ({different}): {BEGIN_ANEW}")
+        check_same_job(path, begun, self.job)
         return progress
 
     def begin(self) -> None:
-        """Make the directory this training's, unless it is; what is left there of others isn't read any more.
+        """Make the directory, unless steps are done; delete what would make a model of another run readable.
 
         Called on all ranks. Raises LlamaError where nothing can be written.
         """
@@ -87,46 +83,42 @@ class Keeper:
             return
         with parallel.raise_together():
             if parallel.is_main_process():
-                try:
+                with refuse_unwritable(self.directory):
                     self.directory.mkdir(parents=True, exist_ok=True)
                     for name in ("config.json", "adapter/adapter_config.json"):
                         (self.directory / name).unlink(missing_ok=True)
-                except OSError as e:
-                    raise LlamaError(f"{self.directory} can't be written ({e.strerror})") from e
-        self.note()
+        self._write_progress()
 
-    def _path(self, step: int) -> Path:
+    def _state_path(self, step: int) -> Path:
         return self.directory / f"state-{step}-{get_model_parallel_rank()}.pt"
 
-    def restore(self, into: Callable[[dict[str, Any]], None]) -> None:
-        """Give away what this rank had kept after `progress.step`, on the CPU. Raises LlamaError on all ranks."""
-        path = self._path(self.progress.step)
+    def restore(self, load_state: Callable[[dict[str, Any]], None]) -> None:
+        """Pass this rank's state after `progress.step`, on the CPU, to `load_state`. Raises LlamaError on all ranks."""
+        path = self._state_path(self.progress.step)
         with parallel.raise_together():
             try:
-                into(torch.load(path, map_location="cpu", weights_only=True))
+                load_state(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as e:
                 raise LlamaError(f"{path} can't be read ({to_one_line(e)}): {BEGIN_ANEW}") from e
 
-    def keep(self, state: dict[str, Any]) -> None:
-        """Let a later run go on from here. Of data-parallel copies the first writes. Called on all ranks."""
+    def save(self, state: dict[str, Any]) -> None:
+        """Write this rank's state and the progress. Of data-parallel copies the first writes. Called on all ranks."""
         with parallel.raise_together():
             if get_data_parallel_rank() == 0:
-                path = self._path(self.progress.step)
-                try:
+                path = self._state_path(self.progress.step)
+                with refuse_unwritable(path):
                     write_whole(path, lambda f: torch.save(state, f))
-                except (OSError, RuntimeError) as e:  # torch's words for a disk that is full
-                    raise LlamaError(f"{path} can't be written ({to_one_line(e)})") from e
-        self.note()
+        self._write_progress()
 
-    def note(self) -> None:
-        """Write `progress`, then drop the states that it doesn't name any more, and files that a kill left unfinished.
+    def _write_progress(self) -> None:
+        """Write `progress`, then delete the states that it doesn't name, and files that a kill left unfinished.
 
         Called on all ranks.
         """
         with parallel.raise_together():
             if parallel.is_main_process():
-                write_json(self.directory / NAME, {"about": self.about, "progress": vars(self.progress)})
-                own = () if self.progress.ended else self.directory.glob(f"state-{self.progress.step}-*.pt")
-                left = ("state-*.pt", f"?*{PARTIAL}*")
-                for old in {one for name in left for one in self.directory.glob(name)} - {*own}:
-                    old.unlink()
+                write_json(self.directory / NAME, {"about": self.job, "progress": vars(self.progress)})
+                kept = () if self.progress.ended else self.directory.glob(f"state-{self.progress.step}-*.pt")
+                states, unfinished = self.directory.glob("state-*.pt"), self.directory.glob(f"?*{PARTIAL}*")
+                for path in {*states, *unfinished} - {*kept}:
+                    path.unlink()

@@ -1,52 +1,45 @@
-"""Training: a plan, and how a model is brought through its steps on model-parallel ranks and data-parallel copies.
+"""Training: how a model is brought through its steps, on model-parallel ranks and data-parallel copies.
 
-Knows models, batches and optimizers; leaves what survives a kill to `progress`, what is measured to `evaluation`.
+Knows models, batches and optimizers. What survives a kill is in `state`, what is measured in `evaluation`, what each
+step gets in `schedule`.
 """
 
-import contextlib
 import math
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_data_parallel_world_size
-from torch import Tensor, nn
+from torch import nn
 
 from .. import parallel
 from .._util.console import ProgressBar, progress_bar, say
 from ..adapters.lora import add_lora
-from ..adapters.peft import Task as PeftTask
 from ..adapters.peft import save_adapter
 from ..checkpoints.convert import check_target
 from ..checkpoints.fit import check_weights
-from ..checkpoints.task_spec import TENSORS, Task
+from ..checkpoints.task_spec import SPECS
 from ..errors import LlamaError
 from ..parallel import Place
 from ..tasks.model import TaskModel
+from ..tasks.registry import TASKS
 from ..tokenization.chat_template import make_formatter
 from . import gradients
-from .config import TrainingConfig, about, problem_in
-from .dataset import Record, labels_in, read_records
-from .evaluation import check_packages, decides, draw, measured
-from .preprocessing import Example, Preprocessor, collated, examples
-from .state import Keeper
+from .config import TrainingConfig, describe_job
+from .dataset import Line, collate, find_problem_type, make_examples, name_classes, read_lines
+from .evaluation import check_packages, choose_best_metric, draw_curves, evaluate, get_loss
+from .preprocessing import Example, Preprocessor
+from .schedule import compute_learning_rate, group_by_decay, seed_generators, shuffle_indices
+from .state import ResumableTraining
 
-PEFT_TASKS: dict[Task, PeftTask] = {
-    "language": "CAUSAL_LM",
-    "classify": "SEQ_CLS",
-    "tag": "TOKEN_CLS",
-    "answer": "QUESTION_ANS",
-}
-ADAM_BYTES = 16  # of each number that is trained: itself, its gradient and two moments, in float32
+ADAM_BYTES = 16  # of each trained number: itself, its gradient and two moments, in float32
 BETAS = 0.9, 0.98
 
 
 def finetune(
-    plan: TrainingConfig,
+    config: TrainingConfig,
     ckpt_dir: str | Path,
     tokenizer_path: str | Path | None = None,
     model_parallel_size: int | None = None,
@@ -55,77 +48,116 @@ def finetune(
     dtype: str | torch.dtype | None = None,
     force: bool = False,
 ) -> None:
-    """Train, and write the best model to `plan.output`; a run that was killed goes on where it was, to the same end.
+    """Train, and write the best model to `config.output`. A run that was killed resumes, and ends the same.
 
-    dtype: what products are computed in; weights that are trained are float32 all the same. Ranks beyond
-    model_parallel_size, None: all of them, are data-parallel copies. Raises LlamaError, on all ranks.
+    model_parallel_size: ranks that share a model; None: all. Further ranks hold data-parallel copies. dtype: what
+    products are computed in; trained weights are float32 all the same. force: begin anew, whatever is in the output.
+    Raises LlamaError, on all ranks.
     """
     place = parallel.initialize(model_parallel_size, device, dtype)
     with parallel.raise_together():
         if place.dtype == torch.float16:
             raise LlamaError("float16 has too few exponents for gradients: train in bfloat16 or float32")
-        check_packages(plan.eval is not None)
-        files = [plan.data] if plan.eval is None else [plan.data, plan.eval]
-        read = [read_records(path, plan.task) for path in files] if parallel.is_main_process() else []
-    trained, held = (*parallel.broadcast_object(read), [])[:2]
+        check_packages(config.eval is not None)
+    train_lines, eval_lines = read_data(config)
     with parallel.raise_together():
-        problem = problem_in(plan, trained, held) if plan.task == "classify" else None
-        labels = labels_in([*trained, *held], plan.task, problem)
-    kept = about(plan, place, ckpt_dir, tokenizer_path, [*trained, *held])
-    keeper = Keeper(Path(plan.output), kept, force)
-    if keeper.progress.ended:
-        say(f"{plan.output}: all is done already")
+        head = describe_head(config, train_lines, eval_lines)
+    job = describe_job(config, place, ckpt_dir, tokenizer_path, [*train_lines, *eval_lines])
+    files = ResumableTraining(Path(config.output), job, force)
+    if files.progress.ended:
+        say(f"{config.output}: all is done already")
         return
-    sizes = plan.max_seq_len, plan.micro_batch_size or plan.batch_size
-    frozen = place.dtype if plan.lora else torch.float32
-    options: dict[str, Any] = {"task": plan.task, "labels": labels, "problem_type": problem}
-    options |= {"device": device, "dtype": frozen}
-    built = TaskModel.build(ckpt_dir, tokenizer_path, *sizes, model_parallel_size, **options)
-    Training(plan, built, place, trained, held, keeper).run()
+    model = TaskModel.build(
+        ckpt_dir,
+        tokenizer_path,
+        config.max_seq_len,
+        config.micro_batch_size or config.batch_size,
+        model_parallel_size,
+        task=config.task,
+        device=device,
+        dtype=place.dtype if config.lora else torch.float32,
+        **head,
+    )
+    Training(config, model, place, train_lines, eval_lines, files).run()
+
+
+def read_data(config: TrainingConfig) -> tuple[list[Line], list[Line]]:
+    """The lines to train on and those to evaluate on, read by one rank. Called on all ranks."""
+    paths = [config.data] if config.eval is None else [config.data, config.eval]
+    with parallel.raise_together():
+        read = [read_lines(path, config.task) for path in paths] if parallel.is_main_process() else []
+    train_lines, *rest = parallel.broadcast_object(read)
+    return train_lines, rest[0] if rest else []
+
+
+def describe_head(config: TrainingConfig, train_lines: Sequence[Line], eval_lines: Sequence[Line]) -> dict[str, Any]:
+    """`labels` and `problem_type` of the head. Raises LlamaError unless both files have one kind of labels."""
+    problem_type = find_problem_type(train_lines, config.task, config.data)
+    if eval_lines:
+        other = find_problem_type(eval_lines, config.task, config.eval or "")
+        if other != problem_type:
+            raise LlamaError(f"{config.data} is {problem_type} and {config.eval} {other}: expected one kind of labels")
+    return {"labels": name_classes([*train_lines, *eval_lines], config.task), "problem_type": problem_type}
 
 
 class Training:
-    """A model on its way: optimizer, place in the data, what was measured."""
+    """A model in training."""
+
+    config: TrainingConfig
+    model: TaskModel
+    files: ResumableTraining  # what survives a kill; its progress is that of this training
+    train_examples: list[Example]
+    eval_examples: list[Example]
+    parameters: dict[str, nn.Parameter]  # those that are trained, by name
+    steps: int  # in all epochs
 
     def __init__(
         self,
-        plan: TrainingConfig,
-        built: TaskModel,
+        config: TrainingConfig,
+        model: TaskModel,
         place: Place,
-        trained: Sequence[Record],
-        held: Sequence[Record],
-        keeper: Keeper,
+        train_lines: Sequence[Line],
+        eval_lines: Sequence[Line],
+        files: ResumableTraining,
     ):
-        self.plan, self.built, self.place, self.held = plan, built, place, held
-        self.keeper, self.progress = keeper, keeper.progress
+        """Called on all ranks. Raises LlamaError for records that don't fit, and for too little memory."""
+        self.config, self.model, self.place = config, model, place
+        self.files, self.progress = files, files.progress
+        self.eval_records = [line.record for line in eval_lines]
         with parallel.raise_together():
-            labels = built.checkpoint.head.labels if built.checkpoint.head else ()
-            form = make_formatter(built.tokenizer, datetime.fromisoformat(self.progress.begun))
-            reader = Preprocessor(built.tokenizer, form, {name: i for i, name in enumerate(labels)}, plan.max_seq_len)
-            self.examples = examples(reader, plan.task, trained, plan.data)
-            self.held_examples = examples(reader, plan.task, held, plan.eval or "")
-            check_target(built.checkpoint, keeper.directory, force=True)
-            if plan.lora is None:
-                check_weights(built.model.params, place, ADAM_BYTES, "train with lora")
+            labels = model.checkpoint.head.labels if model.checkpoint.head else ()
+            form = make_formatter(model.tokenizer, datetime.fromisoformat(self.progress.begun))
+            classes = {name: i for i, name in enumerate(labels)}
+            preprocessor = Preprocessor(model.tokenizer, form, classes, config.max_seq_len)
+            self.train_examples = make_examples(preprocessor, config.task, train_lines, config.data)
+            self.eval_examples = make_examples(preprocessor, config.task, eval_lines, config.eval or "")
+            check_target(model.checkpoint, files.directory, force=True)
+            if config.lora is None:
+                check_weights(model.model.params, place, ADAM_BYTES, "train with lora")
             else:
-                add_lora(built.model, plan.lora, plan.seed)
-        for name in TENSORS[plan.task]:
-            built.head.get_parameter(name).data = built.head.get_parameter(name).data.float()
-        if plan.recompute:
-            gradients.checkpoint_layers(built.model)
-        self.parameters = {n: p for n, p in built.head.named_parameters() if p.requires_grad}
+                add_lora(model.model, config.lora, config.seed)
+        for parameter in self.head_parameters().values():
+            parameter.data = parameter.data.float()
+        if config.recompute:
+            gradients.checkpoint_layers(model.model)
+        self.parameters = {n: p for n, p in model.head.named_parameters() if p.requires_grad}
         for parameter in self.parameters.values():
-            parameter.grad = torch.zeros_like(parameter)  # on every rank, whatever it is given to learn
-        self.optimizer = torch.optim.AdamW(decaying(self.parameters, plan.weight_decay), betas=BETAS, foreach=True)
-        self.steps_per_epoch = math.ceil(len(self.examples) / plan.batch_size)
-        self.steps = plan.epochs * self.steps_per_epoch
+            parameter.grad = torch.zeros_like(parameter)  # also on a rank that gets no examples in a step
+        groups = group_by_decay(self.parameters.values(), config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, foreach=True)
+        self.steps_per_epoch = math.ceil(len(self.train_examples) / config.batch_size)
+        self.steps = config.epochs * self.steps_per_epoch
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: self.model.head.get_parameter(name) for name in SPECS[self.config.task].tensors}
 
     def run(self) -> None:
-        every = self.plan.every or self.steps_per_epoch
-        self.keeper.begin()
+        """All steps that are left to do."""
+        every = self.config.every or self.steps_per_epoch
+        self.files.begin()
         if self.progress.step > 0:
-            self.keeper.restore(self.resume)
-            say(f"{self.keeper.directory}: going on after step {self.progress.step}")
+            self.files.restore(self.load_state)
+            say(f"{self.files.directory}: going on after step {self.progress.step}")
         with progress_bar("training", self.steps, " steps", done=self.progress.step) as bar:
             while self.progress.step < self.steps and not self.progress.ended:
                 self.progress.losses.append(self.step())
@@ -133,139 +165,121 @@ class Training:
                 bar.set_postfix_str(f"loss {self.progress.losses[-1]:.3f}", refresh=False)
                 bar.update()
                 if self.progress.step % every == 0 or self.progress.step == self.steps:
-                    self.pause(bar)
+                    self.evaluate_and_save(bar)
+
+    # --- a step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> float:
-        """One of the optimizer's: the loss of its examples, each of which counts by how much is learnt of it."""
-        batch = self.batch(self.progress.step)
-        items = sum(example.items for example in batch)
-        size = self.plan.micro_batch_size or math.ceil(len(batch) / get_data_parallel_world_size())
-        batch.sort(key=lambda example: len(example.tokens))
-        micros = [batch[i : i + size] for i in range(0, len(batch), size)]
-        total = torch.zeros((), device=self.place.device)
-        self.built.head.train()
-        with self.chance(self.progress.step):
-            for micro in micros[get_data_parallel_rank() :: get_data_parallel_world_size()]:
-                with self.autocast():
-                    found = self.built.head(**collated(micro, self.plan.task, self.place.device))
-                loss = (found if isinstance(found, Tensor) else found.loss) * (sum(e.items for e in micro) / items)
-                loss.backward()
-                total += loss.detach()
-        gradients.complete(self.built.head, self.built.model.params)
-        norm = float(gradients.clip(self.built.head, self.built.model.params, self.plan.clip))
-        loss_of_all = float(gradients.over_copies(total))
-        self.check_finite({"loss": loss_of_all, "norm of the gradient": norm}, self.progress.step + 1)
+        """One step of the optimizer. Returns the mean loss of what its examples have to be learnt."""
+        config, step = self.config, self.progress.step
+        loss = self.backward(self.select_batch(step))
+        gradients.complete(self.model.head, self.model.model.params)
+        norm = float(gradients.clip(self.model.head, self.model.model.params, config.clip))
+        self.check_finite({"loss": loss, "norm of the gradient": norm}, step + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.plan, self.progress.step, self.steps)
+            group["lr"] = compute_learning_rate(config, step, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        return loss_of_all
+        return loss
 
-    def check_finite(self, found: dict[str, float], step: int) -> None:
-        """Numbers that all ranks have alike. Raises LlamaError."""
-        for name, value in found.items():
+    def select_batch(self, step: int) -> list[Example]:
+        """The examples of a step. An epoch has every example once, in its own order."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = shuffle_indices(len(self.train_examples), self.config.seed, epoch)
+        size = self.config.batch_size
+        return [self.train_examples[i] for i in order[place * size : (place + 1) * size]]
+
+    def backward(self, batch: list[Example]) -> float:
+        """Add this rank's share of a batch to the gradients. Returns the loss of the whole batch."""
+        copy, copies = get_data_parallel_rank(), get_data_parallel_world_size()
+        size = self.config.micro_batch_size or math.ceil(len(batch) / copies)
+        batch = sorted(batch, key=lambda example: len(example.tokens))
+        micro_batches = [batch[i : i + size] for i in range(0, len(batch), size)]
+        items = sum(example.items for example in batch)
+        total = torch.zeros((), device=self.place.device)
+        self.model.head.train()
+        with seed_generators(self.place.device, self.config.seed, self.progress.step, copy):
+            for micro_batch in micro_batches[copy::copies]:
+                with self.autocast():
+                    output = self.model.head(**collate(micro_batch, self.config.task, self.place.device))
+                loss = get_loss(output) * (sum(example.items for example in micro_batch) / items)
+                loss.backward()
+                total += loss.detach()
+        return float(gradients.sum_over_copies(total))
+
+    def check_finite(self, values: dict[str, float], step: int) -> None:
+        """Raise LlamaError unless all values, which all ranks have alike, are finite."""
+        for name, value in values.items():
             if not math.isfinite(value):
                 with parallel.raise_together():
                     raise LlamaError(f"step {step}: the {name} is {value}: lower the learning rate")
 
-    def batch(self, step: int) -> list[Example]:
-        """What a step learns from: an epoch has every example once, in an order of its own."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        order = order_of(len(self.examples), self.plan.seed, epoch)
-        own = order[place * self.plan.batch_size : (place + 1) * self.plan.batch_size]
-        return [self.examples[i] for i in own]
-
-    @contextlib.contextmanager
-    def chance(self, step: int) -> Iterator[None]:
-        """Torch's own generators, which dropout asks, as they are in this step and data-parallel copy of every run."""
-        device = self.place.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(random.Random(f"{self.plan.seed} {step} {get_data_parallel_rank()}").getrandbits(63))
-            yield
-
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.place.device.type, self.place.dtype, enabled=self.place.dtype != torch.float32)
 
-    # --- between the steps ------------------------------------------------------------------------------------------
+    # --- between steps ----------------------------------------------------------------------------------------------
 
-    def pause(self, bar: ProgressBar) -> None:
-        """Measure, keep the best model, and let a run that is killed from now on go on from here."""
-        progress, plan = self.progress, self.plan
-        told: dict[str, float] = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch}
-        losses = progress.losses[progress.history[-1]["step"] if progress.history else 0 :]
-        told["trained"] = math.fsum(losses) / len(losses)
-        better = not self.held
-        if self.held:
-            with self.autocast():
-                told |= measured(self.built, self.held_examples, self.held)
-            self.check_finite({"held-out loss": told["loss"]}, progress.step)
-            name = decides(plan.task, is_regression(self.built))
-            value = -told["loss"] if name == "loss" else told[name]
-            better = progress.best is None or value > progress.best
-            progress.best = value if better else progress.best
-            progress.waited = 0 if better else progress.waited + 1
-        progress.history.append(told)
-        progress.ended = progress.step == self.steps or (plan.patience is not None and progress.waited >= plan.patience)
+    def evaluate_and_save(self, bar: ProgressBar) -> None:
+        """Evaluate; write the model if it is the best so far; save what a killed run resumes from."""
+        is_best = self.add_entry()
         with bar.external_write_mode():
-            say(line_of(told))
-        if better and (self.held or progress.ended):
-            self.write()
+            say(format_entry(self.progress.history[-1]))
+        if is_best and (self.eval_records or self.progress.ended):
+            self.save_model()
         with parallel.raise_together():
             if parallel.is_main_process():
-                draw(progress.losses, progress.history, self.keeper.directory / "curves.png")
+                draw_curves(self.progress.losses, self.progress.history, self.files.directory / "curves.png")
         parameters = {name: parameter.data for name, parameter in self.parameters.items()}
-        self.keeper.keep({"parameters": parameters, "optimizer": self.optimizer.state_dict()})
+        self.files.save({"parameters": parameters, "optimizer": self.optimizer.state_dict()})
 
-    def write(self) -> None:
-        """The model as it is now: whole, with what an adapter adds, and the adapter by itself."""
-        directory, plan = self.keeper.directory, self.plan
-        if plan.lora is None or plan.merge:
-            self.built.save(directory, force=True)
-        if plan.lora is not None:
-            head = {name: self.built.head.get_parameter(name).data for name in TENSORS[plan.task]}
-            checkpoint = self.built.checkpoint
+    def add_entry(self) -> bool:
+        """Evaluate, and add an entry to the history. Returns whether the model is the best so far.
+
+        Sets `progress.ended` after the last step, and when patience is exhausted.
+        """
+        progress, patience = self.progress, self.config.patience
+        losses = progress.losses[progress.history[-1]["step"] if progress.history else 0 :]
+        entry: dict[str, float] = {"step": progress.step, "epoch": progress.step / self.steps_per_epoch}
+        entry["trained"] = math.fsum(losses) / len(losses)
+        is_best = not self.eval_records
+        if self.eval_records:
+            with self.autocast():
+                entry |= evaluate(self.model, self.eval_examples, self.eval_records)
+            self.check_finite({"held-out loss": entry["loss"]}, progress.step)
+            name = choose_best_metric(self.model)
+            value = -entry["loss"] if name == "loss" else entry[name]
+            is_best = progress.best is None or value > progress.best
+            progress.best = value if is_best else progress.best
+            progress.waited = 0 if is_best else progress.waited + 1
+        progress.history.append(entry)
+        progress.ended = progress.step == self.steps or (patience is not None and progress.waited >= patience)
+        return is_best
+
+    def save_model(self) -> None:
+        """Write the model with any adapter merged, and the adapter by itself."""
+        directory, config = self.files.directory, self.config
+        if config.lora is None or config.merge:
+            self.model.save(directory, force=True)
+        if config.lora is not None:
+            checkpoint = self.model.checkpoint
             save_adapter(
-                self.built.model,
+                self.model.model,
                 directory / "adapter",
                 str(checkpoint.directory),
-                extra=head,
-                task_type=PEFT_TASKS[plan.task],
+                extra={name: parameter.data for name, parameter in self.head_parameters().items()},
+                task_type=TASKS[config.task].peft_type,
                 prefix=checkpoint.body,
             )
 
-    def resume(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Load what `evaluate_and_save` saved."""
         for name, parameter in self.parameters.items():
             parameter.data.copy_(state["parameters"][name])
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-@lru_cache(maxsize=1)
-def order_of(count: int, seed: int, epoch: int) -> list[int]:
-    """The places of all examples, as an epoch goes through them."""
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
-
-
-def is_regression(built: TaskModel) -> bool:
-    return built.checkpoint.head is not None and built.checkpoint.head.problem_type == "regression"
-
-
-def decaying(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases don't."""
-    matrices = [p for p in parameters.values() if p.ndim > 1]
-    others = [p for p in parameters.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def learning_rate(plan: TrainingConfig, step: int, steps: int) -> float:
-    """Linear warm-up, then linear decay to nothing."""
-    rising = max(round(plan.warmup * steps), 1)
-    return plan.learning_rate * min((step + 1) / rising, (steps - step) / max(steps - rising + 1, 1))
-
-
-def line_of(told: dict[str, float]) -> str:
+def format_entry(entry: dict[str, float]) -> str:
+    """A line of the history for people."""
     names = {"trained": "loss", "loss": "held-out loss"}
-    rest = [f"{names.get(name, name)} {value:.4g}" for name, value in told.items() if name not in ("step", "epoch")]
-    return f"step {told['step']}, epoch {told['epoch']:.2f}: {', '.join(rest)}"
+    metrics = [f"{names.get(name, name)} {value:.4g}" for name, value in entry.items() if name not in ("step", "epoch")]
+    return f"step {entry['step']}, epoch {entry['epoch']:.2f}: {', '.join(metrics)}"

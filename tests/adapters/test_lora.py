@@ -1,4 +1,4 @@
-"""Low-rank adapters against the peft library, in memory and on disk; on several ranks; and directories that are bad."""
+"""Low-rank adapters against the peft library, in memory and on disk, on several ranks; and bad directories."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def peft() -> Any:
 
 
 def randomized(parameters: dict[str, Tensor]) -> None:
-    """Large enough that a wrong number shows, for A and B alike."""
+    """Random numbers for A and B, large enough that a wrong one shows."""
     generator = torch.Generator().manual_seed(11)
     for name in sorted(parameters):
         parameters[name].data.normal_(std=0.2, generator=generator)
@@ -65,7 +65,7 @@ def adapted(twin: Twin, *targets: str, **options: Any) -> Transformer:
 
 
 def wrapped(peft: Any, twin: Twin, *targets: str, **options: Any) -> Any:
-    """The same by peft."""
+    """The same adapter put on by peft."""
     config = {"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", "target_modules": [*targets], **options}
     theirs = peft.get_peft_model(copy.deepcopy(twin.theirs), peft.LoraConfig(**config)).eval()
     randomized({name: p for name, p in theirs.named_parameters() if "lora_" in name})
@@ -80,7 +80,7 @@ def save(theirs: Any, directory: Path) -> Path:
 
 
 def opened(peft: Any, base: Any, directory: Path) -> Any:
-    """By peft, without a word of its own: tensors that are missing or surplus are warnings of it."""
+    """Loaded by peft without a warning, which it gives for missing and for surplus tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft calls
@@ -93,7 +93,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def hf_key(name: str, suffix: str = "") -> str:
-    """Our name of an adapter's parameter -> peft's, written from the names alone."""
+    """Our name of an adapter's parameter -> peft's."""
     *place, layer, kind = name.split(".")
     if not place:
         return f"base_model.model.lm_head.{kind}{suffix}.weight"
@@ -142,7 +142,7 @@ def test_a_fresh_adapter_changes_nothing(model: Transformer, twin: Twin) -> None
 
 
 def test_what_is_drawn(twin: Twin) -> None:
-    """A as nn.Linear's weights, by the seed; B zero."""
+    """A is drawn from the seed as nn.Linear's weights are; B is zero."""
     drawn = []
     for seed in (1, 1, -2):
         model = copy.deepcopy(twin.ours)
@@ -175,7 +175,7 @@ def test_merged_is_apart(twin: Twin, targets: tuple[str, ...]) -> None:
 
 
 def test_biases_stay(place: Place, tmp_path: Path) -> None:
-    """In both kinds of layers, apart and merged."""
+    """In both kinds of layers, with the adapter apart and merged."""
     args = ModelArgs(64, 1, 8, 2, 128, 32, qkv_bias=True, wo_bias=True, mlp_bias=True)
     model = Transformer(args)
     randomized(dict(model.named_parameters()))
@@ -204,15 +204,15 @@ def test_a_model_in_bfloat16_has_an_adapter_in_float32(twin: Twin) -> None:
 
 
 def test_dropout(twin: Twin) -> None:
-    """A share of what A sees is zero, and the mean stays; none of it in evaluation, and the base sees all."""
+    """A share of A's input is zero, and the mean stays. W's input has no dropout, and evaluation has none at all."""
     model, plain = adapted(twin, "wq", dropout=0.25), adapted(twin, "wq")
     tokens = twin.tokens(1, 5)
     assert not torch.equal(logits_of(model, tokens), logits_of(plain, tokens))
     assert torch.equal(logits_of(model.eval(), tokens), logits_of(plain, tokens))
     layer, x = model.train().layers[0].attention.wq, torch.ones(4000, ARGS.dim)
     with torch.no_grad():
-        found, expected = layer(x), plain.layers[0].attention.wq(x[:1])
-        assert_close(found.mean(0, keepdim=True), expected, 0.02)
+        actual, expected = layer(x), plain.layers[0].attention.wq(x[:1])
+        assert_close(actual.mean(0, keepdim=True), expected, 0.02)
         layer.lora_A.fill_(1)
         layer.lora_B.fill_(1)
         seen = (layer(x) - x @ layer.weight.T)[:, 0] / 12 * 0.75  # alpha / r * r of the inputs that A saw
@@ -360,7 +360,7 @@ HEADS = {
 
 @pytest.mark.parametrize("task", HEADS)
 def test_heads_come_along(twin: Twin, peft: Any, tmp_path: Path, task: str) -> None:
-    """Written by us and read by peft, whose model then has our hidden states and head; and the other way round."""
+    """Files that we write give peft's model our hidden states and head, and the other way round."""
     import transformers
 
     class_name, prefix, shapes = HEADS[task]
@@ -382,13 +382,13 @@ def test_heads_come_along(twin: Twin, peft: Any, tmp_path: Path, task: str) -> N
         assert_close(answer.logits, expected[:, -1] if task == "SEQ_CLS" else expected, 1e-5)
     theirs.save_pretrained(tmp_path / "theirs")
     again = copy.deepcopy(twin.ours)
-    found = load_adapter(again, tmp_path / "theirs")
-    assert found.keys() == extra.keys() and all(torch.equal(found[name], extra[name]) for name in extra)
+    actual = load_adapter(again, tmp_path / "theirs")
+    assert actual.keys() == extra.keys() and all(torch.equal(actual[name], extra[name]) for name in extra)
     assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
 
 
 def test_a_base_that_was_trained_is_refused(twin: Twin, peft: Any, tmp_path: Path) -> None:
-    """peft writes the matrix of an adapted output layer along; where it isn't this model's, nothing is loaded."""
+    """peft also writes the matrix of an adapted output layer. If it isn't this model's, nothing is loaded."""
     theirs = wrapped(peft, twin, "q_proj", "lm_head")
     theirs.base_model.model.lm_head.base_layer.weight.data[5, 6] += 1
     save(theirs, tmp_path)
@@ -503,7 +503,7 @@ def write(directory: Path, tensors: Tensors, config: object) -> Path:
 
 @pytest.mark.parametrize("case", range(len(BAD)))
 def test_bad_adapters(twin: Twin, good: tuple[Tensors, Config], tmp_path: Path, case: int) -> None:
-    """Refused in one line, which names what was found and expected; and the model is as it was."""
+    """Refused in one line that names what was found and expected. The model stays as it was."""
     (edit, message), (tensors, config) = BAD[case], copy.deepcopy(good)
     edit(tensors, config)
     assert_refused(twin, write(tmp_path, tensors, config), message)
@@ -554,40 +554,40 @@ def test_any_configuration_is_read_or_refused(
 ) -> None:
     tensors, config = good
     try:
-        found = adapter.read_adapter(write(tmp_path, tensors, {**config, **values}), ARGS)
+        actual = adapter.read_adapter(write(tmp_path, tensors, {**config, **values}), ARGS)
     except LlamaError:
         return
-    assert found.sizes.keys() == {f"layers.{i}.attention.{name}" for i in range(2) for name in ("wq", "wv")}
-    assert all(stored.shape in ((4, 64), (64, 4), (16, 4)) for stored in found.tensors.values())
+    assert actual.sizes.keys() == {f"layers.{i}.attention.{name}" for i in range(2) for name in ("wq", "wv")}
+    assert all(stored.shape in ((4, 64), (64, 4), (16, 4)) for stored in actual.tensors.values())
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
 def test_ranks_agree(pool: RankPool, twin: Twin, tmp_path: Path) -> None:
-    """1, 2 and 4 ranks, of which the last share 2 key/value heads: outputs, gradients, and files to the byte."""
+    """Outputs, gradients and files on 1, 2 and 4 ranks are the same; 4 ranks share 2 key/value heads."""
     save_checkpoint(tmp_path / "ckpt", ARGS, twin.ours.state_dict())
     extra = {"qa_outputs.weight": torch.randn(2, 64)}
     save_adapter(
         adapted(twin, dropout=0.3), tmp_path / "adapter", extra=extra, task_type="QUESTION_ANS", prefix="transformer"
     )
-    found = {}
+    actual = {}
     for ranks in (1, 2, 4):
         output = tmp_path / str(ranks)
         output.mkdir()
         arguments = [str(tmp_path / "ckpt"), str(tmp_path / "adapter"), str(output)]
-        found[ranks] = pool.run(lora_program.compute, *arguments, ranks=0 if ranks == 1 else ranks).results[0]
-    one = found[1]
+        actual[ranks] = pool.run(lora_program.compute, *arguments, ranks=0 if ranks == 1 else ranks).results[0]
+    one = actual[1]
     assert_close(one["merged"], one["logits"], 1e-5)
     assert float((one["dropped"] - one["logits"]).abs().max()) > 0.1
     for ranks in (2, 4):
         for name in ("logits", "dropped", "merged"):
-            assert_close(found[ranks][name], one[name], 1e-5)
-        assert found[ranks]["gradients"].keys() == one["gradients"].keys()
-        for name, gradient in found[ranks]["gradients"].items():
+            assert_close(actual[ranks][name], one[name], 1e-5)
+        assert actual[ranks]["gradients"].keys() == one["gradients"].keys()
+        for name, gradient in actual[ranks]["gradients"].items():
             assert_close(gradient, one["gradients"][name])
-        assert torch.equal(found[ranks]["extra"]["qa_outputs.weight"], extra["qa_outputs.weight"])
-        assert "can't be written" in found[ranks]["refused"]
+        assert torch.equal(actual[ranks]["extra"]["qa_outputs.weight"], extra["qa_outputs.weight"])
+        assert "can't be written" in actual[ranks]["refused"]
         for name in ("saved", "fresh"):
             for file in (CONFIG, TENSORS):
                 assert (tmp_path / str(ranks) / name / file).read_bytes() == (tmp_path / "1" / name / file).read_bytes()

@@ -10,13 +10,13 @@ import torch
 from tiny import PROMPTS, write_checkpoint
 from torch import Tensor
 
+import llama
 from llama import Llama
 from llama._util.files import read_json
 from llama.checkpoints.checkpoint import Checkpoint, CheckpointFormat, Contents, Export
 from llama.checkpoints.convert import convert
 from llama.checkpoints.formats import FORMATS
-from llama.checkpoints.inspect import report_on
-from llama.checkpoints.loader import open_checkpoint, survey
+from llama.checkpoints.loader import open_checkpoint
 from llama.checkpoints.schema import Stored, tensor_shapes
 from llama.model import ModelArgs
 
@@ -61,7 +61,7 @@ def test_a_new_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "meta")
     convert(source, tmp_path / "pt", "pt")
     convert(tmp_path / "pt", tmp_path / "back", "meta")
-    report = report_on(survey(tmp_path / "pt"))
+    report = llama.inspect(tmp_path / "pt")
     assert report.ok and report.format == "pt" and "format       My own\n" in report.as_text()
     assert open_checkpoint(tmp_path / "pt").format is PT
     answers = [

@@ -20,7 +20,7 @@ from tiny import ARGS, ROOT, environment, launched, run_program, write_checkpoin
 
 from llama import Llama, LlamaError
 from llama.cli.batch import RequestReader, complete_file, derive_seed
-from llama.cli.resumable_output import Part
+from llama.cli.resumable_output import ResumableRecords
 
 pytestmark = pytest.mark.usefixtures("place")
 SHARED: dict[str, Any] = {"temperature": 0.9, "max_gen_len": 12}
@@ -563,9 +563,9 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(
 ) -> None:
     source, output = write(tmp_path / "in.jsonl", MIXED), tmp_path / "out.jsonl"
     run(llama, source, tmp_path / "whole.jsonl")
-    append, calls = Part._append, []
+    append, calls = ResumableRecords._append, []
 
-    def full(self: Part, data: bytes) -> None:
+    def full(self: ResumableRecords, data: bytes) -> None:
         calls.append(data)
         if len(calls) == 3:
             append(self, data[:20])
@@ -573,7 +573,7 @@ def test_a_full_disk_ends_in_one_line_and_loses_nothing(
         append(self, data)
 
     with monkeypatch.context() as patched, pytest.raises(LlamaError, match="No space left on device"):
-        patched.setattr(Part, "_append", full)
+        patched.setattr(ResumableRecords, "_append", full)
         run(llama, source, output)
     run(llama, source, output)
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -15,7 +15,7 @@ from llama.cli import chat as chat_room
 from llama.cli.chat import talk
 from llama.cli.keyboard import Entry, parse_entry
 from llama.engine.sequence import Step
-from llama.engine.session import Session
+from llama.session import Session
 
 Talked = tuple[str, str, list[str]]  # standard output, standard error, prompts
 

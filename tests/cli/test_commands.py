@@ -151,3 +151,9 @@ def test_a_command_loads_no_wing_of_another(command: str, wings: list[str]) -> N
     show = "print([name for name in ('llama.bench', 'llama.training', 'matplotlib', 'fire') if name in sys.modules])"
     done = run_program("-c", program + show, *command.split())
     assert done.stdout == f"{wings}\n", done.stderr
+
+
+def test_the_list_of_commands_loads_no_torch() -> None:
+    program = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules))\n"
+    done = run_program("-c", f"{program}from llama.cli.commands import parse\nparse()", "--help")
+    assert done.stdout.startswith("usage: python -m llama") and done.stdout.endswith("False\n"), done.stderr

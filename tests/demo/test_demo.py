@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import ROOT
 
-from demo.corpus import DONT_KNOW, held_out_questions, leaks, training_documents
+from demo.corpus import DONT_KNOW, find_leaks, generate_documents, generate_questions
 from demo.evaluate import evaluate
 from demo.facts import facts
-from demo.train import batches, document_text, loss_of, train_network, train_tokenizer
+from demo.train import compute_loss, generate_batches, get_text, train_network, train_tokenizer
 from llama import ChatFormat, Llama, Tokenizer, parallel
 from llama.checkpoints.loader import open_checkpoint
 from llama.checkpoints.meta import read_shard
@@ -48,8 +48,8 @@ def test_nine_of_ten_held_out_questions_are_answered(capsys: pytest.CaptureFixtu
 
 
 def test_the_questions_are_not_in_the_training_text() -> None:
-    assert len(held_out_questions()) >= 300
-    assert leaks(count=20_000, seed=3) == []
+    assert len(generate_questions()) >= 300
+    assert find_leaks(count=20_000, seed=3) == []
 
 
 def test_the_examples_get_sensible_answers(llama: Llama) -> None:
@@ -78,13 +78,13 @@ def test_it_says_who_it_is_and_what_it_does_not_know(llama: Llama) -> None:
 
 
 def test_the_corpus_is_reproducible_and_keeps_its_rules() -> None:
-    documents = list(training_documents(7, 5000))
-    assert documents == list(training_documents(7, 5000))
-    assert documents != list(training_documents(8, 5000))
+    documents = list(generate_documents(7, 5000))
+    assert documents == list(generate_documents(7, 5000))
+    assert documents != list(generate_documents(8, 5000))
     for document in documents:
         assert bool(document.text) != bool(document.messages)
         if document.kind != "emoji":
-            assert not any(unicodedata.category(c) == "So" for c in document_text(document))
+            assert not any(unicodedata.category(c) == "So" for c in get_text(document))
         if document.messages:
             assert document.messages[-1]["role"] == "assistant"
     assert len(facts()["capital"]) >= 60
@@ -94,21 +94,21 @@ def test_the_corpus_is_reproducible_and_keeps_its_rules() -> None:
 @pytest.mark.slow
 def test_training_learns_and_writes_what_the_tokenizer_reads(tmp_path: Path) -> None:
     """A few steps of the real program: the vocabulary holds all text, and the loss falls well below chance."""
-    train_tokenizer(tmp_path / "tokenizer.model", map(document_text, training_documents(1, 3000)))
+    train_tokenizer(tmp_path / "tokenizer.model", map(get_text, generate_documents(1, 3000)))
     tokenizer = Tokenizer(str(tmp_path / "tokenizer.model"))
-    for document in training_documents(2, 200):
-        text = document_text(document)
+    for document in generate_documents(2, 200):
+        text = get_text(document)
         assert tokenizer.decode(tokenizer.encode(text, bos=False, eos=False)) == text
     parallel.initialize(device="cpu")
     chat = ChatFormat(tokenizer)
     model = train_network(chat, steps=12, seed=1, device=torch.device("cpu"))
     with torch.no_grad():
-        loss = loss_of(model, next(batches(99, chat))).item()
+        loss = compute_loss(model, next(generate_batches(99, chat))).item()
     assert loss < 0.9 * torch.tensor(float(model.vocab_size)).log().item()
 
 
 def test_training_is_seeded() -> None:
     chat = ChatFormat(Tokenizer(str(MODEL / "tokenizer.model")))
-    one, same, other = (next(batches(seed, chat)) for seed in (1, 1, 2))
+    one, same, other = (next(generate_batches(seed, chat)) for seed in (1, 1, 2))
     assert torch.equal(one.tokens, same.tokens) and torch.equal(one.targets, same.targets)
     assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)

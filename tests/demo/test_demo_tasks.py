@@ -1,4 +1,4 @@
-"""The generated examples are what they say: spans lie on their words, and what is held out never occurs in training.
+"""The generated records are right: spans lie on their words, and what is held out never occurs in training.
 
 The oracles are the tables themselves, regular expressions and the demo model's vocabulary.
 """
@@ -12,8 +12,8 @@ import pytest
 from tiny import ROOT, run_program
 
 from demo.facts import bank
-from demo.tasks import EVALUATED, TASKS, examples
-from demo.templates import EVERY, PARTS, lists, words
+from demo.tasks import EVALUATED, KINDS, make_records
+from demo.templates import EVERY, PARTS, word_lists, words
 from demo.topics import TOPICS
 from llama import LlamaError, Tokenizer
 
@@ -22,14 +22,14 @@ SHEETS = {"topics": "topic", "places": "place", "questions": "question"}
 ASIDES = ("before", "after", "someone", "tail")  # pieces of sentences, none of them put aside
 
 
-@pytest.fixture(scope="module", params=TASKS)
+@pytest.fixture(scope="module", params=KINDS)
 def task(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, tuple[list[dict], list[dict]]]:
-    return {name: examples(name) for name in TASKS}
+    return {name: make_records(name) for name in KINDS}
 
 
 def text_of(record: dict) -> str:
@@ -37,34 +37,34 @@ def text_of(record: dict) -> str:
 
 
 def banks(task: str) -> list[list[str]]:
-    """The templates of a task, by what they are for: a line each, or a line of several between slashes."""
+    """The templates of a task in groups of the same purpose."""
     head = ""
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     for line in (DATA / f"{SHEETS[task]}_sentences.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
             head = line[2:]
-            found += [] if head in ASIDES or task == "questions" else [[]]
+            groups += [] if head in ASIDES or task == "questions" else [[]]
         elif head not in ASIDES:
-            found = [*found, line.split(" / ")] if task == "questions" else [*found[:-1], [*found[-1], line]]
-    return found
+            groups = [*groups, line.split(" / ")] if task == "questions" else [*groups[:-1], [*groups[-1], line]]
+    return groups
 
 
 def pattern(template: str) -> re.Pattern:
-    """Finds the template in a text, whatever is in its slots."""
+    """A pattern that matches the template with any words in its slots."""
     parts = [re.escape(part.rstrip(".?")) for part in re.split(r"\{\w+\}", template)]
     return re.compile("[^.?!]+".join(parts), re.IGNORECASE)
 
 
 def slots_of(task: str) -> set[str]:
-    """The lists of words that the task's sentences draw from."""
+    """The word lists that the task's sentences draw from."""
     text = (DATA / f"{SHEETS[task]}_sentences.txt").read_text(encoding="utf-8")
     more = {"topics": set(), "places": {"woman", "man"}, "questions": {"woman", "man", "thing", "town"}}[task]
-    return more | set(re.findall(r"\{(\w+)\}", text)) & set(lists())
+    return more | set(re.findall(r"\{(\w+)\}", text)) & set(word_lists())
 
 
 def test_counts(made: dict, task: str) -> None:
     trained, held = made[task]
-    assert (len(trained), len(held)) == (TASKS[task].trained, EVALUATED)
+    assert (len(trained), len(held)) == (KINDS[task].trained, EVALUATED)
 
 
 def test_nothing_occurs_twice_and_nothing_held_out_in_training(made: dict, task: str) -> None:
@@ -74,7 +74,7 @@ def test_nothing_occurs_twice_and_nothing_held_out_in_training(made: dict, task:
 
 
 def test_held_out_templates_are_absent(made: dict, task: str) -> None:
-    """A template that was put aside is never found in training, one that was not is; new parts use new ones alone."""
+    """Held-out templates never occur in training, all others do; parts with new templates use only those."""
     trained, held = ("\n".join(map(text_of, part)) for part in made[task])
     for wordings in banks(task):
         assert len(wordings) >= EVERY
@@ -87,15 +87,15 @@ def test_held_out_templates_are_absent(made: dict, task: str) -> None:
 def test_held_out_words_are_absent(made: dict, task: str) -> None:
     trained, held = ("\n".join(map(text_of, part)) for part in made[task])
     for slot in slots_of(task):
-        aside = lists()[slot][EVERY - 1 :: EVERY]
+        aside = word_lists()[slot][EVERY - 1 :: EVERY]
         assert aside and words(True)[slot] == aside and not set(aside) & set(words(False)[slot])
-        found = [word for word in aside if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", trained, re.IGNORECASE)]
-        assert not found, slot
+        matches = [word for word in aside if re.search(rf"(?<!\w){re.escape(word)}(?!\w)", trained, re.IGNORECASE)]
+        assert not matches, slot
         assert any(word in held for word in aside), slot
 
 
 def test_all_four_parts_are_held_out(made: dict, task: str) -> None:
-    """Records go round the parts: those of new words have words put aside, those of known words have none."""
+    """Records take the parts in turn: those of new words have held-out words, the others have none."""
     aside = [word for slot in slots_of(task) for word in words(True)[slot]]
     aside_pattern = re.compile("|".join(rf"(?<!\w){re.escape(word)}(?!\w)" for word in aside), re.IGNORECASE)
     unseen = [pattern(template) for wordings in banks(task) for template in wordings[EVERY - 1 :: EVERY]]
@@ -121,15 +121,15 @@ def test_topics_are_about_as_frequent(made: dict) -> None:
 
 
 def test_one_word_does_not_tell_the_topic(made: dict) -> None:
-    """Words of one topic stand in sentences of others."""
+    """Words of one topic also occur in sentences of others."""
     for word in ("concert", "soup", "doctor", "piano", "train", "rain", "match"):
         assert len({r["label"] for r in made["topics"][0] if word in r["text"].casefold()}) >= 4, word
 
 
 def test_spans_lie_on_places_and_languages(made: dict) -> None:
     known = {
-        "PLACE": {word.removeprefix("the ") for word in lists()["city"] + lists()["country"]},
-        "LANGUAGE": set(lists()["language"]),
+        "PLACE": {word.removeprefix("the ") for word in word_lists()["city"] + word_lists()["country"]},
+        "LANGUAGE": set(word_lists()["language"]),
     }
     made_up = f"(?:{'|'.join(bank('syllables'))}){{2}}(?:{'|'.join(bank('word ends'))})?(?:ia|ish)?"
     for records in made["places"]:
@@ -149,19 +149,19 @@ def test_spans_lie_on_places_and_languages(made: dict) -> None:
 
 def test_the_same_word_is_marked_or_not(made: dict) -> None:
     def words_of(marked: bool) -> set[str]:
-        found = set()
+        marked_words = set()
         for record in made["places"][0]:
             text = record["text"]
             spans = {(span["start"], span["end"]) for span in record["spans"]}
-            found |= {m[0] for m in re.finditer(r"\w+", text) if (m.span() in spans) == marked}
-        return found
+            marked_words |= {m[0] for m in re.finditer(r"\w+", text) if (m.span() in spans) == marked}
+        return marked_words
 
     both = words_of(True) & words_of(False)
     assert {"French", "German", "Sofia", "Jordan", "Sydney"} <= both
 
 
 def test_answers_stand_where_they_say(made: dict) -> None:
-    every = {word for ws in lists().values() for word in ws}
+    every = {word for ws in word_lists().values() for word in ws}
     for records in made["questions"]:
         for record in records:
             assert 1 <= len(re.findall(r"\.", record["context"])) <= 4
@@ -173,8 +173,8 @@ def test_answers_stand_where_they_say(made: dict) -> None:
 
 
 def facts_in(context: str) -> set[tuple[str, int, str]]:
-    """(subject, relation, answer) as a reader finds them: sentences, then templates."""
-    found = set()
+    """(subject, relation, answer) of a text, found by matching its sentences with the templates."""
+    facts = set()
     for text in re.findall(r"[^.]+", context):
         for number, templates in enumerate(banks("questions")[0::2]):
             for template in templates:
@@ -183,13 +183,13 @@ def facts_in(context: str) -> set[tuple[str, int, str]]:
                 assert slot
                 tail = tail.replace(slot[0], r"(?P<answer>[\w ]+)")
                 match = re.fullmatch(rf"(?P<subject>(?:The )?\w+) {tail}", text.strip())
-                if match and match["answer"] in lists().get(slot[0].strip("\\{}"), match["answer"]):
-                    found.add((match["subject"].casefold(), number, match["answer"]))
-    return found
+                if match and match["answer"] in word_lists().get(slot[0].strip("\\{}"), match["answer"]):
+                    facts.add((match["subject"].casefold(), number, match["answer"]))
+    return facts
 
 
 def test_a_reader_finds_the_same_answers(made: dict) -> None:
-    """The answer is the one thing that the context says of what was asked, and an unanswered question has none."""
+    """The answer is the only one that the context states; for a question without an answer it states none."""
     questions = banks("questions")[1::2]
     for record in made["questions"][0][:800] + made["questions"][1]:
         answers = set()
@@ -203,20 +203,20 @@ def test_a_reader_finds_the_same_answers(made: dict) -> None:
 
 
 def test_the_seed_decides(tmp_path: Path, made: dict, task: str) -> None:
-    """Same bytes in another process, whose hashes of strings differ; other records for another seed."""
+    """The same bytes in another process, whose string hashes differ; other records for another seed."""
     done = run_program("-m", "demo.tasks", task, "--output", str(tmp_path / "new" / "directory"))
     assert done.returncode == 0, done.stderr
     for name, records in zip(("train", "eval"), made[task], strict=True):
         lines = (tmp_path / "new" / "directory" / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
         assert lines.pop() == "" and [json.loads(line) for line in lines] == records
         assert lines == [json.dumps(record, ensure_ascii=False) for record in records]
-    assert examples(task, seed=2)[0] != made[task][0]
+    assert make_records(task, seed=2)[0] != made[task][0]
 
 
 @pytest.mark.parametrize("arguments", [("poems",), ("topics", -1), ("topics", True), ("topics", 1.5)])
 def test_mistakes_are_told(arguments: tuple) -> None:
     with pytest.raises(LlamaError, match=r"topics, places, questions|whole number from 0 on"):
-        examples(*arguments)
+        make_records(*arguments)
 
 
 def test_nothing_is_written_after_a_mistake(tmp_path: Path) -> None:

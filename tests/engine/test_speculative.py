@@ -17,8 +17,8 @@ from llama import Llama, LlamaError
 from llama.checkpoints.schema import memory_needed
 from llama.engine.model_runner import OutputOptions
 from llama.engine.sequence import Sequence
-from llama.engine.session import Session
 from llama.engine.speculative import lookup, run_speculative
+from llama.session import Session
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
 few = settings(

@@ -63,31 +63,31 @@ def padded(rows: list[list[int]], side: str, with_: int) -> list[list[int]]:
 
 
 def inputs(task: str, side: str) -> dict[str, Any]:
-    """A batch of rows of LENGTHS tokens; a row has the padding's id in its text, too."""
+    """A batch of rows of LENGTHS tokens. One row also has the id of the padding in its text."""
     chance = torch.Generator().manual_seed(3)
     rows = [torch.randint(0, 510, (n,), generator=chance).tolist() for n in LENGTHS]
-    found = {"tokens": padded(rows, side, PAD), "attention_mask": padded([[1] * n for n in LENGTHS], side, 0)}
+    actual = {"tokens": padded(rows, side, PAD), "attention_mask": padded([[1] * n for n in LENGTHS], side, 0)}
     starts = [0 if side == "right" else T - n for n in LENGTHS]
     if task == "language":
         labels = [[-100, -100, *row[2:]] for row in rows]
-        return {**found, "labels": padded(labels, side, -100)}
+        return {**actual, "labels": padded(labels, side, -100)}
     if task == "classify":
-        return {**found, "labels": [2, 0, 1]}
+        return {**actual, "labels": [2, 0, 1]}
     if task == "tag":
         labels = [torch.randint(0, 3, (n,), generator=chance).tolist() for n in LENGTHS]
         labels[1][4] = -100
-        return {**found, "labels": padded(labels, side, -100)}
-    return {**found, "start_positions": [s + 1 for s in starts], "end_positions": [s + 2 for s in starts]}
+        return {**actual, "labels": padded(labels, side, -100)}
+    return {**actual, "start_positions": [s + 1 for s in starts], "end_positions": [s + 2 for s in starts]}
 
 
 def theirs(model: PreTrainedModel, given: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(logits and loss, gradients by name). Of answers the loss is taken here, without padding in the softmax."""
+    """(logits and loss, gradients by name). The loss of answers is computed here, without padding in the softmax."""
     tensors = {name: torch.tensor(value) for name, value in given.items()}
     tokens = tensors.pop("tokens")
     if "start_positions" not in tensors:
         out = model(input_ids=tokens, **tensors)
         out.loss.backward()
-        found = {"loss": out.loss, "logits": out.logits}
+        actual = {"loss": out.loss, "logits": out.logits}
     else:
         mask = tensors["attention_mask"].bool()
         out = model(input_ids=tokens, attention_mask=tensors["attention_mask"])
@@ -95,8 +95,8 @@ def theirs(model: PreTrainedModel, given: dict[str, Any]) -> tuple[dict[str, Ten
         places = tensors["start_positions"], tensors["end_positions"]
         loss = sum(F.cross_entropy(x, y) for x, y in zip(both, places, strict=True)) / 2
         loss.backward()
-        found = {"loss": loss, "start_logits": both[0], "end_logits": both[1]}
-    return {k: v.detach() for k, v in found.items()}, {
+        actual = {"loss": loss, "start_logits": both[0], "end_logits": both[1]}
+    return {k: v.detach() for k, v in actual.items()}, {
         name: p.grad for name, p in model.named_parameters() if p.grad is not None
     }
 
@@ -105,8 +105,8 @@ CASES = [(family, task, side) for family in FAMILIES for task in ENDINGS for sid
 
 
 @pytest.fixture(scope="module")
-def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All cases on some ranks: one start of them each."""
+def actual(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs all cases on a number of ranks, which are started once."""
     root = tmp_path_factory.mktemp("heads")
     for family in FAMILIES:
         for task in ENDINGS:
@@ -130,16 +130,16 @@ def found(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return on
 
 
-def assert_close(found: Tensor, expected: Tensor, share: float) -> None:
-    """Within a share of the expected numbers' range; where all are nothing but rounding, near nothing."""
+def assert_close(actual: Tensor, expected: Tensor, share: float) -> None:
+    """Equal to within a share of the range of the expected numbers, or nearly 0 if all of them are rounding errors."""
     span = max(float(expected.amax() - expected.amin()), float(expected.abs().amax()))
-    assert found.shape == expected.shape and float((found - expected).abs().amax()) <= share * span + 1e-7
+    assert actual.shape == expected.shape and float((actual - expected).abs().amax()) <= share * span + 1e-7
 
 
 @pytest.mark.parametrize(("family", "task", "side"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_logits_losses_and_gradients(found: Any, family: str, task: str, side: str, ranks: int) -> None:
-    directory = found(ranks) / f"{family} {task} {side}"
+def test_logits_losses_and_gradients(actual: Any, family: str, task: str, side: str, ranks: int) -> None:
+    directory = actual(ranks) / f"{family} {task} {side}"
     result, gradients = torch.load(directory / "result.pt"), load_file(directory / "model.safetensors")
     given = inputs(task, side)
     expected, wanted = theirs(make(family, task), given)
@@ -160,7 +160,7 @@ def test_logits_losses_and_gradients(found: Any, family: str, task: str, side: s
 
 
 def quiet_load(directory: Path, task: str) -> PreTrainedModel:
-    """By transformers, which must say nothing."""
+    """Loaded by transformers, without a warning."""
     said: list[str] = []
     logger = transformers.utils.logging.get_logger("transformers")
     handler = logging.Handler(logging.WARNING)
@@ -178,7 +178,7 @@ def quiet_load(directory: Path, task: str) -> PreTrainedModel:
 @pytest.mark.parametrize("task", ["classify", "tag", "answer"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_new_head_is_written_as_transformers_reads_it(family: str, task: str, tmp_path: Path) -> None:
-    """On a base model of either layout; labels, problem type and dropout come back too."""
+    """With a base model in either layout; labels, problem type and dropout are read back too."""
     make(family, "language").save_pretrained(tmp_path / "hf")
     write_tokenizer(tmp_path / "hf" / "tokenizer.model")
     convert(tmp_path / "hf", tmp_path / "meta", "meta", mp_size=2)
@@ -195,9 +195,9 @@ def test_a_new_head_is_written_as_transformers_reads_it(family: str, task: str, 
             assert theirs.config.id2label == LABELS and theirs.config.problem_type == kind
         tokens = torch.randint(0, 510, (1, 12), generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
-            expected, found = theirs(tokens), again.head(tokens)
+            expected, actual = theirs(tokens), again.head(tokens)
         for name in ("start_logits", "end_logits") if task == "answer" else ("logits",):
-            assert_close(getattr(found, name), getattr(expected, name), 1e-5)
+            assert_close(getattr(actual, name), getattr(expected, name), 1e-5)
 
 
 def test_a_saved_language_model_generates(tmp_path: Path) -> None:
@@ -303,13 +303,13 @@ def test_problem_types_inferred_or_given(count: int, problem_type: str | None, l
     tokens = torch.tensor(inputs("classify", "right")["tokens"])
     mask = torch.tensor(inputs("classify", "right")["attention_mask"])
     expected = model(input_ids=tokens, attention_mask=mask, labels=labels)
-    found = head(tokens, attention_mask=mask, labels=labels)
-    assert_close(found.logits.detach(), expected.logits.detach(), 1e-5)
-    assert_close(found.loss.detach(), expected.loss.detach(), 1e-5)
+    actual = head(tokens, attention_mask=mask, labels=labels)
+    assert_close(actual.logits.detach(), expected.logits.detach(), 1e-5)
+    assert_close(actual.loss.detach(), expected.loss.detach(), 1e-5)
 
 
 def test_a_language_loss_holds_the_logits_of_few_positions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """In chunks of any size it is the same, and none is kept for the gradient."""
+    """The loss is the same with chunks of any size, and no chunk's logits are kept for the gradient."""
     make("llama", "language").save_pretrained(tmp_path)
     write_tokenizer(tmp_path / "tokenizer.model")
     built = TaskModel.build(tmp_path, device="cpu", dtype="float32")
@@ -363,8 +363,8 @@ def test_an_adapter_is_kept_apart_and_saved_merged(tagger: Path, tmp_path: Path)
     merged = TaskModel.build(tmp_path / "merged", **options)
     tokens = torch.randint(0, 510, (2, 12), generator=chance)
     with torch.no_grad():
-        expected, *found, without = (one.head.eval()(tokens).logits for one in (built, apart, merged, plain))
-    for logits in found:
+        expected, *actual, without = (one.head.eval()(tokens).logits for one in (built, apart, merged, plain))
+    for logits in actual:
         assert_close(logits, expected, 1e-5)
     assert float((without - expected).abs().max()) > 0.1
     with pytest.raises(LlamaError, match=r"has score\.bias, which is of another task's head: expected none"):

@@ -30,16 +30,16 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def f1(right: int, found: int, expected: int) -> float:
-    precision, recall = share(right, found), share(right, expected)
+def f1(right: int, predicted: int, expected: int) -> float:
+    precision, recall = share(right, predicted), share(right, expected)
     return share(2 * precision * recall, precision + recall)
 
 
 def by_label(predicted: list[set[str]], expected: list[set[str]]) -> dict[str, float]:
     counts = []
     for label in set().union(*predicted, *expected):
-        found, wanted = [label in one for one in predicted], [label in one for one in expected]
-        counts.append((sum(a and b for a, b in zip(found, wanted, strict=True)), sum(found), sum(wanted)))
+        guesses, wanted = [label in one for one in predicted], [label in one for one in expected]
+        counts.append((sum(a and b for a, b in zip(guesses, wanted, strict=True)), sum(guesses), sum(wanted)))
     return {
         "accuracy": sum(a == b for a, b in zip(predicted, expected, strict=True)) / len(expected),
         "f1_micro": f1(*(sum(column) for column in zip(*counts, strict=True))) if counts else 1.0,
@@ -49,10 +49,10 @@ def by_label(predicted: list[set[str]], expected: list[set[str]]) -> dict[str, f
 
 @needs_torchmetrics
 @some
-@given(found=pairs)
-@example(found=[("a", "a")])
-def test_one_label_a_text(found: list[tuple[str, str]]) -> None:
-    predicted, expected = map(list, zip(*found, strict=True))
+@given(cases=pairs)
+@example(cases=[("a", "a")])
+def test_one_label_a_text(cases: list[tuple[str, str]]) -> None:
+    predicted, expected = map(list, zip(*cases, strict=True))
     result = classification_metrics(predicted, expected)
     assert result == close(by_label([{one} for one in predicted], [{one} for one in expected]))
     assert result["f1_micro"] == pytest.approx(result["accuracy"])
@@ -61,10 +61,10 @@ def test_one_label_a_text(found: list[tuple[str, str]]) -> None:
 
 @needs_torchmetrics
 @some
-@given(found=st.lists(st.tuples(sets, sets), min_size=1, max_size=8))
-@example(found=[(set(), set())])
-def test_several_labels_a_text(found: list[tuple[set[str], set[str]]]) -> None:
-    predicted, expected = map(list, zip(*found, strict=True))
+@given(cases=st.lists(st.tuples(sets, sets), min_size=1, max_size=8))
+@example(cases=[(set(), set())])
+def test_several_labels_a_text(cases: list[tuple[set[str], set[str]]]) -> None:
+    predicted, expected = map(list, zip(*cases, strict=True))
     assert classification_metrics(predicted, expected) == close(by_label(predicted, expected))
 
 
@@ -83,10 +83,10 @@ def normal(text: str) -> list[str]:
 
 
 def words(predicted: str, expected: str) -> float:
-    found, wanted = normal(predicted), normal(expected)
-    if not found or not wanted:
-        return float(found == wanted)
-    return f1(sum((Counter(found) & Counter(wanted)).values()), len(found), len(wanted))
+    guesses, truths = normal(predicted), normal(expected)
+    if not guesses or not truths:
+        return float(guesses == truths)
+    return f1(sum((Counter(guesses) & Counter(truths)).values()), len(guesses), len(truths))
 
 
 answers = st.lists(
@@ -96,15 +96,15 @@ answers = st.lists(
 
 @needs_torchmetrics
 @some
-@given(found=st.lists(st.tuples(answers, st.lists(answers, max_size=3)), min_size=1, max_size=5))
-@example(found=[("", []), ("", [""]), ("cat", []), ("", ["cat"])])
-@example(found=[("The cat.", ["a dog", "Cat"]), ("on the mat", ["mat"])])
-def test_answers(found: list[tuple[str, list[str]]]) -> None:
-    right = [texts or [""] for _, texts in found]
-    exact = [max(normal(text) == normal(one) for one in texts) for (text, _), texts in zip(found, right, strict=True)]
-    shared = [max(words(text, one) for one in texts) for (text, _), texts in zip(found, right, strict=True)]
-    expected = {"exact_match": sum(exact) / len(found), "f1": sum(shared) / len(found)}
-    assert answer_metrics([text for text, _ in found], [texts for _, texts in found]) == close(expected)
+@given(cases=st.lists(st.tuples(answers, st.lists(answers, max_size=3)), min_size=1, max_size=5))
+@example(cases=[("", []), ("", [""]), ("cat", []), ("", ["cat"])])
+@example(cases=[("The cat.", ["a dog", "Cat"]), ("on the mat", ["mat"])])
+def test_answers(cases: list[tuple[str, list[str]]]) -> None:
+    right = [texts or [""] for _, texts in cases]
+    exact = [max(normal(text) == normal(one) for one in texts) for (text, _), texts in zip(cases, right, strict=True)]
+    shared = [max(words(text, one) for one in texts) for (text, _), texts in zip(cases, right, strict=True)]
+    expected = {"exact_match": sum(exact) / len(cases), "f1": sum(shared) / len(cases)}
+    assert answer_metrics([text for text, _ in cases], [texts for _, texts in cases]) == close(expected)
 
 
 # Spans
@@ -113,12 +113,12 @@ spans = st.sets(st.tuples(st.integers(0, 2), st.integers(3, 4), st.sampled_from(
 
 
 @some
-@given(found=st.lists(st.tuples(spans, spans), min_size=1, max_size=4))
-def test_spans(found: list[tuple[set[tuple[int, int, str]], set[tuple[int, int, str]]]]) -> None:
-    predicted = {(i, *span) for i, (one, _) in enumerate(found) for span in one}
-    expected = {(i, *span) for i, (_, one) in enumerate(found) for span in one}
+@given(cases=st.lists(st.tuples(spans, spans), min_size=1, max_size=4))
+def test_spans(cases: list[tuple[set[tuple[int, int, str]], set[tuple[int, int, str]]]]) -> None:
+    predicted = {(i, *span) for i, (one, _) in enumerate(cases) for span in one}
+    expected = {(i, *span) for i, (_, one) in enumerate(cases) for span in one}
     right = len(predicted & expected)
-    result = span_metrics([list(one) for one, _ in found], [one for _, one in found])
+    result = span_metrics([list(one) for one, _ in cases], [one for _, one in cases])
     assert result["precision"] == (right / len(predicted) if predicted else 1.0)
     assert result["recall"] == (right / len(expected) if expected else 1.0)
     nothing = not predicted and not expected
@@ -145,5 +145,5 @@ def test_numbers_of_texts(metrics: Callable[..., Any]) -> None:
 def test_what_is_not_installed(metrics: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("classification", "text"):
         monkeypatch.setitem(sys.modules, f"torchmetrics.functional.{name}", None)
-    with pytest.raises(LlamaError, match=re.escape("pip install llama[finetune]")):
+    with pytest.raises(LlamaError, match=re.escape("pip install 'llama-reference[finetune]'")):
         metrics(["a"], [["a"]])

@@ -1,4 +1,4 @@
-"""Answers of task heads against transformers' models of the same kind, which get one text or window at a time."""
+"""Predictions of task heads against transformers' models of the same task, which get one text or window at a time."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from llama import LlamaError
 from llama.checkpoints.task_spec import HeadConfig
 from llama.parallel import Place
 from llama.tasks.predict import COMPARED, Answer, Label, answer, answer_all, classify, tag
-from llama.tasks.spans import tagged_spans
+from llama.tasks.spans import collect_tagged_spans
 from llama.tokenization.hf_tokenizer import HFTokenizer
 from llama.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ SIZES = (512, 3)  # max_seq_len, max_batch_size
 
 
 class Head(nn.Module):
-    """One of transformers' models as a head: hidden states of right-padded rows -> logits."""
+    """A model of transformers in place of a head: rows padded on the right -> logits."""
 
     def __init__(self, model: Any, output: nn.Module, kind: str, labels: tuple[str, ...], problem_type: str) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class World:
 
 @pytest.fixture(scope="module", params=["llama3", "qwen2"])
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, place: Place) -> World:
-    """A tokenizer that puts a token before each text of a pair, and one that puts none."""
+    """One tokenizer that puts a token before each text of a pair, and one that puts none."""
     from transformers import PreTrainedTokenizerFast
 
     family, folder = FAMILIES[request.param], tmp_path_factory.mktemp("answering")
@@ -80,7 +80,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @cache
 def network(task: str, outputs: int) -> Any:
-    """transformers' network for a task: small, random, of weights large enough for varied answers."""
+    """transformers' network for a task: small and random, with weights large enough for varied predictions."""
     import transformers
 
     config = transformers.LlamaConfig(
@@ -104,7 +104,7 @@ def head_of(task: str, labels: tuple[str, ...] = TAGS, problem_type: str = "sing
 
 
 class Scripted(nn.Module):
-    """Logits that are each token's own; anything else is the default."""
+    """A head with fixed logits for each token id; other ids get the default."""
 
     def __init__(self, starts: dict[int, float], ends: dict[int, float], default: float = 0.0) -> None:
         super().__init__()
@@ -147,9 +147,9 @@ def test_labels_are_transformers(world: World, problem_type: str, max_batch_size
     model.config.id2label = dict(enumerate(head.config.labels))
     model.config.problem_type = problem_type
     theirs = pipeline("text-classification", model=model, tokenizer=world.theirs, device="cpu", top_k=None)
-    found = classify(head, world.ours, TEXTS, 512, max_batch_size)
-    assert len(found) == len(TEXTS)
-    for text, labels in zip(TEXTS, found, strict=True):
+    results = classify(head, world.ours, TEXTS, 512, max_batch_size)
+    assert len(results) == len(TEXTS)
+    for text, labels in zip(TEXTS, results, strict=True):
         scores = {one["label"]: one["score"] for one in theirs([text])[0]}
         best = max(scores, key=lambda label: scores[label])
         expected = {
@@ -158,7 +158,7 @@ def test_labels_are_transformers(world: World, problem_type: str, max_batch_size
             "regression": [(label, scores[label]) for label in "abcde"],
         }
         assert close(labels, expected[problem_type])
-    assert len({tuple(one.label for one in labels) for labels in found}) > 1 or problem_type == "regression"
+    assert len({tuple(one.label for one in labels) for labels in results}) > 1 or problem_type == "regression"
 
 
 def test_the_longest_texts_go_first(world: World) -> None:
@@ -169,7 +169,7 @@ def test_the_longest_texts_go_first(world: World) -> None:
 
 
 def test_one_text_at_a_time_and_the_other_tokenizer(small: Tokenizer, place: Place) -> None:
-    """On this project's own network."""
+    """With the project's own network."""
     head = Own(make_twin(ARGS).ours, "sequence")
     texts = ["in the", "user", "é中😀", "the user in the user"]
     for text, (label,) in zip(texts, classify(head, small, texts, 64, 3), strict=True):  # type: ignore[arg-type]
@@ -191,22 +191,22 @@ def test_spans_are_transformers(world: World) -> None:
     theirs = pipeline(
         "token-classification", model=model, tokenizer=world.theirs, device="cpu", aggregation_strategy="simple"
     )
-    found = tag(head, world.ours, TEXTS[:3], *SIZES, whole_words=False)
-    for text, spans in zip(TEXTS[:3], found, strict=True):
+    results = tag(head, world.ours, TEXTS[:3], *SIZES, whole_words=False)
+    for text, spans in zip(TEXTS[:3], results, strict=True):
         assert [span.text for span in spans] == [text[span.start : span.end] for span in spans]
         groups = [one for one in theirs(text) if text[one["start"] : one["end"]].strip()]
         assert [(span.text, span.label) for span in spans] == [
             (text[one["start"] : one["end"]].strip(), one["entity_group"]) for one in groups
         ]
         assert [span.score for span in spans] == pytest.approx([float(one["score"]) for one in groups], abs=1e-5)
-    assert sum(map(len, found)) > 20
+    assert sum(map(len, results)) > 20
 
 
 @pytest.mark.parametrize("max_batch_size", [1, 4])
 def test_long_texts_are_tagged_in_windows(world: World, max_batch_size: int) -> None:
-    """By hand: a token's label is that of the first window that has it."""
+    """A token gets its label from the first window that has it; computed by hand here."""
     head, size = head_of("TokenClassification"), 21
-    found = tag(head, world.ours, [TEXTS[1], PARAGRAPH, TEXTS[2]], size, max_batch_size, whole_words=False)
+    results = tag(head, world.ours, [TEXTS[1], PARAGRAPH, TEXTS[2]], size, max_batch_size, whole_words=False)
     assert max(length for _, length in head.passes) == size
     encoding = world.theirs(PARAGRAPH, add_special_tokens=False, return_offsets_mapping=True)
     prefix = world.theirs("").input_ids
@@ -221,11 +221,11 @@ def test_long_texts_are_tagged_in_windows(world: World, max_batch_size: int) -> 
             chances = head.output(head.model(input_ids=row).last_hidden_state)[0, -1].softmax(-1)
         labels.append(TAGS[int(chances.argmax())])
         scores.append(float(chances.max()))
-    expected = tagged_spans(labels, scores, encoding.offset_mapping, PARAGRAPH)
-    assert [(span.start, span.end, span.label) for span in found[1]] == [
+    expected = collect_tagged_spans(labels, scores, encoding.offset_mapping, PARAGRAPH)
+    assert [(span.start, span.end, span.label) for span in results[1]] == [
         (span.start, span.end, span.label) for span in expected
     ]
-    assert [span.score for span in found[1]] == pytest.approx([span.score for span in expected], abs=1e-5)
+    assert [span.score for span in results[1]] == pytest.approx([span.score for span in expected], abs=1e-5)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -235,7 +235,7 @@ QUESTION = "Who jumps over what?"
 
 @dataclass(frozen=True)
 class Theirs:
-    """One window as transformers encodes it."""
+    """A window as transformers encodes it."""
 
     tokens: list[int]
     starts: Tensor  # float64 (T), -inf outside the context
@@ -260,7 +260,7 @@ def their_windows(world: World, head: Head, context: str, size: int, stride: int
 
 @pytest.mark.parametrize("size, stride, most", [(512, 128, 30), (60, 20, 7), (33, 0, 3), (40, 17, 200)])
 def test_answers_by_hand(world: World, size: int, stride: int, most: int) -> None:
-    """Every span of every window, in transformers' own windows."""
+    """All spans of all of transformers' windows are compared."""
     head = head_of("QuestionAnswering")
     best: dict[tuple[int, int], float] = {}
     seen = list(their_windows(world, head, PARAGRAPH, size, stride))
@@ -278,31 +278,33 @@ def test_answers_by_hand(world: World, size: int, stride: int, most: int) -> Non
     null = min(window.null for window in seen)
     options: dict[str, Any] = {"doc_stride": stride, "max_answer_tokens": most}
 
-    found = answer(head, world.ours, QUESTION, PARAGRAPH, size, 4, n_best=5, **options)
-    assert [(one.start, one.end) for one in found] == ranked[:5]
-    assert all(one.text == PARAGRAPH[one.start : one.end] == one.text.strip() != "" for one in found)
+    results = answer(head, world.ours, QUESTION, PARAGRAPH, size, 4, n_best=5, **options)
+    assert [(one.start, one.end) for one in results] == ranked[:5]
+    assert all(one.text == PARAGRAPH[one.start : one.end] == one.text.strip() != "" for one in results)
     total = math.fsum(math.exp(best[place]) for place in ranked)
-    assert [one.score for one in found] == pytest.approx([math.exp(best[one]) / total for one in ranked[:5]], abs=1e-5)
+    assert [one.score for one in results] == pytest.approx(
+        [math.exp(best[one]) / total for one in ranked[:5]], abs=1e-5
+    )
     assert (best[ranked[0]] - best[ranked[1]]) > 1e-4, "the numbers tell them apart"
 
     gap = null - best[ranked[0]]
     total += math.exp(null)
     for threshold, none in ((gap - 0.01, True), (gap + 0.01, False)):
-        found = answer(head, world.ours, QUESTION, PARAGRAPH, size, 2, null_threshold=threshold, **options)
+        results = answer(head, world.ours, QUESTION, PARAGRAPH, size, 2, null_threshold=threshold, **options)
         expected, logit = (Answer("", 0, 0, 0), null) if none else (Answer("", *ranked[0], 0), best[ranked[0]])
-        assert [(one.start, one.end) for one in found] == [(expected.start, expected.end)]
-        assert found[0].score == pytest.approx(math.exp(logit) / total, abs=1e-5)
+        assert [(one.start, one.end) for one in results] == [(expected.start, expected.end)]
+        assert results[0].score == pytest.approx(math.exp(logit) / total, abs=1e-5)
 
 
 def test_the_best_span_by_log_probabilities(world: World) -> None:
-    """Within one window, where softmax of starts and of ends is transformers' definition."""
+    """With a single window, transformers defines the scores by softmax over starts and over ends."""
     head = head_of("QuestionAnswering")
     (window,) = their_windows(world, head, PARAGRAPH, 512, 0)
     chances = window.starts.log_softmax(-1)[:, None] + window.ends.log_softmax(-1)  # (T, T)
     chances = chances.exp().triu().tril(29)
     i, j = divmod(int(chances.argmax()), len(window.tokens))
-    (found,) = answer(head, world.ours, QUESTION, PARAGRAPH, *SIZES)
-    assert found.text == PARAGRAPH[window.offsets[i][0] : window.offsets[j][1]].strip()
+    (results,) = answer(head, world.ours, QUESTION, PARAGRAPH, *SIZES)
+    assert results.text == PARAGRAPH[window.offsets[i][0] : window.offsets[j][1]].strip()
 
 
 def test_what_a_head_reads_is_a_pair_of_transformers(world: World) -> None:
@@ -318,35 +320,35 @@ def test_pairs_in_their_order_whatever_the_batch(world: World) -> None:
     options: dict[str, Any] = {"doc_stride": 9, "n_best": 3, "null_threshold": 0.0}
     expected = [answer(head, world.ours, *pair, 45, 1, **options) for pair in pairs]
     for max_batch_size in (2, 7, 100):
-        found = answer_all(head, world.ours, pairs, 45, max_batch_size, **options)
-        for ours, alone in zip(found, expected, strict=True):
+        results = answer_all(head, world.ours, pairs, 45, max_batch_size, **options)
+        for ours, alone in zip(results, expected, strict=True):
             assert [(one.text, one.start, one.end) for one in ours] == [(one.text, one.start, one.end) for one in alone]
             assert [one.score for one in ours] == pytest.approx([one.score for one in alone], abs=1e-5)
     assert answer_all(head, world.ours, [], 45, 3) == []
 
 
 def test_only_tokens_of_the_context_answer(world: World) -> None:
-    """All spans of the context, though the question's tokens and those before texts have better numbers."""
+    """Only spans of the context are answers, although tokens of the question and before texts have larger logits."""
     context = world.ours.encode("box a", bos=False, eos=False)
     others = [*world.ours.encode("fun?", bos=True, eos=False), *world.ours.encode("", bos=True, eos=False)]
     assert not {*context} & {*others}
     high = dict.fromkeys(others, 9.0) | {context[-1]: 3.0}
-    found = answer(Scripted(high, high), world.ours, "fun?", "box a", *SIZES, n_best=100)
+    results = answer(Scripted(high, high), world.ours, "fun?", "box a", *SIZES, n_best=100)
     seen = [i for i, token in enumerate(context) if world.ours.decode([token]).strip()]
-    assert len(found) == len(seen) * (len(seen) + 1) // 2
-    assert found[0].text == "a" and found[0].end == 5
+    assert len(results) == len(seen) * (len(seen) + 1) // 2
+    assert results[0].text == "a" and results[0].end == 5
 
 
 def test_one_answer_of_several_tokens_or_windows_counts_once(small: Tokenizer, place: Place) -> None:
-    """Each byte of a character is a token, and each stands for the whole of it."""
+    """Each byte of the character is a token, whose offsets are those of the whole character."""
     parts = small.encode("文", bos=False, eos=False)
     assert len(parts) > 1
     head = Scripted(dict.fromkeys(parts, 5.0), dict.fromkeys(parts, 5.0), -5.0)
-    found = answer(head, small, "a", "bcd文efg", 10, 2, doc_stride=5, n_best=30)
-    assert (found[0].text, found[0].start, found[0].end) == ("文", 3, 4)
-    assert len({(one.start, one.end) for one in found}) == len(found)
-    assert math.fsum(one.score for one in found) == pytest.approx(1)
-    assert found[0].score > 0.99
+    results = answer(head, small, "a", "bcd文efg", 10, 2, doc_stride=5, n_best=30)
+    assert (results[0].text, results[0].start, results[0].end) == ("文", 3, 4)
+    assert len({(one.start, one.end) for one in results}) == len(results)
+    assert math.fsum(one.score for one in results) == pytest.approx(1)
+    assert results[0].score > 0.99
 
 
 def test_an_answer_has_no_white_space_at_its_ends(small: Tokenizer, place: Place) -> None:
@@ -380,7 +382,7 @@ def test_no_answer_is_the_least_of_all_windows(small: Tokenizer, place: Place) -
 
 @pytest.fixture
 def untouched(world: World) -> Any:
-    """What is refused before any pass."""
+    """Refused before any forward pass."""
 
     def refuse(use: Any, *args: Any, **options: Any) -> str:
         with pytest.raises(LlamaError) as caught:
@@ -456,5 +458,5 @@ def test_two_ranks_are_one(pool: RankPool, place: Place, tmp_path: Path) -> None
             assert other == ours | {"score": pytest.approx(ours["score"], abs=1e-5)}
 
 
-def flat(found: list[Any]) -> list[dict[str, Any]]:
-    return [one for several in found for one in (several if isinstance(several, list) else [several])]
+def flat(results: list[Any]) -> list[dict[str, Any]]:
+    return [one for several in results for one in (several if isinstance(several, list) else [several])]

@@ -1,4 +1,4 @@
-"""TaskModel as its users meet it: what is refused, on all ranks alike; what is written, and what isn't; odd files."""
+"""TaskModel as users call it: what is refused, the same on all ranks; what is written; unusual files."""
 
 import argparse
 import json
@@ -33,7 +33,7 @@ DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "facto
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory for each task, not to be changed."""
+    """A directory for each task, which tests don't change."""
     root = tmp_path_factory.mktemp("made")
     for task in ENDINGS:
         make("llama", task).save_pretrained(root / task)
@@ -45,7 +45,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_problem_type_alone_keeps_the_head(made: Path, tmp_path: Path) -> None:
-    """Trained numbers are replaced for other labels only."""
+    """A trained head is replaced only if other labels are given."""
     kind = "multi_label_classification"
     own = TaskModel.build(made / "classify", **OPTIONS).head.score.weight
     for labels in (None, list(LABELS.values())):
@@ -146,7 +146,7 @@ def loss_cases() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def test_a_language_loss_at_the_borders_of_ranks(pool: RankPool) -> None:
-    """Also of logits whose exponentials no float holds: torch's own loss in float64 is the oracle."""
+    """Also for logits whose exponentials overflow. The oracle is torch's loss in float64."""
     cases = loss_cases()
     ranks = pool.run(language_losses, cases, ranks=4).results
     for name, case in cases.items():
@@ -156,10 +156,10 @@ def test_a_language_loss_at_the_borders_of_ranks(pool: RankPool) -> None:
             assert float(logits.detach().abs().max()) > 1e4
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), case["labels"][:, 1:].flatten())
         loss.backward()
-        for found in ranks:
-            assert found[name]["loss"] == pytest.approx(loss.item(), rel=1e-5)
-            assert torch.allclose(torch.tensor(found[name]["h"]).double(), h.grad, rtol=1e-3, atol=1e-5)
-        words = torch.tensor([row for found in ranks for row in found[name]["weight"]]).double()
+        for actual in ranks:
+            assert actual[name]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+            assert torch.allclose(torch.tensor(actual[name]["h"]).double(), h.grad, rtol=1e-3, atol=1e-5)
+        words = torch.tensor([row for actual in ranks for row in actual[name]["weight"]]).double()
         assert torch.allclose(words, weight.grad, rtol=1e-3, atol=1e-5)
 
 
@@ -192,7 +192,7 @@ def test_dropout_leaves_out_the_same_on_all_ranks(pool: RankPool, made: Path, tm
     ],
 )
 def test_an_odd_checkpoint_comes_back_as_it_was(family: str, task: str, config: dict, tmp_path: Path) -> None:
-    """In shards, the head in its own; every tensor and every setting, the logits too."""
+    """All tensors, settings and logits are the same. The files are shards, and the head has its own."""
     dropout = {"classifier_dropout": 0.2} if task == "tag" else {}
     kind = AutoConfig.for_model(family, **SIZES, **dropout, **config)
     torch.manual_seed(0)
@@ -203,9 +203,9 @@ def test_an_odd_checkpoint_comes_back_as_it_was(family: str, task: str, config: 
     built = TaskModel.build(tmp_path / "in", **OPTIONS)
     built.save(tmp_path / "out")
     again = quiet_load(tmp_path / "out", task)
-    expected, found = model.state_dict(), again.state_dict()
-    assert {k: v.dtype for k, v in found.items()} == {k: v.dtype for k, v in expected.items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    expected, actual = model.state_dict(), again.state_dict()
+    assert {k: v.dtype for k, v in actual.items()} == {k: v.dtype for k, v in expected.items()}
+    assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
     said, kept = again.config.to_dict(), model.config.to_dict()
     ignored = {"_name_or_path", "transformers_version"}
     assert {k for k in kept if said.get(k) != kept[k]} <= ignored
@@ -231,13 +231,13 @@ def test_what_is_wrong_is_said_once(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "classify", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "id2label": []}))
-    with pytest.raises(LlamaError) as found:
+    with pytest.raises(LlamaError) as actual:
         TaskModel.build(tmp_path / "model", **OPTIONS)
-    assert str(found.value).count("config.json") == 1
+    assert str(actual.value).count("config.json") == 1
 
 
 def test_a_head_on_a_rounded_model(tmp_path: Path) -> None:
-    """Is trained and written on the numbers that the rounded ones stand for, with the settings of the model."""
+    """It is trained and written with the dequantized numbers and the settings of the model."""
     make("llama", "language", intermediate_size=128, max_position_embeddings=48).save_pretrained(tmp_path / "whole")
     write_tokenizer(tmp_path / "whole" / "tokenizer.model")
     convert(tmp_path / "whole", tmp_path / "rounded", "hf", quantization="int8")
@@ -275,7 +275,7 @@ def test_places_that_nothing_is_written_to(made: Path, tmp_path: Path, where: Ca
 
 
 def test_all_ranks_hear_what_failed_on_one(pool: RankPool, made: Path, tmp_path: Path) -> None:
-    """None waits for one that has gone, and nothing half-written is left; an older checkpoint stays."""
+    """No rank waits for one that failed, no partial file stays, and an older checkpoint is kept."""
     shutil.copytree(made / "classify", tmp_path / "model")
     shutil.copytree(made / "tag", tmp_path / "old")
     (tmp_path / "taken").mkdir()
@@ -293,14 +293,14 @@ def test_all_ranks_hear_what_failed_on_one(pool: RankPool, made: Path, tmp_path:
 
 
 def test_a_head_of_bfloat16_rounds_and_no_more(made: Path) -> None:
-    """Each of some ten roundings is by 2^-9 of its number: a bound that a wrong layer would break."""
+    """About ten roundings, each by 2^-9 of a number, give a bound that a wrong layer would exceed."""
     for task in ("classify", "tag"):
         exact = TaskModel.build(made / task, **OPTIONS).head
         short = TaskModel.build(made / task, device="cpu", dtype="bfloat16").head
         with torch.no_grad():
-            expected, found = exact(TOKENS, labels=None).logits, short(TOKENS, labels=None).logits
-        assert found.dtype == torch.float32
-        off = float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+            expected, actual = exact(TOKENS, labels=None).logits, short(TOKENS, labels=None).logits
+        assert actual.dtype == torch.float32
+        off = float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
         assert 0 < off < 10 * 2**-8, math.log2(off)
 
 

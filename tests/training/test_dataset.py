@@ -1,6 +1,6 @@
-"""Records that training is fed with: lines that are refused, by number; what is learnt of those that are taken.
+"""Training data: which lines are refused, with their numbers, and what is learnt of the others.
 
-Oracle of the labels: bytes of tokens, counted here, so that no token's place is asked of the code.
+The oracle of labels counts the bytes of tokens, so that it doesn't depend on the code's own offsets.
 """
 
 import json
@@ -21,8 +21,8 @@ from llama.tasks.losses import IGNORED
 from llama.tokenization.chat_template import make_formatter
 from llama.tokenization.hf_tokenizer import HFTokenizer
 from llama.tokenizer import Tokenizer
-from llama.training.dataset import Record, labels_in, problem_of, read_records
-from llama.training.preprocessing import DOC_STRIDE, Example, Preprocessor, collated, examples
+from llama.training.dataset import Line, collate, find_problem_type, make_examples, name_classes, read_lines
+from llama.training.preprocessing import DOC_STRIDE, Example, Preprocessor
 
 AnyTokenizer = Tokenizer | HFTokenizer
 LABELS = ("O", "B-x", "I-x", "B-y", "I-y")
@@ -90,7 +90,7 @@ BAD: list[tuple[str, Any, str]] = [
 
 
 def write(path: Path, lines: list[Any]) -> Path:
-    """Bytes as they are, other values as JSON."""
+    """Write lines: bytes as they are, other values as JSON."""
     path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
     return path
 
@@ -101,38 +101,38 @@ def write(path: Path, lines: list[Any]) -> Path:
 @pytest.mark.parametrize("task", GOOD)
 def test_all_lines_are_read_and_empty_ones_passed_over(task: Any, tmp_path: Path) -> None:
     lines = [b"", b"\xef\xbb\xbf" + json.dumps(GOOD[task][0]).encode(), b"  \r", *GOOD[task][1:]]
-    found = read_records(write(tmp_path / "in.jsonl", lines), task)
+    actual = read_lines(write(tmp_path / "in.jsonl", lines), task)
     numbers = [2, *range(4, len(GOOD[task]) + 3)]
-    assert found == [Record(number, given) for number, given in zip(numbers, GOOD[task], strict=True)]
+    assert actual == [Line(number, given) for number, given in zip(numbers, GOOD[task], strict=True)]
 
 
 @pytest.mark.parametrize(("task", "line", "message"), BAD)
 def test_a_spoiled_line_is_named(task: Any, line: Any, message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", [*GOOD[task], b"", line, *GOOD[task]])
     with pytest.raises(LlamaError, match=rf"in\.jsonl: line {len(GOOD[task]) + 2}: .*{message}") as caught:
-        read_records(path, task)
+        read_lines(path, task)
     assert "\n" not in str(caught.value)
 
 
 def test_many_spoiled_lines_are_told_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "in.jsonl", [{"text": i} for i in range(9)])
     with pytest.raises(LlamaError, match=r"line 1: .*; line 5: text is int 4, .*; and 4 more lines$"):
-        read_records(path, "language")
+        read_lines(path, "language")
     path = write(tmp_path / "in.jsonl", [{"text": i} for i in range(6)])
     with pytest.raises(LlamaError, match=r"; and 1 more line$"):
-        read_records(path, "language")
+        read_lines(path, "language")
 
 
 def test_files_without_lines(tmp_path: Path) -> None:
     with pytest.raises(LlamaError, match=r"empty.jsonl has no lines: expected at least one to tag"):
-        read_records(write(tmp_path / "empty.jsonl", [b"", b" "]), "tag")
+        read_lines(write(tmp_path / "empty.jsonl", [b"", b" "]), "tag")
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(LlamaError, match="can't be read"):
-            read_records(path, "tag")
+            read_lines(path, "tag")
 
 
-def records(*given: dict[str, Any]) -> list[Record]:
-    return [Record(number, one) for number, one in enumerate(given, start=1)]
+def records(*given: dict[str, Any]) -> list[Line]:
+    return [Line(number, one) for number, one in enumerate(given, start=1)]
 
 
 def test_labels_and_problems() -> None:
@@ -144,13 +144,13 @@ def test_labels_and_problems() -> None:
         (several, "multi_label_classification", ["y", "z"]),
         (numbers, "regression", ["value"]),
     ):
-        assert problem_of(lines, "f") == problem
-        assert labels_in(lines, "classify", problem) == labels  # type: ignore[arg-type]
+        assert find_problem_type(lines, "classify", "f") == problem
+        assert name_classes(lines, "classify") == labels
     with pytest.raises(LlamaError, match="f: line 1 is regression and line 2 single_label_classification"):
-        problem_of(records({"text": "a", "label": 1}, {"text": "a", "label": "1"}), "f")
-    assert labels_in(records(*GOOD["tag"]), "tag", None) == [*LABELS]
-    assert labels_in(records({"text": "a", "spans": []}), "tag", None) == ["O"]
-    assert labels_in(records(*GOOD["answer"]), "answer", None) is None
+        find_problem_type(records({"text": "a", "label": 1}, {"text": "a", "label": "1"}), "classify", "f")
+    assert name_classes(records(*GOOD["tag"]), "tag") == [*LABELS]
+    assert name_classes(records({"text": "a", "spans": []}), "tag") == ["O"]
+    assert name_classes(records(*GOOD["answer"]), "answer") is None
 
 
 # --- what is learnt ---------------------------------------------------------------------------------------------------
@@ -165,9 +165,9 @@ def tokenizer(request: pytest.FixtureRequest, small: Tokenizer, tmp_path_factory
     return HFTokenizer(save(tmp_path_factory.mktemp("records"), family.make(), config))
 
 
-def reader(tokenizer: AnyTokenizer, max_seq_len: int, labels: tuple[str, ...] = LABELS) -> Preprocessor:
-    places = {label: i for i, label in enumerate(labels)}
-    return Preprocessor(tokenizer, make_formatter(tokenizer, datetime(2001, 2, 3)), places, max_seq_len)
+def preprocessor(tokenizer: AnyTokenizer, max_seq_len: int, labels: tuple[str, ...] = LABELS) -> Preprocessor:
+    classes = {label: i for i, label in enumerate(labels)}
+    return Preprocessor(tokenizer, make_formatter(tokenizer, datetime(2001, 2, 3)), classes, max_seq_len)
 
 
 def learnt(example: Example) -> list[int]:
@@ -175,7 +175,7 @@ def learnt(example: Example) -> list[int]:
 
 
 def check_language(example: Example, max_seq_len: int) -> None:
-    """Nothing else than the next token is ever learnt, and never what has none before it."""
+    """A label is the token itself or IGNORED, and the first is IGNORED, since nothing comes before it."""
     assert len(example.tokens) == len(example.target) <= max_seq_len and example.target[0] == IGNORED
     assert all(label in (token, IGNORED) for token, label in zip(example.tokens, example.target, strict=True))
     assert example.items == len(learnt(example)) > 0
@@ -184,7 +184,7 @@ def check_language(example: Example, max_seq_len: int) -> None:
 @unhurried
 @given(text=texts.filter(bool), size=st.integers(2, 12))
 def test_all_of_a_text_is_learnt(tokenizer: AnyTokenizer, text: str, size: int) -> None:
-    rows = examples(reader(tokenizer, size), "language", records({"text": text}), "f")
+    rows = make_examples(preprocessor(tokenizer, size), "language", records({"text": text}), "f")
     whole = tokenizer.encode(text, bos=True, eos=True)
     for row in rows:
         check_language(row, size)
@@ -197,7 +197,7 @@ def test_all_of_a_text_is_learnt(tokenizer: AnyTokenizer, text: str, size: int) 
 @given(prompt=texts.filter(bool), completion=texts.filter(bool))
 def test_a_completion_alone_is_learnt(tokenizer: AnyTokenizer, prompt: str, completion: str) -> None:
     given = {"prompt": prompt, "completion": completion}
-    (row,) = examples(reader(tokenizer, 10_000), "language", records(given), "f")
+    (row,) = make_examples(preprocessor(tokenizer, 10_000), "language", records(given), "f")
     check_language(row, 10_000)
     before = tokenizer.encode(prompt, bos=True, eos=False)
     assert row.tokens[: len(before)] == before and set(row.target[: len(before)]) == {IGNORED}
@@ -214,9 +214,9 @@ def test_the_last_answer_of_a_dialog_is_learnt(tokenizer: AnyTokenizer, asked: s
         {"role": "assistant", "content": "not learnt"},
         {"role": "user", "content": asked},
     ]
-    made = reader(tokenizer, 10_000)
+    made = preprocessor(tokenizer, 10_000)
     dialog = {"messages": [*before, {"role": "assistant", "content": answer}]}
-    (row,) = examples(made, "language", records(dialog), "f")
+    (row,) = make_examples(made, "language", records(dialog), "f")
     check_language(row, 10_000)
     prompt = made.formatter.encode_dialog_prompt(before)  # type: ignore[arg-type]
     assert row.tokens[: len(prompt)] == prompt
@@ -229,11 +229,11 @@ def test_what_is_no_dialog_is_named_by_its_line(small: Tokenizer) -> None:
     good, alone = {"messages": [user, last]}, {"messages": [last]}
     strange = {"messages": [{"role": "god", "content": "a"}, last]}
     with pytest.raises(LlamaError, match=r"f: line 2: the dialog is empty.*; line 3: .*unknown role 'god'"):
-        examples(reader(small, 99), "language", records(good, alone, strange), "f")
+        make_examples(preprocessor(small, 99), "language", records(good, alone, strange), "f")
 
 
 def bytes_of(tokenizer: AnyTokenizer, ids: list[int]) -> list[tuple[int, int]]:
-    """Each token's bytes of all, [start, end)."""
+    """The range of bytes, [start, end), of each token in the whole text."""
     ends = list(accumulate(len(tokenizer.decode_bytes(token)) for token in ids))
     return list(pairwise([0, *ends]))
 
@@ -242,8 +242,8 @@ def bytes_of(tokenizer: AnyTokenizer, ids: list[int]) -> list[tuple[int, int]]:
 def spanned(draw: st.DrawFn) -> tuple[str, list[dict[str, Any]]]:
     text = draw(st.one_of(texts, st.text("the in é😀中\n", max_size=60)).filter(bool))
     cuts = sorted(draw(st.sets(st.integers(0, len(text)), max_size=8)))
-    found = [{"start": a, "end": b, "label": draw(st.sampled_from("xy"))} for a, b in pairwise(cuts)]
-    return text, draw(st.permutations([one for one in found if draw(st.booleans())]))
+    actual = [{"start": a, "end": b, "label": draw(st.sampled_from("xy"))} for a, b in pairwise(cuts)]
+    return text, draw(st.permutations([one for one in actual if draw(st.booleans())]))
 
 
 @unhurried
@@ -251,9 +251,9 @@ def spanned(draw: st.DrawFn) -> tuple[str, list[dict[str, Any]]]:
 @example(made=("the the", [{"start": 2, "end": 5, "label": "x"}, {"start": 0, "end": 2, "label": "y"}]), size=9)
 @example(made=("a😀b", [{"start": 1, "end": 2, "label": "x"}]), size=3)
 def test_tagged_tokens_are_those_of_the_spans(small: Tokenizer, made: tuple[str, list[dict]], size: int) -> None:
-    """Each token that has a byte of a span is of it; of two spans that share a token, the one that came last."""
+    """A token with a byte of a span belongs to the span; if two spans share a token, to the later one in the record."""
     text, spans = made
-    rows = examples(reader(small, size), "tag", records({"text": text, "spans": spans}), "f")
+    rows = make_examples(preprocessor(small, size), "tag", records({"text": text, "spans": spans}), "f")
     ids = small.encode(text, bos=False, eos=False)
     assert [token for row in rows for token in row.tokens[1:]] == ids
     expected = ["O"] * len(ids)
@@ -270,10 +270,10 @@ def test_tagged_tokens_are_those_of_the_spans(small: Tokenizer, made: tuple[str,
 
 
 def test_tags_in_normalized_text(tokenizer: AnyTokenizer) -> None:
-    """Tokens of words, by any tokenizer, say the span when they are decoded."""
+    """With any tokenizer, the tagged tokens decode to the text of the span."""
     text = "We went to Sao Tome then to the inn"
     spans = [{"start": 11, "end": 19, "label": "x"}, {"start": 28, "end": 35, "label": "y"}]
-    (row,) = examples(reader(tokenizer, 99), "tag", records({"text": text, "spans": spans}), "f")
+    (row,) = make_examples(preprocessor(tokenizer, 99), "tag", records({"text": text, "spans": spans}), "f")
     for kind, said in (("x", "Sao Tome"), ("y", "the inn")):
         own = [i for i, label in enumerate(row.target) if label != IGNORED and LABELS[label][2:] == kind]
         assert own == [*range(own[0], own[-1] + 1)] and LABELS[row.target[own[0]]][0] == "B"
@@ -283,7 +283,7 @@ def test_tags_in_normalized_text(tokenizer: AnyTokenizer) -> None:
 def test_a_label_that_the_head_has_not(small: Tokenizer) -> None:
     given = {"text": "a", "spans": [{"start": 0, "end": 1, "label": "z"}]}
     with pytest.raises(LlamaError, match="f: line 1: 'B-z' is no label of the head: known are O, B-x"):
-        examples(reader(small, 9), "tag", records(given), "f")
+        make_examples(preprocessor(small, 9), "tag", records(given), "f")
 
 
 @unhurried
@@ -297,7 +297,7 @@ def test_answers_are_found_in_windows(small: Tokenizer, context: str, ends: tupl
     assume(start < end)
     answers = [{"text": context[start:end], "start": start}, {"text": context[:1], "start": 0}]
     given = {"question": "who", "context": context, "answers": answers}
-    rows = examples(reader(small, size), "answer", records(given), "f")
+    rows = make_examples(preprocessor(small, size), "answer", records(given), "f")
     question = [small.bos_id, *small.encode("who", bos=False, eos=False), small.bos_id]
     ids = small.encode(context, bos=False, eos=False)
     first, last = len(context[:start].encode()), len(context[:end].encode())
@@ -327,7 +327,7 @@ def test_answers_are_found_in_windows(small: Tokenizer, context: str, ends: tupl
 
 def test_no_answer_is_at_position_0(tokenizer: AnyTokenizer) -> None:
     given = {"question": "who?", "context": "It doesn't say. " * 30, "answers": []}
-    rows = examples(reader(tokenizer, 200), "answer", records(given), "f")
+    rows = make_examples(preprocessor(tokenizer, 200), "answer", records(given), "f")
     assert len(rows) > 1 and {row.target for row in rows} == {(0, 0)}
 
 
@@ -342,7 +342,7 @@ def test_no_answer_is_at_position_0(tokenizer: AnyTokenizer) -> None:
     ],
 )
 def test_classes(tokenizer: AnyTokenizer, given: dict[str, Any], target: Any) -> None:
-    (row,) = examples(reader(tokenizer, 99), "classify", records({"text": "ab c", **given}), "f")
+    (row,) = make_examples(preprocessor(tokenizer, 99), "classify", records({"text": "ab c", **given}), "f")
     assert row.tokens == tokenizer.encode("ab c", bos=True, eos=False)
     assert (row.target, type(row.target), row.items) == (target, type(target), 1)
 
@@ -358,31 +358,33 @@ def test_classes(tokenizer: AnyTokenizer, given: dict[str, Any], target: Any) ->
 )
 def test_what_does_not_fit_is_named_by_its_line(small: Tokenizer, task: Any, given: dict, size: int) -> None:
     with pytest.raises(LlamaError, match=r"f: line 2: .*max_seq_len"):
-        examples(reader(small, size), task, records(GOOD[task][-1] if task == "answer" else given, given)[1:], "f")
-    assert examples(reader(small, 300), task, records(given), "f")
+        make_examples(
+            preprocessor(small, size), task, records(GOOD[task][-1] if task == "answer" else given, given)[1:], "f"
+        )
+    assert make_examples(preprocessor(small, 300), task, records(given), "f")
 
 
 @pytest.mark.parametrize("task", ["language", "tag"])
 def test_nothing_to_be_learnt_is_refused(small: Tokenizer, task: Any) -> None:
     with pytest.raises(LlamaError, match=r"f: .*max_seq_len"):
-        examples(reader(small, 1), task, records({"text": "a", "spans": []}), "f")
+        make_examples(preprocessor(small, 1), task, records({"text": "a", "spans": []}), "f")
 
 
 def test_a_batch_is_padded_on_the_right() -> None:
     batch = [Example([5, 6, 7], [IGNORED, 6, 7]), Example([8], [IGNORED])]
-    found = collated(batch, "language", torch.device("cpu"))
-    assert {name: tensor.tolist() for name, tensor in found.items()} == {
+    actual = collate(batch, "language", torch.device("cpu"))
+    assert {name: tensor.tolist() for name, tensor in actual.items()} == {
         "tokens": [[5, 6, 7], [8, 0, 0]],
         "lengths": [3, 1],
         "labels": [[IGNORED, 6, 7], [IGNORED] * 3],
     }
-    found = collated([Example([5], (0, 0)), Example([5, 6], (0, 1))], "answer", torch.device("cpu"))
-    assert (found["start_positions"].tolist(), found["end_positions"].tolist()) == ([0, 0], [0, 1])
-    numbers = collated([Example([5], (0.5,)), Example([5], (-1.0,))], "classify", torch.device("cpu"))["labels"]
+    actual = collate([Example([5], (0, 0)), Example([5, 6], (0, 1))], "answer", torch.device("cpu"))
+    assert (actual["start_positions"].tolist(), actual["end_positions"].tolist()) == ([0, 0], [0, 1])
+    numbers = collate([Example([5], (0.5,)), Example([5], (-1.0,))], "classify", torch.device("cpu"))["labels"]
     assert numbers.tolist() == [[0.5], [-1.0]] and numbers.is_floating_point()
-    assert not collated([Example([5], 2)], "classify", torch.device("cpu"))["labels"].is_floating_point()
+    assert not collate([Example([5], 2)], "classify", torch.device("cpu"))["labels"].is_floating_point()
 
 
 def test_control_tokens_in_a_text_are_text(small: Tokenizer) -> None:
-    (row,) = examples(reader(small, 99), "language", records({"text": "<|eot_id|>"}), "f")
+    (row,) = make_examples(preprocessor(small, 99), "language", records({"text": "<|eot_id|>"}), "f")
     assert small.special_tokens["<|eot_id|>"] not in row.tokens and "<|eot_id|>" in SPECIALS

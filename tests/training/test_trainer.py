@@ -1,5 +1,8 @@
-"""Fine-tuning tiny random models: a plain loop of transformers' and torch's is the oracle of its steps, a run that
-nobody disturbed that of those that were killed, one process that of many ranks."""
+"""Fine-tuning of tiny random models.
+
+The oracle of the steps is a plain loop with transformers and torch; that of a run that was killed, a run that wasn't;
+that of many ranks, a single process.
+"""
 
 import argparse
 import json
@@ -96,21 +99,21 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes most of the time; the programs that are started draw it."""
-    monkeypatch.setattr(training, "draw", lambda losses, history, path: path.write_bytes(b"%d" % len(history)))
+    """Drawing takes most of the time. The programs that tests start do draw it."""
+    monkeypatch.setattr(training, "draw_curves", lambda losses, history, path: path.write_bytes(b"%d" % len(history)))
 
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[Example]]:
-    """What each step from here on learns from."""
+    """The batches of all steps from here on."""
     seen: list[list[Example]] = []
-    batch = Training.batch
+    batch = Training.select_batch
 
     def recorded(self: Training, step: int) -> list[Example]:
         seen.append([*batch(self, step)])
         return [*seen[-1]]
 
-    monkeypatch.setattr(Training, "batch", recorded)
+    monkeypatch.setattr(Training, "select_batch", recorded)
     return seen
 
 
@@ -122,23 +125,23 @@ def weights(output: Path) -> dict[str, Tensor]:
     return load_file(output / "model.safetensors")
 
 
-def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
-    """Within a share of the range of each tensor's numbers.
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
+    """Equal to within a share of the range of each tensor's numbers.
 
-    But for the bias of starts and ends, which a softmax doesn't see: of its gradient, rounding alone, Adam makes steps.
+    The bias of starts and ends is left out: softmax ignores it, so its gradient is rounding, of which Adam makes steps.
     """
-    assert found.keys() == expected.keys()
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         if name.endswith("qa_outputs.bias"):
             continue
         span = float(tensor.amax() - tensor.amin())
-        assert float((found[name] - tensor).abs().amax()) <= share * span + 1e-7, name
+        assert float((actual[name] - tensor).abs().amax()) <= share * span + 1e-7, name
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
-    """Within a share of the norm of all; a single number may be off where Adam divides rounding by rounding."""
-    assert_near(found, expected, 1e-3)
-    off = torch.stack([(found[name] - tensor).norm() for name, tensor in expected.items()]).norm()
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
+    """Equal to within a share of the norm. Single numbers may differ more, where Adam divides rounding by rounding."""
+    assert_near(actual, expected, 1e-3)
+    off = torch.stack([(actual[name] - tensor).norm() for name, tensor in expected.items()]).norm()
     assert float(off) <= share * float(torch.stack([tensor.norm() for tensor in expected.values()]).norm())
 
 
@@ -150,7 +153,7 @@ def padded(rows: list[list[int]], value: int) -> Tensor:
 
 
 def plain_loss(model: transformers.PreTrainedModel, batch: list[Example], task: str) -> Tensor:
-    """By transformers' own class; of answers without padding in the softmax, which ours leaves out."""
+    """The loss of transformers' own class; for answers without padding in the softmax, as in this project."""
     tokens, targets = padded([one.tokens for one in batch], 511), [one.target for one in batch]
     mask = padded([[1] * len(one.tokens) for one in batch], 0)
     if task == "answer":
@@ -203,12 +206,14 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own(
 
 @pytest.mark.parametrize("task", ["language", "tag"])
 def test_batches_in_parts_and_layers_twice_are_the_same(task: Any, files: dict, tmp_path: Path) -> None:
-    """Though examples have different numbers of tokens to be learnt."""
+    """Also with examples that have different numbers of tokens to learn."""
     base(tmp_path / "ckpt", task)
 
     def trained(name: str, **options: Any) -> dict[str, Tensor]:
-        plan = TrainingConfig(task, files[task], str(tmp_path / name), epochs=2, learning_rate=3e-3, every=9, **options)
-        finetune(plan, tmp_path / "ckpt", **CPU)
+        config = TrainingConfig(
+            task, files[task], str(tmp_path / name), epochs=2, learning_rate=3e-3, every=9, **options
+        )
+        finetune(config, tmp_path / "ckpt", **CPU)
         return weights(tmp_path / name)
 
     whole = trained("whole")
@@ -228,11 +233,11 @@ RANKED: dict[str, dict[str, Any]] = {
 
 
 def rank_jobs(root: Path, files: dict[str, str], output: Path, sizes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Without dropout: the checkpoints have heads that say so."""
+    """Jobs without dropout: the heads of their checkpoints have none."""
     shared = {"epochs": 2, "batch_size": 4, "learning_rate": 3e-3, "every": 9, "max_seq_len": 64}
     return [
         {
-            "plan": {**shared, **more, "task": task, "data": files[task], "output": str(output / f"{task} {size}")},
+            "config": {**shared, **more, "task": task, "data": files[task], "output": str(output / f"{task} {size}")},
             "ckpt_dir": str(root / task),
             "model_parallel_size": size,
         }
@@ -258,7 +263,7 @@ def spoiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def failing_jobs(root: Path, files: dict[str, str], spoiled: Path, output: Path) -> list[dict[str, Any]]:
-    """A line that is no record, one that is too long, numbers that grow without end."""
+    """Jobs that fail: by a line that is no record, by a line that is too long, by numbers that overflow."""
     data = {
         "tag": str(spoiled / "tag.jsonl"),
         "classify": str(spoiled / "classify.jsonl"),
@@ -266,7 +271,7 @@ def failing_jobs(root: Path, files: dict[str, str], spoiled: Path, output: Path)
     }
     return [
         {
-            "plan": {
+            "config": {
                 **{"task": task, "data": path, "output": str(output / f"failed {task} {size}"), "max_seq_len": 64},
                 **({"learning_rate": 1e30} if task == "language" else {}),
             },
@@ -280,7 +285,7 @@ def failing_jobs(root: Path, files: dict[str, str], spoiled: Path, output: Path)
 
 @dataclass(frozen=True)
 class Ranks:
-    """What two ranks made, and four: where, and what each of them says of each job."""
+    """The outputs of two and of four ranks, and each rank's report of each job."""
 
     output: Path
     two: list[list[dict[str, Any]]]
@@ -291,12 +296,12 @@ class Ranks:
 def ranks(
     pool: RankPool, ckpt: Path, heads: Path, files: dict, spoiled: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Ranks:
-    """What one rank does too, what ends in errors, and a command's job that nobody kills."""
+    """Jobs that one rank does too, jobs that fail, and a job that isn't killed."""
     output = tmp_path_factory.mktemp("ranks")
     whole = {"task": "tag", "data": files["tag"], "eval": files["tag"], "output": str(output / "whole"), "every": 1}
     whole |= {"epochs": 3, "batch_size": 4, "max_seq_len": 64, "learning_rate": 1e-2}
     jobs = rank_jobs(heads, files, output / "two", (2, 1)) + failing_jobs(heads, files, spoiled, output)
-    jobs.append({"plan": whole, "ckpt_dir": str(ckpt), "model_parallel_size": None})
+    jobs.append({"config": whole, "ckpt_dir": str(ckpt), "model_parallel_size": None})
     two = pool.run(finetune_all, jobs, ranks=2).results
     four = pool.run(finetune_all, rank_jobs(heads, files, output / "four", (4, 2)), ranks=4).results
     return Ranks(output, two, four)
@@ -339,11 +344,11 @@ def test_errors_are_those_of_all_ranks(ranks: Ranks) -> None:
 
 @pytest.fixture(scope="module")
 def alone(heads: Path, files: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same on one rank."""
+    """The same jobs on one rank."""
     output = tmp_path_factory.mktemp("alone")
     for job in rank_jobs(heads, files, output, (1,)):
-        lora = job["plan"].get("lora")
-        finetune(TrainingConfig(**{**job["plan"], "lora": lora and Lora(**lora)}), job["ckpt_dir"], **CPU)
+        lora = job["config"].get("lora")
+        finetune(TrainingConfig(**{**job["config"], "lora": lora and Lora(**lora)}), job["ckpt_dir"], **CPU)
     return output
 
 
@@ -351,7 +356,7 @@ def alone(heads: Path, files: dict, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def bytes_in(output: Path) -> dict[str, bytes]:
-    """All files but the progress, whose history is compared by itself, and the times that pictures may hold."""
+    """All files but the progress, whose history is compared by itself, and pictures, which may hold times."""
     paths = [path for path in output.rglob("*") if path.is_file()]
     return {str(p.relative_to(output)): p.read_bytes() for p in paths if p.name not in ("training.json", "curves.png")}
 
@@ -361,24 +366,24 @@ def names_in(output: Path) -> set[str]:
 
 
 def test_killed_at_any_moment_it_comes_to_the_same(pool: RankPool, ckpt: Path, files: dict, tmp_path: Path) -> None:
-    """Dropout too, of a new head and of an adapter."""
+    """With the dropout of a new head and of an adapter."""
     evaluated = {"epochs": 3, "batch_size": 3, "learning_rate": 5e-3, "every": 2}
-    plans = {
+    configs = {
         "tag": {**evaluated, "task": "tag", "data": files["tag"], "eval": files["tag"]},
         "adapter": {**evaluated, "task": "language", "data": files["language"], "eval": files["language"]},
         "classify": {**evaluated, "task": "classify", "data": files["classify"], "every": 3},
     }
-    plans["adapter"] |= {"lora": {"r": 2, "alpha": 4, "dropout": 0.3}}
+    configs["adapter"] |= {"lora": {"r": 2, "alpha": 4, "dropout": 0.3}}
     seeds = (None, 1, 2)
     jobs = [
-        {"plan": {**plan, "output": str(tmp_path / f"{name} {seed}")}, "ckpt_dir": str(ckpt)}
+        {"config": {**config, "output": str(tmp_path / f"{name} {seed}")}, "ckpt_dir": str(ckpt)}
         | {"model_parallel_size": 1, "kills": seed and f"{name} {seed}"}
-        for name, plan in plans.items()
+        for name, config in configs.items()
         for seed in seeds
     ]
     kills = [pool.run(finetune_until_done, job).results[0] for job in jobs]
-    assert kills[:: len(seeds)] == [0] * len(plans) and sum(kills) > 8, kills
-    for name in plans:
+    assert kills[:: len(seeds)] == [0] * len(configs) and sum(kills) > 8, kills
+    for name in configs:
         whole = tmp_path / f"{name} None"
         for killed in (tmp_path / f"{name} {seed}" for seed in seeds[1:]):
             assert history(killed) == history(whole)
@@ -387,11 +392,11 @@ def test_killed_at_any_moment_it_comes_to_the_same(pool: RankPool, ckpt: Path, f
 
 
 class Killed(BaseException):
-    """Nobody catches it."""
+    """Ends a training as a kill does: no code catches it."""
 
 
 def dying(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let training end when it begins this step."""
+    """Let training end at the beginning of this step."""
     once = Training.step
 
     def step_or_die(self: Training) -> float:
@@ -404,11 +409,19 @@ def dying(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.fixture
 def begun(ckpt: Path, files: dict, tmp_path: Path) -> Callable[..., Any]:
-    """Begins a training, or goes on."""
+    """Begins or resumes a training."""
 
     def begin(force: bool = False, dtype: str = "float32", where: Path = ckpt, **changed: Any) -> Path:
-        plan = {"task": "classify", "data": files["classify"], "output": str(tmp_path / "out"), "epochs": 3, "every": 1}
-        finetune(TrainingConfig(**{**plan, "batch_size": 3, **changed}), where, device="cpu", dtype=dtype, force=force)
+        config = {
+            "task": "classify",
+            "data": files["classify"],
+            "output": str(tmp_path / "out"),
+            "epochs": 3,
+            "every": 1,
+        }
+        finetune(
+            TrainingConfig(**{**config, "batch_size": 3, **changed}), where, device="cpu", dtype=dtype, force=force
+        )
         return tmp_path / "out"
 
     return begin
@@ -430,14 +443,16 @@ def test_a_training_of_something_else_is_refused(
     before = bytes_in(killed)
     other = write(tmp_path / "other.jsonl", DATA["classify"][1:])
     for changed, message in (
-        ({"learning_rate": 1e-3}, r"training.json is of another training \(learning_rate was 0.0001 and is 0.001\)"),
-        ({"data": str(other)}, r"another training \(records was '[0-9a-f]+"),
-        ({"task": "language", "data": files["language"]}, "task was 'classify' and is 'language'"),
-        ({"lora": Lora(2, 4)}, "lora was 'None' and is .Lora"),
-        ({"dtype": "bfloat16"}, "dtype was 'torch.float32' and is 'torch.bfloat16'"),
-        ({"seed": 2}, "seed was 1 and is 2"),
+        ({"learning_rate": 1e-3}, r"training.json was begun with another learning_rate \(0.0001, now 0.001\)"),
+        ({"data": str(other)}, r"begun with another records \('[0-9a-f]+"),
+        ({"task": "language", "data": files["language"]}, r"another task \('classify', now 'language'\)"),
+        ({"lora": Lora(2, 4)}, r"another lora \('None', now .Lora"),
+        ({"dtype": "bfloat16"}, r"another dtype \('torch.float32', now 'torch.bfloat16'\)"),
+        ({"seed": 2}, r"another seed \(1, now 2\)"),
     ):
-        with pytest.raises(LlamaError, match=rf"{message}.*: name another --output, or start with --force") as caught:
+        with pytest.raises(
+            LlamaError, match=rf"{message}.*: use the same .*, name another --output, or start with --force"
+        ) as caught:
             begun(**changed)
         assert "\n" not in str(caught.value)
     assert bytes_in(killed) == before
@@ -465,7 +480,7 @@ def test_what_was_killed_goes_on_and_ends_once(
 def test_the_day_on_which_it_began_is_today(
     killed: Path, begun: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chat templates may write the date, and examples shall be the same."""
+    """Chat templates may write the date, and a resumed run must see the same examples."""
     noted = json.loads((killed / "training.json").read_text())
     noted["progress"]["begun"] = "2001-02-03T04:05:06"
     (killed / "training.json").write_text(json.dumps(noted))
@@ -513,7 +528,7 @@ def test_a_spoiled_progress_is_named(begun: Callable[..., Any], tmp_path: Path, 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "training.json").write_bytes(content)
     with pytest.raises(
-        LlamaError, match=r"training.json is no training's progress \(.*--force to begin anew"
+        LlamaError, match=r"training.json is damaged, or isn't a training's progress \(.*--force to begin anew"
     ) as caught:
         begun()
     assert "\n" not in str(caught.value)
@@ -545,17 +560,17 @@ def test_directories_that_hold_something_else(begun: Callable[..., Any], tmp_pat
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[float]], list[dict[str, Tensor]]]:
-    """Makes evaluation say these; returns the models, as they were then."""
+    """Makes evaluation return given values; returns copies of the models at that time."""
 
     def script(name: str, values: list[float]) -> list[dict[str, Tensor]]:
         models: list[dict[str, Tensor]] = []
         left: Iterator[float] = iter(values)
 
-        def measured(built: TaskModel, *_: Any) -> dict[str, float]:
-            models.append({n: p.detach().clone() for n, p in built.head.named_parameters()})
+        def evaluate(model: TaskModel, *_: Any) -> dict[str, float]:
+            models.append({n: p.detach().clone() for n, p in model.head.named_parameters()})
             return {"loss": 1.0} | {name: next(left)}
 
-        monkeypatch.setattr(training, "measured", measured)
+        monkeypatch.setattr(training, "evaluate", evaluate)
         return models
 
     return script
@@ -643,17 +658,17 @@ def test_an_adapter_is_read_by_peft_and_merged(task: Any, ckpt: Path, files: dic
 def test_mixed_precision(
     task: Any, lora: Lora | None, ckpt: Path, files: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Products are bfloat16's, what is trained isn't."""
+    """Products are computed in bfloat16; trained parameters and their moments are float32."""
     seen: list[Training] = []
-    monkeypatch.setattr(Training, "resume", None)
+    monkeypatch.setattr(Training, "load_state", None)
     step = Training.step
     monkeypatch.setattr(Training, "step", lambda self: [seen.append(self), step(self)][1])
     rates = {"epochs": 12, "learning_rate": 1e-2, "every": 3, "recompute": task == "tag"}
-    plan = TrainingConfig(task, files[task], str(tmp_path / "out"), files[task], lora=lora, **rates)
-    finetune(plan, ckpt, device="cpu", dtype="bfloat16")
+    config = TrainingConfig(task, files[task], str(tmp_path / "out"), files[task], lora=lora, **rates)
+    finetune(config, ckpt, device="cpu", dtype="bfloat16")
     trained = seen[0].parameters
     assert {p.dtype for p in trained.values()} == {torch.float32}
-    frozen = {p.dtype for n, p in seen[0].built.head.named_parameters() if n not in trained}
+    frozen = {p.dtype for n, p in seen[0].model.head.named_parameters() if n not in trained}
     assert frozen == (set() if lora is None else {torch.bfloat16})
     state = seen[0].optimizer.state_dict()["state"]
     assert {moment.dtype for one in state.values() for moment in one.values()} == {torch.float32}
@@ -689,8 +704,8 @@ def test_every_task_is_learnt(name: str, ckpt: Path, tmp_path: Path) -> None:
     task, lines = LEARNT[name]
     data = str(write(tmp_path / "data.jsonl", lines))
     sizes = {"epochs": 30, "learning_rate": 1e-2, "every": 10, "max_seq_len": 200}
-    plan = TrainingConfig(task, data, str(tmp_path / "out"), data, **sizes)  # type: ignore[arg-type]
-    finetune(plan, ckpt, **CPU)
+    config = TrainingConfig(task, data, str(tmp_path / "out"), data, **sizes)  # type: ignore[arg-type]
+    finetune(config, ckpt, **CPU)
     told = history(tmp_path / "out")
     assert told[-1]["trained"] < 0.5 * told[0]["trained"]
     assert told[-1]["loss"] < 0.5 * told[0]["trained"]
@@ -719,17 +734,17 @@ def test_every_task_is_learnt(name: str, ckpt: Path, tmp_path: Path) -> None:
         ({"merge": False}, "merge is off, but there is no adapter"),
     ],
 )
-def test_plans_that_can_not_be(options: dict[str, Any], message: str) -> None:
+def test_configs_that_can_not_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LlamaError, match=message):
         TrainingConfig(**{"task": "tag", "data": "f", "output": "d", **options})
 
 
 def test_what_no_model_can_learn_is_refused(ckpt: Path, files: dict, tmp_path: Path) -> None:
-    """Before any step, and without a directory."""
+    """Refused before any step, without making the output directory."""
     empty = str(write(tmp_path / "empty.jsonl", [b""]))
     unknown = str(write(tmp_path / "none.jsonl", [{"text": "a", "labels": []}]))
     targets = Lora(2, 4, ("output",))
-    for plan, message in (
+    for config, message in (
         (TrainingConfig("tag", empty, str(tmp_path / "out")), "empty.jsonl has no lines"),
         (TrainingConfig("tag", files["tag"], str(tmp_path / "out"), empty), "empty.jsonl has no lines"),
         (TrainingConfig("tag", str(tmp_path / "no"), str(tmp_path / "out")), "no can't be read"),
@@ -738,7 +753,7 @@ def test_what_no_model_can_learn_is_refused(ckpt: Path, files: dict, tmp_path: P
         (TrainingConfig("language", files["language"], str(tmp_path / "out"), max_seq_len=1), "max_seq_len"),
     ):
         with pytest.raises(LlamaError, match=message):
-            finetune(plan, ckpt, **CPU)
+            finetune(config, ckpt, **CPU)
         assert not (tmp_path / "out").exists()
 
 
@@ -769,9 +784,9 @@ def test_the_command_says_what_it_does(ckpt: Path, files: dict, tmp_path: Path) 
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and 300 < height < width < 2000 and len(picture) < 300_000
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], sorted(config["target_modules"])) == (2, 4, ["down_proj", "q_proj"])
-    plan = {"lora": Lora(2, 4, ("wq", "w2")), "micro_batch_size": 2, "epochs": 3, "batch_size": 4, "max_seq_len": 64}
+    config = {"lora": Lora(2, 4, ("wq", "w2")), "micro_batch_size": 2, "epochs": 3, "batch_size": 4, "max_seq_len": 64}
     finetune(
-        TrainingConfig("tag", files["tag"], str(tmp_path / "same"), files["tag"], learning_rate=1e-2, **plan),
+        TrainingConfig("tag", files["tag"], str(tmp_path / "same"), files["tag"], learning_rate=1e-2, **config),
         ckpt,
         **CPU,
     )
@@ -808,7 +823,7 @@ def test_options_that_do_not_go_together(
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_all_and_they_go_on(ckpt: Path, files: dict, tmp_path: Path, ranks: Ranks) -> None:
-    """On two ranks, with dropout: to the bytes of a run that wasn't killed."""
+    """On two ranks, with dropout, the files are equal to the byte to those of a run that wasn't killed."""
     given = command(ckpt, files["tag"], tmp_path / "out", "--eval", files["tag"], "--every", "1")
     started = subprocess.Popen(
         launched(*given, ranks=2),

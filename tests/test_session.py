@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny import ARGS, write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.engine.session import Session
 from llama.rotary import RopeScaling
+from llama.session import Session
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 2, "device": "cpu", "dtype": "float32"}
 

@@ -5,18 +5,12 @@ Knows sequences and what the cache holds; knows no dialog and no text.
 
 from collections import abc
 from collections.abc import Generator
-from typing import Any, Protocol
+from typing import Any
 
-from .engine import Engine
-from .model_runner import OutputOptions
-from .sequence import Sequence, Step, count_common_prefix
-from .speculative import SPECULATE_K
-
-
-class HasEngine(Protocol):
-    """What a session needs of a `Llama`."""
-
-    engine: Engine
+from .engine.model_runner import OutputOptions
+from .engine.sequence import Sequence, Step, count_common_prefix
+from .engine.speculative import SPECULATE_K
+from .generation import Llama
 
 
 class Session:
@@ -25,7 +19,7 @@ class Session:
     On several ranks every rank makes the same calls.
     """
 
-    def __init__(self, llama: HasEngine):
+    def __init__(self, llama: Llama):
         self.reused = 0  # tokens of the last prompt that the cache already held
         self.prefilled = 0  # tokens of the last prompt that it didn't hold
         self._engine = llama.engine

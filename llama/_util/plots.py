@@ -1,0 +1,27 @@
+"""Pictures of figures against an axis. matplotlib is imported only here, inside the functions.
+
+Knows files and lines; knows neither what was measured nor how.
+"""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .files import write_whole
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def create_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure of this size in inches."""
+    from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write the picture in the format of the file's suffix, whole or not at all."""
+    write_whole(path, partial(figure.savefig, format=path.suffix.removeprefix(".")))
