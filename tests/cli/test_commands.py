@@ -18,7 +18,11 @@ def arguments(directory: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("program", "ranks"),
-    [("example_text_completion.py", 1), ("example_text_completion.py", 4), ("example_chat_completion.py", 2)],
+    [
+        ("example_text_completion.py", 1),
+        pytest.param("example_text_completion.py", 4, marks=pytest.mark.slow),
+        pytest.param("example_chat_completion.py", 2, marks=pytest.mark.slow),
+    ],
 )
 def test_examples_run_on_the_demo_model_alike_on_any_ranks(program: str, ranks: int) -> None:
     plain = run_program(program, "--device", "cpu", "--dtype", "float32")
@@ -54,6 +58,7 @@ def test_examples_take_metas_options(directory: str) -> None:
         (["--ckpt_dir="], "ckpt_dir is '', expected the path"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_get_one_line(options: list[str], message: str) -> None:
     done = run_program("example_text_completion.py", *options)
     assert done.returncode == 1
@@ -63,6 +68,7 @@ def test_mistakes_get_one_line(options: list[str], message: str) -> None:
     assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_complete_prints_what_generate_returns(directory: str) -> None:
     command = ["-m", "llama", "complete", "[1, 2]", *arguments(directory), "--max_gen_len", "9", "--temperature", "0"]
     done = run_program(*command)

@@ -256,6 +256,7 @@ def test_memory_of_both_is_counted(directory: Path, monkeypatch: pytest.MonkeyPa
     Llama.build(directory, **OPTIONS, draft_ckpt_dir=directory)
 
 
+@pytest.mark.slow
 def test_commands_take_proposals(directory: Path, tmp_path: Path) -> None:
     """`complete` with a text and with a file, and `chat`, on one rank and two, give the text without proposals."""
     common = ["--ckpt_dir", str(directory), "--device", "cpu", "--dtype", "float32", "--max_gen_len", "24"]
