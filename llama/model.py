@@ -85,7 +85,7 @@ class FastForm(Protocol):
 
     def refresh(self, trains: bool = False) -> None: ...  # take over what was edited in the model since the last call
     def is_usable(self) -> bool: ...  # whether passes may run in the fast form now
-    def forward(self, one: Pass) -> Tensor: ...  # logits, as `Transformer.forward`
+    def forward(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor: ...  # logits; hidden: as in `run`
     def hidden_states(self, one: Pass) -> Tensor: ...  # as `Transformer.run`
     def logits(self, h: Tensor) -> Tensor: ...  # as `Transformer.logits`
 
@@ -300,12 +300,12 @@ class Transformer(nn.Module):
         self.refresh(trains=differentiable and self.training)
         with torch.set_grad_enabled(differentiable):
             one = self.prepare(tokens, start_pos)
-            if not return_hidden and self.fast is not None and self.fast.is_usable():
-                return self.fast.forward(one)
-            hidden: list[Tensor] = []
-            h = self.run(one, hidden if return_hidden else None)
-            logits = self.output(h).float()
-            return (logits, (*hidden, h)) if return_hidden else logits
+            hidden: list[Tensor] | None = [] if return_hidden else None
+            if self.fast is not None and self.fast.is_usable():
+                logits = self.fast.forward(one, hidden)
+            else:
+                logits = self.output(self.run(one, hidden)).float()
+            return logits if hidden is None else (logits, tuple(hidden))
 
     def refresh(self, trains: bool = False) -> None:
         """Let the fast form, if there is one, take over what was edited in the weights and layers."""
@@ -332,7 +332,7 @@ class Transformer(nn.Module):
     def run(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
         """The layers, one after the other: (B, T) -> (B, T, dim), normed.
 
-        hidden: a list that gets the input of each layer, (B, T, dim).
+        hidden: a list that gets the input of each layer and the result, (B, T, dim) each.
         """
         mask, window_mask = one.mask(), one.mask(self.params.sliding_window)
         h = self.tok_embeddings(one.tokens)  # (B, T, dim)
@@ -340,7 +340,10 @@ class Transformer(nn.Module):
             if hidden is not None:
                 hidden.append(h)
             h = layer(h, one.start_pos, one.freqs_cis, mask if layer.window is None else window_mask)
-        return self.norm(h)
+        h = self.norm(h)
+        if hidden is not None:
+            hidden.append(h)
+        return h
 
     def tie_embeddings(self) -> None:
         """Make the output layer use the embedding's matrix, in models where they are one."""
@@ -350,9 +353,7 @@ class Transformer(nn.Module):
     def prepare(self, tokens: Tensor, start_pos: StartPos | None, lengths: Tensor | None = None) -> Pass:
         """Check where the tokens stand, and compute their angles. Raises LlamaError for what the cache cannot hold."""
         if tokens.ndim != 2 or tokens.numel() == 0:
-            raise LlamaError(
-                f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), at least one of each"
-            )
+            raise LlamaError(f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), each at least 1")
         (bsz, seqlen), device, first, last = tokens.shape, tokens.device, 0, 0
         if start_pos is not None:
             first, last = first_and_last(start_pos, bsz)

@@ -88,21 +88,24 @@ class FastModel:
     def is_usable(self) -> bool:
         return self.usable and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type)
 
-    def forward(self, one: Pass) -> Tensor:
-        """Logits. Of several tokens by the plain text, to its last bit, where that takes no memory."""
+    def forward(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
+        """Logits. Of several tokens by the plain text, to its last bit, where that takes no memory.
+
+        hidden: as in `Transformer.run`.
+        """
         if one.tokens.shape[1] > 1 and self._all_mapped:
             with self.watch.lend():
-                return self.model.output(self.model.run(one)).float()
-        return self.logits(self.hidden_states(one))
+                return self.model.output(self.model.run(one, hidden)).float()
+        return self.logits(self.hidden_states(one, hidden))
 
-    def hidden_states(self, one: Pass) -> Tensor:
+    def hidden_states(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
         seqlen = one.tokens.shape[1]
-        if self.steps is not None and one.start_pos is not None and seqlen == 1:
+        if self.steps is not None and one.start_pos is not None and seqlen == 1 and hidden is None:
             return self.steps(one)
         masks: tuple[Tensor | None, Tensor | None] = (None, None)
         if one.start_pos is None or not (self.network.attends and dispatch.attends(self.network.like, seqlen)):
             masks = one.mask(), one.mask(self.model.params.sliding_window)
-        return self.network.run(one.tokens, one.start_pos, one.freqs_cis, *masks)
+        return self.network.run(one.tokens, one.start_pos, one.freqs_cis, *masks, hidden=hidden)
 
     def logits(self, h: Tensor) -> Tensor:
         return self.network.output(h).float()

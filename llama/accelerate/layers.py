@@ -183,12 +183,18 @@ class FastNetwork:
         mask: Tensor | None,
         window_mask: Tensor | None,
         run_block: RunBlock = run_block,
+        hidden: list[Tensor] | None = None,
     ) -> Tensor:
-        """tokens (B, T) -> (B, T, dim), normed."""
+        """As `Transformer.run`: tokens (B, T) -> (B, T, dim), normed."""
         h = self.embed(tokens)
         for block in self.blocks:
+            if hidden is not None:
+                hidden.append(h)
             h = run_block(block, h, start_pos, freqs_cis, mask if block.window is None else window_mask)
-        return self.norm(h)
+        h = self.norm(h)
+        if hidden is not None:
+            hidden.append(h)
+        return h
 
 
 def can_share(x: Tensor) -> bool:
