@@ -264,7 +264,7 @@ def _decode(model: Transformer, searches: list[_Search]) -> Tensor:
     """Move the live branches' cache to their rows, and run their last tokens: hidden states (B, dim)."""
     live = [branch for search in searches for branch in search.live]
     cached = [len(search.prompt) + len(branch.tokens) - 1 for search in searches for branch in search.live]
-    model.reorder_cache_rows(torch.tensor([branch.row for branch in live]), max(cached))
+    model.reorder_cache_slots(torch.tensor([branch.row for branch in live]), max(cached))
     tokens = copy_to_device(torch.tensor([[branch.tokens[-1]] for branch in live]), model.device)  # (B, 1)
     start_pos = torch.tensor(cached, pin_memory=model.device.type == "cuda")  # (B)
     return model.hidden_states(tokens, start_pos)[:, -1]

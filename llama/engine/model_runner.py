@@ -128,7 +128,7 @@ class ModelRunner:
         for slot in range(len(keep)):
             if sequences[slot].index not in kept:
                 source = movable.pop()
-                self.model.copy_cache_row(source, slot, sequences[source].cached)
+                self.model.copy_cache_slot(source, slot, sequences[source].cached)
                 sequences[slot] = sequences[source]
         return sequences[: len(keep)]
 
@@ -149,7 +149,7 @@ class ModelRunner:
         slots = {tuple(prompt): slot for slot, prompt in enumerate(prompts)}
         others = [s for s in sequences if owners[tuple(s.prompt)] is not s]
         for slot, s in enumerate(others, len(firsts)):
-            self.model.copy_cache_row(slots[tuple(s.prompt)], slot, s.position)
+            self.model.copy_cache_slot(slots[tuple(s.prompt)], slot, s.position)
         sequences = firsts + others
         if others:
             h = h[[slots[tuple(s.prompt)] for s in sequences]]
