@@ -180,7 +180,8 @@ class Settings:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.max_gen_len is not None and self.min_gen_len > self.max_gen_len:
             raise LlamaError(
-                f"min_gen_len is {self.min_gen_len} and max_gen_len {self.max_gen_len}: lower one or raise the other"
+                f"min_gen_len is {self.min_gen_len} and max_gen_len {self.max_gen_len}: "
+                "lower the one or raise the other"
             )
 
     def select_active(self, stage: Stage) -> dict[str, Any]:

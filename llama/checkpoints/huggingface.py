@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._util.console import progress_bar
-from .._util.files import describe_content, read_json, unreadable, write_json
+from .._util.files import describe_content, read_json, unreadable_error, write_json
 from ..errors import LlamaError
 from ..tokenization.export import write_tokenizer_json
 from ..tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.offset_keys()}
     except OSError as e:
-        raise unreadable(path, e) from e
+        raise unreadable_error(path, e) from e
     except SafetensorError as e:
         reason = describe_content(path)
         if "not the data" not in reason and "empty" not in reason:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._util.console import progress_bar
-from .._util.files import describe_content, read_json, unreadable, write_json, write_whole
+from .._util.files import describe_content, read_json, unreadable_error, write_json, write_whole
 from ..errors import LlamaError
 from ..model import ModelArgs
 from ..rotary import LARGEST, RopeScaling
@@ -116,7 +116,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as f:
             is_zip = f.read(4) == b"PK\x03\x04"
     except OSError as e:
-        raise unreadable(path, e) from e
+        raise unreadable_error(path, e) from e
     if not is_zip:
         raise LlamaError(f"{path}: expected a file written by torch.save; {describe_content(path)}")
     try:

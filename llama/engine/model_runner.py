@@ -25,7 +25,7 @@ NOT_FINITE, NONE_LEFT = -1, -2  # in the place of a token that could not be chos
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What steps shall report."""
+    """What the steps of a stream report."""
 
     logprobs: bool = False
     echo: bool = False  # the prompts' own tokens first
@@ -94,7 +94,7 @@ class ModelRunner:
     def check_owner(self, ticket: object) -> None:
         """Raise LlamaError if another stream owns the KV cache.
 
-        To be called after each yield, before the cache is touched: the caller may have started another stream.
+        Call it after each yield, before the cache is touched: the caller may have started another stream.
         """
         if self.cache_owner is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
@@ -199,8 +199,8 @@ class ModelRunner:
         for s in sorted(sequences, key=lambda s: s.index):
             texts = [s.decoder.push(token) for token in s.prompt]
             texts[-1] += s.decoder.flush()
-            chances = logprobs.get(tuple(s.prompt), [None] * len(s.prompt))
-            steps += [Step(s.index, t, text, p) for t, text, p in zip(s.prompt, texts, chances, strict=True)]
+            prompt_logprobs = logprobs.get(tuple(s.prompt), [None] * len(s.prompt))
+            steps += [Step(s.index, t, text, p) for t, text, p in zip(s.prompt, texts, prompt_logprobs, strict=True)]
         return steps
 
 

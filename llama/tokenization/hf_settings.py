@@ -6,7 +6,7 @@ Knows JSON of strangers; knows no tokenizer.
 from pathlib import Path
 from typing import Any
 
-from .._util.files import read_json, unreadable
+from .._util.files import read_json, unreadable_error
 from ..errors import LlamaError, describe
 
 _NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
@@ -40,7 +40,7 @@ def read_chat_template(path: Path, config_path: Path, config: dict[str, Any]) ->
         try:
             return path.read_text(encoding="utf-8")
         except OSError as error:
-            raise unreadable(path, error) from None
+            raise unreadable_error(path, error) from None
         except ValueError as error:
             raise LlamaError(f"{path}: found what isn't UTF-8 ({error}); expected a Jinja template") from None
     match config.get("chat_template"):
