@@ -1,6 +1,6 @@
 """The settings in the files beside a tokenizer.json: names of its tokens, the chat template, the stop tokens.
 
-Knows JSON of strangers; knows no tokenizer.
+Knows JSON, which may be anybody's; knows no tokenizer.
 """
 
 from pathlib import Path
@@ -35,7 +35,7 @@ def read_named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def read_chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str | None:
-    """The template in the file `path`; else the one in tokenizer_config.json, of several that named "default"."""
+    """The template in the file `path`; else that in tokenizer_config.json, where "default" is taken of several."""
     if path.exists():
         try:
             return path.read_text(encoding="utf-8")

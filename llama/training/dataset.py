@@ -92,7 +92,7 @@ def make_examples(preprocessor: Preprocessor, task: TaskName, lines: Sequence[Li
     learnt = [example for example in examples if example.items]
     if lines and not learnt:
         raise LlamaError(
-            f"{path}: nothing is learnt of any line within max_seq_len {preprocessor.max_seq_len}: raise that"
+            f"{path}: nothing is learnt of any line within max_seq_len {preprocessor.max_seq_len}: raise max_seq_len"
         )
     return learnt
 
