@@ -82,7 +82,7 @@ def survey(ckpt_dir: str | os.PathLike, thorough: bool = False) -> Checkpoint:
         check_sizes(checkpoint.args)
         check_groups(checkpoint.args, checkpoint.quantization)
         if checkpoint.args.vocab_size < 1:
-            raise LlamaError("vocab_size is -1, and there is no tok_embeddings.weight or output.weight to tell it")
+            raise LlamaError("vocab_size is -1, and no tok_embeddings.weight or output.weight tells how many words")
     except LlamaError as e:
         checkpoint.blame(checkpoint.config, f"{checkpoint.config}: {e}")
         checkpoint.args = None
