@@ -27,7 +27,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} isn't a number in JSON")
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _parse_finite(digits: str) -> float:
