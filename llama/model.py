@@ -85,8 +85,8 @@ class FastForm(Protocol):
 
     def refresh(self, trains: bool = False) -> None: ...  # take over what was edited in the model since the last call
     def is_usable(self) -> bool: ...  # whether passes may run in the fast form now
-    def forward(self, inputs: Pass) -> Tensor: ...  # logits, as `Transformer.forward`
-    def hidden_states(self, inputs: Pass) -> Tensor: ...  # as `Transformer.run`
+    def forward(self, one: Pass) -> Tensor: ...  # logits, as `Transformer.forward`
+    def hidden_states(self, one: Pass) -> Tensor: ...  # as `Transformer.run`
     def logits(self, h: Tensor) -> Tensor: ...  # as `Transformer.logits`
 
 
@@ -299,11 +299,11 @@ class Transformer(nn.Module):
         differentiable = torch.is_grad_enabled() and start_pos is None
         self.refresh(trains=differentiable and self.training)
         with torch.set_grad_enabled(differentiable):
-            inputs = self.prepare(tokens, start_pos)
+            one = self.prepare(tokens, start_pos)
             if not return_hidden and self.fast is not None and self.fast.is_usable():
-                return self.fast.forward(inputs)
+                return self.fast.forward(one)
             hidden: list[Tensor] = []
-            h = self.run(inputs, hidden if return_hidden else None)
+            h = self.run(one, hidden if return_hidden else None)
             logits = self.output(h).float()
             return (logits, (*hidden, h)) if return_hidden else logits
 
@@ -320,10 +320,8 @@ class Transformer(nn.Module):
         have no padding. Only `dynamic` rotary scaling uses it.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            inputs = self.prepare(tokens, start_pos, lengths)
-            if self.fast is not None and self.fast.is_usable():
-                return self.fast.hidden_states(inputs)
-            return self.run(inputs)
+            one = self.prepare(tokens, start_pos, lengths)
+            return self.fast.hidden_states(one) if self.fast is not None and self.fast.is_usable() else self.run(one)
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) -> float32 (..., vocab_size)."""
@@ -331,17 +329,17 @@ class Transformer(nn.Module):
             return self.fast.logits(h)
         return self.output(h).float()
 
-    def run(self, inputs: Pass, hidden: list[Tensor] | None = None) -> Tensor:
+    def run(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
         """The layers, one after the other: (B, T) -> (B, T, dim), normed.
 
         hidden: a list that gets the input of each layer, (B, T, dim).
         """
-        mask, window_mask = inputs.mask(), inputs.mask(self.params.sliding_window)
-        h = self.tok_embeddings(inputs.tokens)  # (B, T, dim)
+        mask, window_mask = one.mask(), one.mask(self.params.sliding_window)
+        h = self.tok_embeddings(one.tokens)  # (B, T, dim)
         for layer in self.layers:
             if hidden is not None:
                 hidden.append(h)
-            h = layer(h, inputs.start_pos, inputs.freqs_cis, mask if layer.window is None else window_mask)
+            h = layer(h, one.start_pos, one.freqs_cis, mask if layer.window is None else window_mask)
         return self.norm(h)
 
     def tie_embeddings(self) -> None:
