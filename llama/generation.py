@@ -79,9 +79,9 @@ class Llama:
         cache, and so of what fits in one call. model_parallel_size: default: the world size. device, dtype: names or
         torch's objects; default: the best there is; dtype "auto" is that of the files.
 
-        compile: prepare all decoding steps before the first answer. torch compiles them, which takes a while here, and
-        less once it was done before; on a CPU with kernels they are captured instead, which takes hardly any time.
-        quantization: "int8" or "int4" rounds the matrices while they are loaded, to a half or a third of bfloat16's
+        compile: prepare all decoding steps before the first answer. torch compiles them, which takes a while, and less
+        in later runs; on a CPU with kernels they are captured instead, which takes hardly any time.
+        quantization: "int8" or "int4" quantizes the matrices while they are loaded, to a half or a third of bfloat16's
         bytes. Matrices that the checkpoint stores quantized stay as they are.
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
         draft_ckpt_dir: a smaller model of the same vocabulary that proposes tokens; see `stream`.
@@ -92,7 +92,7 @@ class Llama:
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
         draft_dirs = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
         directories = [fetch_checkpoint(directory) for directory in (ckpt_dir, *draft_dirs)]
-        today = parallel.broadcast_object(datetime.now())  # for chat templates that tell the model
+        today = parallel.broadcast_object(datetime.now())  # chat templates may write the date
         with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
@@ -149,8 +149,8 @@ class Llama:
         likeliest token. top_p: in (0, 1]. echo: the first list yielded holds the prompts' own tokens. A prompt that
         fills max_seq_len gets no token, and so no step.
         n: answers to each prompt, which share its prefill. top_logprobs: how many of the likeliest tokens each step
-        tells. settings: further ones, of all prompts; see `Settings`. rows: for each prompt a dict of its own settings,
-        which come before those of all, or None.
+        reports. settings: further ones, of all prompts; see `Settings`. rows: for each prompt a dict of settings that
+        override those of all, or None.
         lookup_ngram: look for an earlier place where the last `lookup_ngram` tokens occurred, and check the up to
         speculate_k tokens that followed there in one pass. The tokens are the same; the passes are fewer, each with
         several steps of a sequence; see `acceptance`. None: a draft model proposes them, if there is one.
@@ -262,7 +262,7 @@ class Llama:
         echo: bool = False,
         **options: Unpack[Options],
     ) -> list[CompletionPrediction]:
-        """Go on from each prompt. `options` are those of `complete`.
+        """Continue each prompt. `options` are those of `complete`.
 
         With logprobs, "tokens" (their texts) and "logprobs" are there too; with echo, each begins with its prompt.
         """

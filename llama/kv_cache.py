@@ -1,6 +1,6 @@
-"""The KV cache: where a pass stands in it and what it sees of it, how keys and values are written, how rows are copied.
+"""The KV cache: where a pass stands in it, what its queries see, how keys and values are written, how slots are copied.
 
-Knows positions and rows; knows no layer and no text. A layer's caches are (rows, S, KV, D) each, for keys and values.
+A layer's caches are (slots, S, KV, D) each, for keys and values; row b of a batch uses slot b. Knows no layer, no text.
 """
 
 from collections.abc import Iterable
@@ -74,16 +74,17 @@ def update(
     return cache_k[:bsz, :end], cache_v[:bsz, :end]
 
 
-def copy_row(caches: Iterable[Tensor], source: int, target: int, length: int) -> None:
-    """Copy the first `length` positions of row `source` to row `target`, in every cache."""
+def copy_slot(caches: Iterable[Tensor], source: int, target: int, length: int) -> None:
+    """Copy the first `length` positions of slot `source` to slot `target`, in every cache."""
     for cache in caches:
         cache[target, :length] = cache[source, :length]
 
 
-def reorder_rows(caches: Iterable[Tensor], sources: Tensor, length: int) -> None:
-    """Give row i the first `length` positions of row sources[i], in every cache.
+def reorder_slots(caches: Iterable[Tensor], sources: Tensor, length: int) -> None:
+    """Give slot i the first `length` positions of slot sources[i], in every cache.
 
-    sources: integers (B,), on the CPU; a row may be the source of several. Rows that stay are not written.
+    sources: integers (B,), on the CPU; a slot may be the source of several. Slots that keep what they hold aren't
+    written.
     """
     targets = (sources != torch.arange(len(sources))).nonzero().flatten()
     if len(targets) == 0:

@@ -15,7 +15,7 @@ from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallel
 from torch import Tensor, nn
 
 from .errors import LlamaError
-from .kv_cache import Pass, StartPos, copy_row, first_and_last, reorder_rows, update
+from .kv_cache import Pass, StartPos, copy_slot, first_and_last, reorder_slots, update
 from .rotary import RopeScaling, compute_dynamic_freqs_cis, precompute_freqs_cis
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
@@ -147,7 +147,7 @@ class Attention(nn.Module):
         self.head_dim = args.head_size
         divide("head_dim", self.head_dim, "the size of a rotary pair", 2)
         divide("n_heads", args.n_heads, "n_kv_heads", args.kv_heads)
-        n_kv_heads = max(args.kv_heads, mp_size)  # with what is repeated
+        n_kv_heads = max(args.kv_heads, mp_size)  # a head counts once for each rank that holds it
         divide("n_kv_heads", n_kv_heads, "n_kv_heads", args.kv_heads)
         self.n_local_heads = divide("n_heads", args.n_heads, MP_SIZE, mp_size)
         self.n_local_kv_heads = divide("n_kv_heads", n_kv_heads, MP_SIZE, mp_size)
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         self.register_buffer("cache_v", None, persistent=False)
 
     def caches(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The caches of keys and values, made at first use. In memory they lie as (rows, KV, S, D)."""
+        """The caches of keys and values, made at first use. In memory they lie as (slots, KV, S, D)."""
         if self.cache_k is None or self.cache_v is None:
             with torch.inference_mode(False):  # usable in and out of inference mode, whatever came first
                 self.cache_k, self.cache_v = (
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         return self.cache_k, self.cache_v
 
     def forward(self, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None) -> Tensor:
-        """x: (B, T, dim). start_pos: None is no cache.
+        """x: (B, T, dim). start_pos: None means no cache.
 
         mask: bool (B, 1, T, S), True where a query sees a key, or numbers that are added to the scores. None: one token
         sees all that is cached, and several tokens, which start at position 0, see those before them.
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
     def __init__(self, params: ModelArgs):
         super().__init__()
         if not fs_init.model_parallel_is_initialized():
-            raise LlamaError("no model-parallel group is there: call llama.parallel.initialize() first")
+            raise LlamaError("there is no model-parallel group: call llama.parallel.initialize() first")
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -315,9 +315,9 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None, lengths: Tensor | None = None) -> Tensor:
         """What `forward` computes before the output layer: (B, T, dim), normed.
 
-        start_pos: may be on the CPU wherever the model is, so that no other device is waited for.
-        lengths: (B) tokens of each row without padding, None is all; or (B, T) how many came up to each token. Only
-        `dynamic` rotary scaling uses it.
+        start_pos: may be on the CPU even if the model isn't, which saves waiting for the model's device.
+        lengths: (B), the tokens of each row without padding, or (B, T), how many there are up to each token; None: rows
+        have no padding. Only `dynamic` rotary scaling uses it.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
             one = self.prepare(tokens, start_pos, lengths)
@@ -380,15 +380,15 @@ class Transformer(nn.Module):
         self.freqs_cis = self.freqs_cis.to(device)
         return self.freqs_cis[positions]
 
-    def copy_cache_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` cached positions of row `source` to row `target`, in every layer."""
-        copy_row(self._caches(), source, target, length)
+    def copy_cache_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` cached positions of slot `source` to slot `target`, in every layer."""
+        copy_slot(self._caches(), source, target, length)
 
-    def reorder_cache_rows(self, sources: Tensor, length: int) -> None:
-        """Give row i the first `length` cached positions of row sources[i], in every layer; see `kv_cache`."""
-        reorder_rows(self._caches(), sources, length)
+    def reorder_cache_slots(self, sources: Tensor, length: int) -> None:
+        """Give slot i the first `length` cached positions of slot sources[i], in every layer; see `kv_cache`."""
+        reorder_slots(self._caches(), sources, length)
 
     def _caches(self) -> list[Tensor]:
-        """Those that were used: (max_batch_size, max_seq_len, KV, D) each."""
+        """The caches that were used: (max_batch_size, max_seq_len, KV, D) each."""
         attentions = [cast(Attention, layer.attention) for layer in self.layers]
         return [cache for a in attentions for cache in (a.cache_k, a.cache_v) if cache is not None]

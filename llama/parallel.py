@@ -154,14 +154,12 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
         return
     error: Exception | None = None
+    message: str | None = None
     try:
         yield
     except Exception as e:
-        error = e
+        error, message = e, str(e) if isinstance(e, LlamaError) else f"{type(e).__name__}: {e}"
     messages: list[str | None] = [None] * dist.get_world_size(group)
-    message = (
-        None if error is None else str(error) if isinstance(error, LlamaError) else f"{type(error).__name__}: {error}"
-    )
     dist.all_gather_object(messages, message, group=group)
     if error is not None and not isinstance(error, LlamaError):
         raise error

@@ -20,15 +20,13 @@ ScalingType = Literal["linear", "dynamic", "llama3", "yarn"]
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A published method of scaling rotary embeddings. Raises LlamaError for another type, or for values out of range.
+    """A published method of scaling rotary embeddings. Raises LlamaError for unknown types and values out of range."""
 
-    linear: positions are divided by `factor` (arXiv:2306.15595).
-    dynamic: the base grows with a row that is longer than the original length, see `grow_theta`.
-    llama3: the frequencies of slow pairs are divided by `factor`, those of fast pairs are kept, and those between are
-    interpolated by frequency (arXiv:2407.21783).
-    yarn: the same, interpolated by the index of the pair, and attention is sharpened (arXiv:2309.00071).
-    """
-
+    # linear: positions are divided by `factor` (arXiv:2306.15595).
+    # dynamic: the base grows with a row that is longer than the original length, see `grow_theta`.
+    # llama3: the frequencies of slow pairs are divided by `factor`, those of fast pairs are kept, and those between are
+    # interpolated by frequency (arXiv:2407.21783).
+    # yarn: the same, interpolated by the index of the pair, and attention is sharpened (arXiv:2309.00071).
     type: ScalingType
     factor: float  # by which texts get longer
     original_max_position_embeddings: int = 8192  # the length in training; not of linear

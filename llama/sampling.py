@@ -1,7 +1,7 @@
 """Logits -> next token: pure functions on tensors. Knows no model, no tokenizer and no state.
 
 A function under `@implements(name)` is what the setting of that name does. Random numbers are arguments, so that the
-caller decides which sequence draws which. `sample` is the whole of it, after `apply_logits_processors`.
+caller decides which sequence draws which. Of each token's logits, `apply_logits_processors` comes first, then `sample`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -182,7 +182,7 @@ def call_logits_processor(logits: Tensor, function: LogitsProcessor, context: Co
 
 
 def forbid(logits: Tensor, ids: Iterable[int]) -> Tensor:
-    """Let these token ids never be chosen."""
+    """Make sure that these token ids are never chosen."""
     places = torch.tensor(sorted({*ids}), dtype=torch.long, device=logits.device)
     return logits.index_fill(0, places, NEVER)
 
@@ -198,7 +198,7 @@ def count_tokens(tokens: Sequence[int], logits: Tensor) -> Tensor:
 
 def apply_logits_processors(logits: Tensor, settings: Settings, context: Context) -> Tensor:
     """One sequence's logits (vocab_size) after the settings of the stage "logits"."""
-    for name, value in settings.active("logits").items():
+    for name, value in settings.select_active("logits").items():
         logits = FUNCTIONS[name](logits, value, context)
     return logits
 

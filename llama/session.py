@@ -60,7 +60,7 @@ class Session:
         self._cached = (sequence.prompt + sequence.answer)[: sequence.cached]
 
     def _count_reusable(self, prompt: abc.Sequence[int]) -> int:
-        """How many of the prompt's first tokens are cached. Its last token never counts: its logits are wanted.
+        """How many of the prompt's first tokens are cached. Its last token never counts: its logits are needed.
 
         0 with dynamic rotary scaling, where the angles in the cache depend on the length that the sequence had.
         """

@@ -17,6 +17,9 @@ from ._util.validate import is_integer, is_number
 from .errors import LlamaError, shorten
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+# Where a setting acts, in the order of the work. "logits": changes the logits of one sequence, looking at its tokens so
+# far. "narrowing": changes the distribution that a token is drawn from. "stopping": says where an answer ends.
+# "length": says how long it gets. "randomness": says where the draws come from.
 Stage = Literal["logits", "narrowing", "stopping", "length", "randomness"]
 LARGEST_PENALTY = 2.0  # of presence and frequency, in both directions, as the OpenAI API has them
 
@@ -91,12 +94,7 @@ def is_bias_by_id(value: object) -> bool:
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of one field of `Settings`: its metadata.
-
-    Stages, in the order of their work. "logits": changes the logits of one sequence, looking at its tokens so far.
-    "narrowing": changes the distribution that a token is drawn from. "stopping": says where an answer ends. "length":
-    says how long it gets. "randomness": says where the draws come from.
-    """
+    """The metadata of one field of `Settings`."""
 
     stage: Stage
     values: Values  # and None, where it is the default
@@ -186,20 +184,20 @@ class Settings:
                 "lower the one or raise the other"
             )
 
-    def active(self, stage: Stage) -> dict[str, Any]:
+    def select_active(self, stage: Stage) -> dict[str, Any]:
         """The settings of a stage that do something, by name, in the order in which they act."""
-        values = {name: getattr(self, name) for name, one in SETTINGS.items() if one.stage == stage}
+        values = {name: getattr(self, name) for name in SETTINGS if SETTINGS[name].stage == stage}
         return {name: value for name, value in values.items() if value != SETTINGS[name].idle}
 
     @cached_property
     def changes_logits(self) -> bool:
         """Whether any setting of the stage "logits" does something."""
-        return bool(self.active("logits"))
+        return bool(self.select_active("logits"))
 
     @cached_property
     def narrowing(self) -> tuple[tuple[str, Any], ...]:
         """The active settings of the stage "narrowing": sequences that share them are sampled together."""
-        return tuple(self.active("narrowing").items())
+        return tuple(self.select_active("narrowing").items())
 
 
 SETTINGS: Mapping[str, Setting] = {f.name: f.metadata["setting"] for f in fields(Settings)}

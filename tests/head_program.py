@@ -27,7 +27,7 @@ def compute(jobs: list[dict[str, Any]]) -> None:
             gradients.checkpoint_layers(built.model)
         result = outputs(head(**{name: torch.tensor(value) for name, value in job["inputs"].items()}))
         result["loss"].backward()
-        gradients.complete(head, built.model.params)
+        gradients.sum_over_ranks(head, built.model.params)
         result["norm"] = gradients.clip(head, built.model.params, 1e9)
         for parameter in head.parameters():
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad

@@ -10,7 +10,7 @@ from llama import LlamaError, parallel
 from llama.adapters.lora import TARGETS, Lora, add_lora, lora_parameters, merge_lora
 from llama.adapters.peft import load_adapter, save_adapter
 from llama.checkpoints.loader import load_model, open_checkpoint
-from llama.checkpoints.schema import shared_over, split_dim
+from llama.checkpoints.schema import ranks_per_part, split_dim
 from llama.model import ModelArgs, Transformer
 
 
@@ -20,7 +20,7 @@ def whole_gradients(model: Transformer, args: ModelArgs) -> dict[str, Tensor]:
     for name, parameter in lora_parameters(model).items():
         pieces = [torch.empty_like(parameter) for _ in range(size)]
         dist.all_gather(pieces, parameter.grad)
-        dim, alike = split_dim(name), shared_over(name, args, size)
+        dim, alike = split_dim(name), ranks_per_part(name, args, size)
         if dim is None:
             assert all(torch.equal(piece, pieces[0]) for piece in pieces), name
             found[name] = pieces[0]

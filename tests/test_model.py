@@ -87,7 +87,7 @@ def test_a_copied_cache_row_continues_as_its_source(grouped: Twin) -> None:
     tokens = grouped.tokens(3, 12)
     grouped.ours(tokens, 0)
     before = [cache.clone() for cache in caches(grouped.ours)]
-    grouped.ours.copy_cache_row(0, 2, 7)
+    grouped.ours.copy_cache_slot(0, 2, 7)
     for cache, old in zip(caches(grouped.ours), before, strict=True):
         assert torch.equal(cache[2], torch.cat([old[0, :7], old[2, 7:]])) and torch.equal(cache[:2], old[:2])
     step = torch.cat([tokens[:2, 8:10], tokens[2:, 7:9]])

@@ -15,27 +15,27 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 SECONDS_BEFORE_BAR = 2  # that a step must take before its bar appears, if the step is usually short
 
 
-def at_terminal() -> bool:
+def is_interactive() -> bool:
     """Whether standard input and output both are a terminal, so that a person types here and reads the answers."""
     return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print an answer. At a terminal, control characters, which a model may generate, are replaced."""
+    """Print an answer. At a terminal, control characters are replaced: a model may generate them."""
     if is_main_process() and sys.stdout is not None:
         print(text.translate(UNPRINTABLE) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def aside(text: str, dim: bool = True, end: str = "\n") -> None:
+def print_note(text: str, dim: bool = True, end: str = "\n") -> None:
     """Print a note that is no part of an answer: dimmed at a terminal, on standard error otherwise.
 
-    dim: False for a note that shall be as bright as answers.
+    dim: False for a note that is to be as bright as answers.
     """
-    stream = sys.stdout if at_terminal() else sys.stderr
+    stream = sys.stdout if is_interactive() else sys.stderr
     if not is_main_process() or stream is None:
         return
     text = text.translate(UNPRINTABLE)
-    dimmed = dim and at_terminal() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    dimmed = dim and is_interactive() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(f"{DIM}{text}{PLAIN}" if dimmed else text, end=end, file=stream, flush=True)
 
 

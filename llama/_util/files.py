@@ -22,7 +22,7 @@ def cache_home() -> Path:
     return Path.home() / ".cache" / "llama"
 
 
-def unreadable(path: Path, e: OSError) -> LlamaError:
+def unreadable_error(path: Path, e: OSError) -> LlamaError:
     """The error to raise for a file that the system doesn't let us read."""
     return LlamaError(f"{path} can't be read ({e.strerror}): expected a file that you may read")
 
@@ -46,7 +46,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as e:
-        raise unreadable(path, e) from e
+        raise unreadable_error(path, e) from e
     except (ValueError, RecursionError) as e:  # JSONDecodeError, UnicodeDecodeError; too many brackets
         raise LlamaError(f"{path} is not JSON ({e}): {describe_content(path)}; download it again") from None
     if not isinstance(value, dict):
@@ -79,7 +79,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def make_unfinished_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory in `target` to write to, as a context. Whoever has written it moves its files into place.
+    """A temporary directory in `target` to write to, as a context. The caller moves its files into place afterwards.
 
     If the context fails, the directory is removed, and so is `target` if it is new.
     """

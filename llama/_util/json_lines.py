@@ -13,7 +13,8 @@ from ..errors import LlamaError, describe
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object in a line of UTF-8. Raises LlamaError for anything else, such as NaN."""
     try:
-        value = json.loads(line.rstrip().decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_parse_finite)
+        text = line.rstrip().decode("utf-8-sig")
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_parse_finite)
     except UnicodeDecodeError as e:
         raise LlamaError(f"the line is not UTF-8: byte {e.start + 1} of it is 0x{line[e.start]:02x}") from None
     except json.JSONDecodeError as e:
@@ -25,7 +26,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
     return value
 
 
-def _no_constant(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON's")
 
 

@@ -1,6 +1,6 @@
-"""Pictures of figures against an axis. matplotlib is imported only here, inside the functions.
+"""Plots as files: an empty figure to draw on, and the file that it becomes. Only these functions import matplotlib.
 
-Knows files and lines; knows neither what was measured nor how.
+Knows files; knows nothing of what is drawn.
 """
 
 import importlib.util

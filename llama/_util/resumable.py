@@ -15,15 +15,15 @@ from ..errors import LlamaError, shorten, to_one_line
 BEGIN_ANEW = "name another --output, or start with --force to begin anew"
 
 
-def check_same_job(path: Path, begun: Mapping[str, Any], job: Mapping[str, Any]) -> None:
+def check_same_job(path: Path, recorded: Mapping[str, Any], job: Mapping[str, Any]) -> None:
     """Raise LlamaError, naming the first difference, unless `path` was begun by this job.
 
-    begun: the description in the file. job: the description of this run.
+    recorded: the description in the file. job: the description of this run.
     """
     for name, value in job.items():
-        if begun.get(name) != value:
+        if recorded.get(name) != value:
             raise LlamaError(
-                f"{path} was begun with another {name} ({shorten(begun.get(name))}, now {shorten(value)}): "
+                f"{path} was begun with another {name} ({shorten(recorded.get(name))}, now {shorten(value)}): "
                 f"use the same {name} as before, {BEGIN_ANEW}"
             )
 

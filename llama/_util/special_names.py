@@ -12,18 +12,21 @@ from ..errors import LlamaError, describe
 
 def check_special(
     s: str,
-    known: Set[str],
+    special_names: Set[str],
     allowed_special: Literal["all"] | Collection[str],
     disallowed_special: Literal["all"] | Collection[str],
 ) -> Set[str]:
-    """The names among `known` that become control tokens in `s`. Arguments and errors as `Tokenizer.encode`."""
+    """The names that become control tokens in `s`.
+
+    special_names: of all control tokens of the tokenizer. Other arguments, and errors, as in `Tokenizer.encode`.
+    """
     if not isinstance(s, str):
         raise LlamaError(f"text to encode is {describe(s)}; expected str")
     allowed, disallowed = (
-        _set_of_names(names, known, argument)
+        _resolve_names(names, special_names, argument)
         for names, argument in ((allowed_special, "allowed_special"), (disallowed_special, "disallowed_special"))
     )
-    allowed &= known
+    allowed &= special_names
     if disallowed_special == "all":
         disallowed -= allowed
     if match := next(find_names(disallowed, s), None):
@@ -34,11 +37,11 @@ def check_special(
     return allowed
 
 
-def _set_of_names(names: Literal["all"] | Collection[str], known: Set[str], argument: str) -> Set[str]:
+def _resolve_names(names: Literal["all"] | Collection[str], special_names: Set[str], argument: str) -> Set[str]:
     if isinstance(names, str):
         if names != "all":  # a bare name would be taken for a collection of letters
             raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
-        return known
+        return special_names
     return frozenset(names)
 
 

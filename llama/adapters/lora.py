@@ -56,7 +56,7 @@ class LoraLinear(nn.Module):
 
     If ranks divide the rows of W, A is whole on every rank; if they divide its columns, B is. After `backward`, every
     rank has the whole gradients of both, with one exception: B of wk and wv on more ranks than key/value heads, whose
-    gradients must be summed over `schema.shared_over` neighbouring ranks.
+    gradients must be summed over `schema.ranks_per_part` neighbouring ranks.
     """
 
     weight: nn.Parameter  # W on this rank
@@ -187,7 +187,7 @@ def check_plain(model: Transformer, modules: Sequence[str]) -> None:
             kind = type(named[name]).__name__ if name in named else "nothing"
             raise LlamaError(
                 f"{name}: found {kind}, expected a layer of fairscale's: put adapters on a model of "
-                "llama.checkpoints.loader.load_model, before it takes another form"
+                "llama.checkpoints.loader.load_model, before its layers are replaced"
             )
 
 

@@ -23,7 +23,7 @@ from .. import parallel
 from .._util.files import make_unfinished_directory, write_json
 from ..checkpoints.hf_config import Config
 from ..checkpoints.huggingface import hf_name, read_file
-from ..checkpoints.schema import Stored, is_rotary, permute_rotary, shared_over, split_dim, tensor_shapes
+from ..checkpoints.schema import Stored, is_rotary, permute_rotary, ranks_per_part, split_dim, tensor_shapes
 from ..checkpoints.task_spec import Body
 from ..errors import LlamaError, pluralize, shorten, to_one_line
 from ..model import ModelArgs, Transformer
@@ -95,7 +95,7 @@ def gather_whole(name: str, part: Tensor, args: ModelArgs) -> Tensor:
     if dim is not None and mp_size > 1:
         parts = [torch.empty_like(part) for _ in range(mp_size)]
         dist.all_gather(parts, part.contiguous(), group=parallel.group())
-        part = torch.cat(parts[:: shared_over(name, args, mp_size)], dim)
+        part = torch.cat(parts[:: ranks_per_part(name, args, mp_size)], dim)
     whole = part.cpu().contiguous()
     head_dim = rotary_head_dim(name, args)
     return whole if head_dim is None else permute_rotary(whole, head_dim, "hf")
@@ -156,7 +156,7 @@ def rotary_head_dim(name: str, args: ModelArgs) -> int | None:
 
 @dataclass
 class Adapter:
-    """The content of an adapter's directory."""
+    """What an adapter's directory holds."""
 
     dropout: float
     sizes: dict[str, tuple[int, float]] = field(default_factory=dict)  # (r, alpha) by Meta's names of the layers
@@ -234,14 +234,16 @@ def sort_tensors(adapter: Adapter, tensors: Mapping[str, Tensor], config: Config
         owner, _, kind = name.removesuffix(".weight").rpartition(".")
         base_name = base.get(name.replace(".base_layer.", ".").replace(f"{prefix}.", "model.", 1))
         if base_name is not None:
-            stored = adapter.base_tensors[base_name] = Stored(key, (tensor,), halves=rotary_head_dim(base_name, args))
+            head_dim = rotary_head_dim(base_name, args)
+            stored = adapter.base_tensors[base_name] = Stored(key, (tensor,), hf_head_dim=head_dim)
             problems += find_problems(stored, shapes[base_name])
         elif kind in ("lora_A", "lora_B") and owner in modules:
             module = modules[owner]
             r, _ = adapter.sizes[module] = read_size(config, owner)
             rows, columns = shapes[f"{module}.weight"]
             meta_name = f"{module}.{kind}"
-            stored = adapter.tensors[meta_name] = Stored(key, (tensor,), halves=rotary_head_dim(meta_name, args))
+            head_dim = rotary_head_dim(meta_name, args)
+            stored = adapter.tensors[meta_name] = Stored(key, (tensor,), hf_head_dim=head_dim)
             problems += find_problems(stored, (r, columns) if kind == "lora_A" else (rows, r))
         elif "." in name and name.split(".")[0] in head_modules:
             adapter.extra[name] = tensor.clone()

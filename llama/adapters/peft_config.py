@@ -77,7 +77,7 @@ def match_pattern(config: Config, key: str, owner: str, default: Any) -> Any:
 
 
 def select_targets(config: Config, modules: Iterable[str]) -> list[str]:
-    """The linear layers that must have an adapter; none if regular expressions choose, which aren't run.
+    """The linear layers that must have an adapter; none if regular expressions choose them, since those aren't run.
 
     modules: all linear layers, by Hugging Face's names.
     """
@@ -89,8 +89,8 @@ def select_targets(config: Config, modules: Iterable[str]) -> list[str]:
         return in_blocks if targets == "all-linear" else []
     for target in targets:
         if not any(ends_with(owner, target) for owner in [*in_blocks, OUTPUT]):
-            known = ", ".join(sorted({owner.rpartition(".")[2] for owner in modules}))
-            raise LlamaError(f"{config.path}: target_modules has {shorten(target)}, expected names such as {known}")
+            names = ", ".join(sorted({owner.rpartition(".")[2] for owner in modules}))
+            raise LlamaError(f"{config.path}: target_modules has {shorten(target)}, expected names such as {names}")
     has_output = config.value("task_type") in (None, "CAUSAL_LM")  # other tasks have a head instead
     owners = modules if has_output else in_blocks
     return [owner for owner in owners if any(ends_with(owner, target) for target in targets)]

@@ -17,7 +17,7 @@ from ..model import ModelArgs
 from .compressed_tensors import SCALES, WORDS
 from .families import FAMILIES, Family
 from .hf_head import body_name
-from .schema import New, Stored, in_memory, is_linear
+from .schema import New, Stored, allocate_in_memory, is_linear
 from .task_spec import Body, HeadConfig, TaskName
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Checkpoint:
         parts = (self.tensors[key].part(self.sizes, mp_rank, mp_size, key) for key in (name + WORDS, name + SCALES))
         return QuantizedMatrix(QuantizedRows(*(part.to(device).contiguous() for part in parts)), bits, dtype)
 
-    def part(self, name: str, mp_rank: int = 0, mp_size: int = 1, new: New = in_memory) -> Tensor:
+    def part(self, name: str, mp_rank: int = 0, mp_size: int = 1, new: New = allocate_in_memory) -> Tensor:
         """One rank's part of a tensor; a quantized matrix is dequantized into a `new` tensor."""
         if not self.is_quantized(name):
             return self.tensors[name].part(self.sizes, mp_rank, mp_size, name, new)
@@ -134,7 +134,7 @@ class CheckpointFormat:
     # for before any format's second one.
     patterns: tuple[str, ...]
     # Patterns of the tensor files that `write` writes. Those of an older checkpoint are removed.
-    written: tuple[str, ...]
+    written_patterns: tuple[str, ...]
     tokenizers: tuple[str, ...]  # names of tokenizer files, the format's own first
     holds_heads: bool  # whether a task head can be written
     holds_quantized: bool  # whether quantized matrices can be written

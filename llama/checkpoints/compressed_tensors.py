@@ -53,8 +53,8 @@ def find_wrong_shapes(tensors: Mapping[str, Stored], args: ModelArgs) -> list[st
     problems = []
     for name, shape in tensor_shapes(args).items():
         stored = tensors.get(name + SHAPE)
-        if stored is not None and stored.shape == (2,) and (stated := tuple(stored.read().tolist())) != shape:
-            problems.append(f"{stored.name} is {stated}, expected {shape}")
+        if stored is not None and stored.shape == (2,) and (actual := tuple(stored.read().tolist())) != shape:
+            problems.append(f"{stored.name} is {actual}, expected {shape}")
     return problems
 
 
@@ -125,18 +125,19 @@ def quantization_of(config: Any, tied: bool, path: Path) -> Quantization | None:
     """
     if config is None:
         return None
-    stated = normalize_config(config) if isinstance(config, dict) else {"quantization_config": config}
+    actual = normalize_config(config) if isinstance(config, dict) else {"quantization_config": config}
     differing: list[tuple[Any, Any, Any]] = []
     for name in BITS:
         expected = normalize_config(quantization_config(name, tied))
-        keys = [key for key in {**expected, **stated} if stated.get(key) != expected.get(key)]
+        keys = [key for key in {**expected, **actual} if actual.get(key) != expected.get(key)]
         if not keys:
             return name
         if not differing or len(keys) < len(differing):
-            differing = [(key, stated.get(key), expected.get(key)) for key in keys]
-    key, value, wanted = differing[0]
+            differing = [(key, actual.get(key), expected.get(key)) for key in keys]
+    key, value, expected_value = differing[0]
     raise LlamaError(
         f"{path}: the weights are quantized, and quantization_config has {key} {value!r}, expected "
-        f"{wanted!r}; read is what convert --quantization {' or '.join(BITS)} writes: compressed-tensors, "
-        "pack-quantized, symmetric groups. Use the checkpoint that it was made of"
+        f"{expected_value!r}; the only quantized files that are read are those that convert --quantization "
+        f"{' or '.join(BITS)} writes: compressed-tensors, pack-quantized, symmetric groups. Use the checkpoint that it "
+        "was made of"
     )

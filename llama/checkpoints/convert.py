@@ -1,4 +1,4 @@
-"""Any readable checkpoint -> a directory in the format that is asked for, which is written whole or not at all.
+"""Any readable checkpoint -> a directory in the requested format, which is written whole or not at all.
 
 At most one tensor is in memory at a time, and those of one file are on disk. Knows no format, which is a record in
 `formats`; knows no ranks and no network.
@@ -46,15 +46,15 @@ def convert(
     `compressed_tensors` describes; only in the format "hf".
     force: replace the checkpoint in `dst`.
 
-    The tokenizer's files and generation_config.json come along. The configuration, without which nothing loads, is
-    written last; whatever fails before leaves nothing of it. Raises LlamaError for a checkpoint that can't be read, or
-    not be written so, and where `dst` holds files, unless `force` is set.
+    The tokenizer's files and generation_config.json are copied too. The configuration, without which nothing loads, is
+    written last, so a failure leaves no checkpoint behind. Raises LlamaError for a checkpoint that can't be read, or
+    can't be written in this form, and where `dst` holds files, unless `force` is set.
     """
     write(open_checkpoint(src), as_local_path(dst), to, mp_size, dtype, force, quantization)
 
 
 def as_local_path(directory: str | os.PathLike) -> Path:
-    """Raises LlamaError for a URL."""
+    """The directory as a Path. Raises LlamaError for a URL."""
     if is_url(directory):
         raise LlamaError(f"{directory} is a URL: expected a directory of this machine to write to")
     return Path(directory)
@@ -69,9 +69,9 @@ def write(
     force: bool = False,
     quantization: Quantization | None = None,
 ) -> None:
-    """As `convert`, of a checkpoint that is open; its tensors may be others than those in its directory."""
+    """As `convert`, of a checkpoint that is open; its tensors may differ from those in its directory."""
     format = find_format(to)
-    check_holds(format, checkpoint, mp_size, quantization)
+    check_format(format, checkpoint, mp_size, quantization)
     export = Export(checkpoint, mp_size, dtype, quantization, read_source_config(checkpoint))
     config = format.make_config(export)
     check_target(checkpoint, target, force)
@@ -104,13 +104,13 @@ def read_source_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return config if isinstance(config.get("model_type"), str) else {}
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 
-def check_holds(
+def check_format(
     format: CheckpointFormat, checkpoint: Checkpoint, mp_size: int, quantization: Quantization | None
 ) -> None:
-    """Raise LlamaError for what the format has no place for, or what this checkpoint can't become."""
+    """Raise LlamaError for what the format has no place for, and for what can't be made of this checkpoint."""
     if checkpoint.head is not None and not format.holds_heads:
         raise LlamaError(
             f"{checkpoint.directory} has a task head, for which {format.label}'s layout has no place: use "
@@ -172,11 +172,11 @@ def check_space(needed: int, directory: Path) -> None:
         raise LlamaError(f"{directory.parent}: {sizes}")
 
 
-# --- what comes along -----------------------------------------------------------------------------------------------
+# --- side files, and the last step ----------------------------------------------------------------------------------
 
 
 def copy_settings(checkpoint: Checkpoint, unfinished: Path) -> None:
-    """Copy the tokenizer's files and the settings of generation, over those that were made from others."""
+    """Copy the tokenizer's files and the settings of generation. They replace files that `write` made from others."""
     for name in SETTINGS:
         for path in find_side_files(checkpoint, name)[:1]:
             shutil.copyfile(path, unfinished / name)
@@ -186,7 +186,7 @@ def publish(unfinished: Path, target: Path) -> None:
     """Move what was written into `target`, where any checkpoint is removed first, its configuration before the rest."""
     for format in FORMATS.values():
         (target / format.config).unlink(missing_ok=True)
-    for pattern in (*(pattern for format in FORMATS.values() for pattern in format.written), *SETTINGS):
+    for pattern in (*(pattern for format in FORMATS.values() for pattern in format.written_patterns), *SETTINGS):
         for old in target.glob(pattern):
             old.unlink()
     for new in unfinished.iterdir():

@@ -52,8 +52,8 @@ def copy_to_cache(url: str, cache: Path | None = None) -> Path:
                 with blobfile.BlobFile(source, "rb") as reader:
                     write_whole(path, partial(_copy_chunks, reader, bar))
                 os.utime(path, (stat.mtime, stat.mtime))
-        for gone in {path for path in target.rglob("*") if path.is_file()} - copies:
-            gone.unlink()
+        for surplus in {path for path in target.rglob("*") if path.is_file()} - copies:
+            surplus.unlink()
     except (OSError, ValueError, blobfile.Error) as e:
         raise LlamaError(f"{url} can't be read ({' '.join(str(e).split())}): is it a directory you may read?") from e
     return target

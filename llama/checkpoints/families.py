@@ -24,7 +24,7 @@ class Family:
     class_stem: str  # of its classes in transformers: "Llama" of LlamaForCausalLM
     label: str  # for people
     versions: Mapping[tuple[str, float], str] = field(default_factory=dict)  # more exact labels, see `label_of`
-    # Llama's key in config.json -> this family's, for those that differ. All else here is said in Llama's keys.
+    # Llama's key in config.json -> this family's, for those that differ. All other fields here use Llama's keys.
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # values of keys that a config.json lacks
     tensor_names: Mapping[str, str] = field(default_factory=dict)  # as in `huggingface.NAMES`, where they differ
@@ -40,7 +40,7 @@ class Family:
     # in the layers of `layer_types`, or in those from `max_window_layers` on; but only if `use_sliding_window` is set.
     window: Literal["all layers", "some layers"] | None = None
 
-    # Whether people would call a model of these sizes one of this family, where no config.json names it.
+    # Whether a model of these sizes looks like one of this family, where no config.json names the family.
     resembles: Callable[[ModelArgs], bool] = lambda args: False
 
     def key(self, name: str) -> str:
@@ -53,10 +53,10 @@ class Family:
 
     def to_llama_keys(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration in this family's keys -> the same in Llama's keys."""
-        return _rename(values, {own: name for name, own in self.keys.items()})
+        return _rename(values, {family_key: name for name, family_key in self.keys.items()})
 
     def label_of(self, args: ModelArgs) -> str:
-        """The label of a model of these sizes: that of its version, found by the rotary embedding, or the family's.
+        """The label of a model of these sizes: its version's, which the rotary embedding tells, or the family's.
 
         The keys of `versions` are ("default", rope_theta), or (type of the rotary scaling, its factor).
         """
@@ -126,9 +126,9 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, M
 
 
 def label_of(args: ModelArgs, family: Family | None) -> str:
-    """The published models that a checkpoint is one of, for people: nothing depends on it.
+    """The published models that a checkpoint belongs to, as a label for people; nothing depends on it.
 
-    family: None where the checkpoint doesn't say it. Then it is the last one that such sizes resemble, or Llama.
+    family: None where the checkpoint doesn't name it. Then the last family that such sizes resemble is taken, or Llama.
     """
     if family is not None:
         return family.label_of(args)

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` <-> ModelArgs, by the records of `families`. Past this file no code knows of families.
+"""Hugging Face's `config.json` <-> ModelArgs, by the records of `families`. The network knows no family.
 
 Knows no tensors and no other files.
 """
@@ -18,7 +18,7 @@ from ..model import ModelArgs, feed_forward_size
 from ..rotary import LARGEST, RopeScaling
 from .compressed_tensors import quantization_of
 from .families import FAMILIES, Family
-from .hf_head import architecture, head_keys, read_head, task_of, without_head
+from .hf_head import architecture, drop_head_keys, head_keys, read_head, task_of
 from .task_spec import SPECS, HeadConfig, TaskName
 
 BIASES_AND_NORMS = ("qkv_bias", "wo_bias", "mlp_bias", "qk_norm")  # fields of both ModelArgs and Family
@@ -40,11 +40,12 @@ ROPE_KEYS |= {"mscale", "mscale_all_dim", "finetuned", *(key for keys in ROPE_TY
 
 
 class Config:
-    """A JSON configuration whose values are checked as they are asked for; each check raises LlamaError.
+    """A JSON configuration whose values are checked as they are read; each check raises LlamaError."""
 
-    path: the file it came from, for messages. defaults: values of keys that it lacks. spelling: what the file calls a
-    key, where that differs.
-    """
+    path: Path  # the file it came from, for messages
+    values: Mapping[str, Any]  # by key
+    defaults: Mapping[str, Any]  # values of keys that it lacks
+    spelling: Mapping[str, str]  # what the file calls a key, where that differs
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ def args_of(values: Mapping[str, Any], path: Path) -> ModelArgs:
 
 
 def is_set(config: Config, flag: bool | str) -> bool:
-    """flag: of a Family: what all its models have or haven't, or the key of config.json that says so."""
+    """Whether the model has a feature. flag: the Family's field, which is the answer, or a key of config.json."""
     return flag if isinstance(flag, bool) else config.flag(flag)
 
 
@@ -164,7 +165,8 @@ def feed_forward_fields(dim: int, hidden_dim: int) -> tuple[int, float | None]:
             if feed_forward_size(4 * dim, multiple_of, multiplier) == hidden_dim:
                 return multiple_of, multiplier
     multiple_of = math.gcd(hidden_dim, 256)
-    # Half a unit below, rounding up gives the size itself, whatever the product's last digit does.
+    # The product is to be half a unit below the size: it is then rounded up to the size itself, in spite of errors in
+    # its last digit.
     return multiple_of, (hidden_dim - multiple_of / 2 + (multiple_of == 1)) / int(8 * dim / 3)
 
 
@@ -204,7 +206,7 @@ def rope_of(config: Config) -> tuple[float, RopeScaling | None]:
     if missing := [name for name in ROPE_NEEDS.get(kind, ()) if rope.get(name) is None]:
         raise LlamaError(f"{config.path}: {key} of type {kind} has no {', '.join(missing)}")
     merged = {**config.values, **rope}
-    if config.values.get(ORIGINAL):  # the outer one wins over the inner one, as in transformers
+    if config.values.get(ORIGINAL):  # the outer value overrides the inner one, as in transformers
         merged[ORIGINAL] = config.values[ORIGINAL]
     inner = Config(config.path, merged, config.defaults, config.spelling)
     if inner.value("partial_rotary_factor", 1.0) not in (None, 1.0):
@@ -256,12 +258,12 @@ def config_of(
         for newer in ("rope_parameters", "dtype"):  # older readers don't know these: the older keys say the same
             config.pop(newer, None)
         if head is not None:
-            config = {**without_head(config), **head_keys(head, task, family)}
-        own = family.to_own_keys(config)
-        if same_model(args_of(own, Path("config.json")), args):
-            if head is not None:  # `args` count as tied, and there is no output layer that could be
-                own[family.key("tie_word_embeddings")] = values.get("tie_word_embeddings", False)
-            return own
+            config = {**drop_head_keys(config), **head_keys(head, task, family)}
+        family_config = family.to_own_keys(config)
+        if is_same_model(args_of(family_config, Path("config.json")), args):
+            if head is not None:  # `args` count as tied, since there is no output layer
+                family_config[family.key("tie_word_embeddings")] = values.get("tie_word_embeddings", False)
+            return family_config
     raise LlamaError(
         f"no family of Hugging Face's ({', '.join(FAMILIES)}) has what this model has: qkv_bias={args.qkv_bias}, "
         f"wo_bias={args.wo_bias}, mlp_bias={args.mlp_bias}, qk_norm={args.qk_norm}, "
@@ -333,11 +335,11 @@ def trained_length(args: ModelArgs) -> int:
     return original if kind == "dynamic" else int(original * args.rope_scaling.factor)
 
 
-def same_model(a: ModelArgs, b: ModelArgs) -> bool:
-    """Whether both mean the same network, though by other fields."""
+def is_same_model(a: ModelArgs, b: ModelArgs) -> bool:
+    """Whether both describe the same network, even by different fields."""
 
-    def spelled_out(args: ModelArgs) -> ModelArgs:
+    def normalize(args: ModelArgs) -> ModelArgs:
         sizes = {"n_kv_heads": args.kv_heads, "head_dim": args.head_size, "multiple_of": args.hidden_dim}
         return replace(args, **sizes, ffn_dim_multiplier=None, max_batch_size=1, max_seq_len=1)  # type: ignore[arg-type]
 
-    return spelled_out(a) == spelled_out(b)
+    return normalize(a) == normalize(b)

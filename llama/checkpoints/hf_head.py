@@ -99,7 +99,7 @@ def read_labels(values: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     return tuple(labels)
 
 
-def without_head(values: Mapping[str, Any]) -> dict[str, Any]:
+def drop_head_keys(values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the keys of a head, which may be another task's."""
     return {name: value for name, value in values.items() if name not in HEAD_KEYS}
 

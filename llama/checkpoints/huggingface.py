@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._util.console import progress_bar
-from .._util.files import describe_content, read_json, unreadable, write_json
+from .._util.files import describe_content, read_json, unreadable_error, write_json
 from ..errors import LlamaError
 from ..tokenization.export import write_tokenizer_json
 from ..tokenizer import Tokenizer
@@ -23,7 +23,7 @@ from .checkpoint import Checkpoint, CheckpointFormat, Contents, Export
 from .compressed_tensors import file_shapes, quantization_config, quantize_tensor
 from .families import FAMILIES, Family
 from .hf_head import body_name, split_head
-from .schema import New, Stored, is_linear, is_rotary, permute_rotary, repeats
+from .schema import New, Stored, are_equal, is_linear, is_rotary, permute_rotary
 from .side_files import find_tokenizer, is_sentencepiece
 from .task_spec import SPECS
 from .writing import allocate_on_disk, make_writable
@@ -97,7 +97,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as f:
             return {name: f.get_tensor(name) for name in f.offset_keys()}
     except OSError as e:
-        raise unreadable(path, e) from e
+        raise unreadable_error(path, e) from e
     except SafetensorError as e:
         reason = describe_content(path)
         if "not the data" not in reason and "empty" not in reason:
@@ -155,13 +155,13 @@ def gather(checkpoint: Checkpoint, files: Contents, thorough: bool) -> tuple[dic
     for name in file_shapes(args, checkpoint.quantization):
         tensor = remaining.pop(spell(checkpoint, name), None)
         if tensor is not None:
-            halves = head_dim if is_rotary(name) and tensor.shape[:1].numel() % head_dim == 0 else None
-            tensors[name] = Stored(spell(checkpoint, name), (tensor,), halves=halves)
+            hf_head_dim = head_dim if is_rotary(name) and tensor.shape[:1].numel() % head_dim == 0 else None
+            tensors[name] = Stored(spell(checkpoint, name), (tensor,), hf_head_dim=hf_head_dim)
     misfits = [f"{name} is in {count} files" for name, count in counts.items() if count > 1]
     output = spell(checkpoint, "output.weight")
     if args.tied_embeddings and (repeated := remaining.pop(output, None)) is not None:
         embedding = tensors.get("tok_embeddings.weight")
-        if embedding is not None and not repeats(repeated, embedding.pieces[0], thorough):
+        if embedding is not None and not are_equal(repeated, embedding.pieces[0], thorough):
             misfits.append(f"{output} differs from the embedding, which config.json says it is tied to")
     return tensors, misfits + [f"surplus {name}" for name in remaining if not name.endswith("rotary_emb.inv_freq")]
 
@@ -241,7 +241,7 @@ FORMAT = CheckpointFormat(
     config="config.json",
     example=SINGLE,
     patterns=("*.safetensors", INDEX),
-    written=(SINGLE, "model-*-of-*.safetensors", INDEX),
+    written_patterns=(SINGLE, "model-*-of-*.safetensors", INDEX),
     tokenizers=("tokenizer.json", "tokenizer.model"),
     holds_heads=True,
     holds_quantized=True,

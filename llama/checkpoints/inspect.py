@@ -191,7 +191,7 @@ def sizes_of(args: ModelArgs, has_head: bool = False) -> dict[str, Any]:
     """
     names = ["vocab_size", "norm_eps", "rope_theta", "rope_scaling", "sliding_window", "sliding_layers"]
     names += ["qkv_bias", "wo_bias", "mlp_bias", "qk_norm"]
-    stated = asdict(args)
+    values = asdict(args)
     return {
         "dim": args.dim,
         "n_layers": args.n_layers,
@@ -199,7 +199,7 @@ def sizes_of(args: ModelArgs, has_head: bool = False) -> dict[str, Any]:
         "n_kv_heads": args.kv_heads,
         "head_dim": args.head_size,
         "hidden_dim": args.hidden_dim,
-        **{name: stated[name] for name in names},
+        **{name: values[name] for name in names},
         "tied_embeddings": args.tied_embeddings and not has_head,
     }
 
@@ -235,7 +235,7 @@ def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
     yield "format", FORMATS[report.format].label
     yield "family", report.family or "unknown"
     if SPECS[report.task].tensors:
-        yield "task", report.task + labels_in_short(report.labels)
+        yield "task", report.task + abbreviate_labels(report.labels)
     if report.sizes is not None:
         yield from rows_of_sizes(report.sizes)
         yield "parameters", f"{report.parameters:,}"
@@ -251,7 +251,7 @@ def rows(report: CheckpointReport) -> Iterator[tuple[str, str]]:
     yield from add_title("problems", rows_of_problems(report))
 
 
-def labels_in_short(labels: list[str]) -> str:
+def abbreviate_labels(labels: list[str]) -> str:
     if not labels:
         return ""
     more = ", ..." * (len(labels) > LISTED_LABELS)
@@ -264,8 +264,8 @@ def add_title(title: str, lines: list[str]) -> Iterator[tuple[str, str]]:
 
 def rows_of_sizes(sizes: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The sizes that every model has, and a line of what only some models have."""
-    every = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
-    yield "sizes", ", ".join(f"{name} {sizes[name]}" for name in every)
+    common = ("dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+    yield "sizes", ", ".join(f"{name} {sizes[name]}" for name in common)
     scaling = sizes["rope_scaling"]
     if scaling is None:
         stretched = "no scaling"
@@ -310,16 +310,16 @@ def rows_of_tokenizer(tokenizer: Vocabulary | None) -> Iterator[tuple[str, str]]
 def rows_of_memory(memory: Memory | None) -> list[str]:
     if memory is None:
         return ["unknown"]
-    each = [("one rank", memory.weights, memory.kv_cache)]
+    owners = [("one rank", memory.weights, memory.kv_cache)]
     if memory.mp_size > 1:
-        each.append((f"all {memory.mp_size} ranks", memory.weights_in_all, memory.kv_cache_in_all))
-    width = max(len(who) for who, *_ in each)
+        owners.append((f"all {memory.mp_size} ranks", memory.weights_in_all, memory.kv_cache_in_all))
+    width = max(len(owner) for owner, *_ in owners)
     return [
         f"{memory.dtype}, mp_size {memory.mp_size}, max_seq_len {memory.max_seq_len}, "
         f"max_batch_size {memory.max_batch_size}:"
     ] + [
-        f"{who:{width}}  {human(weights):>7} weights + {human(cache):>7} KV cache = {human(weights + cache):>7}"
-        for who, weights, cache in each
+        f"{owner:{width}}  {human(weights):>7} weights + {human(cache):>7} KV cache = {human(weights + cache):>7}"
+        for owner, weights, cache in owners
     ]
 
 

@@ -42,7 +42,9 @@ def find_checkpoint(ckpt_dir: str | os.PathLike) -> tuple[Path, CheckpointFormat
     if not isinstance(ckpt_dir, (str, os.PathLike)) or ckpt_dir == "":
         raise LlamaError(f"ckpt_dir is {ckpt_dir!r}, expected the path of a checkpoint's directory")
     if is_url(ckpt_dir):
-        raise LlamaError(f"{ckpt_dir} is a URL, which is read by what runs a model: expected a directory here")
+        raise LlamaError(
+            f"{ckpt_dir} is a URL, which only commands that run a model can read: expected a directory of this machine"
+        )
     directory = Path(ckpt_dir)
     if not directory.is_dir():
         content = "a file" if directory.exists() else "nothing"
@@ -126,7 +128,7 @@ def open_checkpoint(ckpt_dir: str | os.PathLike) -> Checkpoint:
     return checkpoint
 
 
-# --- preparing: what can't work is refused here, before a tensor is loaded ------------------------------------------
+# --- preparing: checks, before a tensor is loaded -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,15 +168,16 @@ def prepare_model(
     acceleration: Acceleration,
     max_seq_len: int,
     max_batch_size: int,
-    own_dtype: bool,
+    use_file_dtype: bool,
 ) -> PreparedModel:
     """Open a checkpoint to generate with.
 
-    own_dtype: compute in the dtype of the files instead of the place's. Raises LlamaError for what no rank could load.
+    use_file_dtype: compute in the dtype of the files instead of the place's.
+    Raises LlamaError for a checkpoint that can't be loaded on these ranks.
     """
     checkpoint = open_checkpoint(ckpt_dir)
     check_generates(checkpoint)
-    args, place = resolve_sizes(checkpoint, place, max_seq_len, max_batch_size, own_dtype)
+    args, place = resolve_sizes(checkpoint, place, max_seq_len, max_batch_size, use_file_dtype)
     quantization = choose_quantization(checkpoint.directory, checkpoint.quantization, acceleration.quantization)
     return PreparedModel(checkpoint, args, place, replace(acceleration, quantization=quantization))
 
@@ -189,20 +192,22 @@ def check_generates(checkpoint: Checkpoint) -> None:
 
 
 def resolve_sizes(
-    checkpoint: Checkpoint, place: Place, max_seq_len: int, max_batch_size: int, own_dtype: bool
+    checkpoint: Checkpoint, place: Place, max_seq_len: int, max_batch_size: int, use_file_dtype: bool
 ) -> tuple[ModelArgs, Place]:
     """The sizes and the place to build a checkpoint's model with. Raises LlamaError if so many ranks can't run it."""
     args = replace(checkpoint.sizes, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     check_ranks(checkpoint.directory, args, place.mp_size, checkpoint.group)
-    return args, replace(place, dtype=checkpoint.dtype) if own_dtype else place
+    return args, replace(place, dtype=checkpoint.dtype) if use_file_dtype else place
 
 
 # --- loading --------------------------------------------------------------------------------------------------------
 
 
 class _LayersOnMeta(TorchDispatchMode):
-    """Makes fairscale's layers on the meta device: `torch.device` doesn't reach the `torch.Tensor(rows, columns)` that
-    they call. Their random numbers are left out."""
+    """Makes fairscale's layers on the meta device, and skips their random numbers.
+
+    They call `torch.Tensor(rows, columns)`, which ignores the device that `torch.device` sets.
+    """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

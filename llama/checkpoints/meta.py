@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .._util.console import progress_bar
-from .._util.files import describe_content, read_json, unreadable, write_json, write_whole
+from .._util.files import describe_content, read_json, unreadable_error, write_json, write_whole
 from ..errors import LlamaError
 from ..model import ModelArgs
 from ..rotary import LARGEST, RopeScaling
 from .checkpoint import Checkpoint, CheckpointFormat, Contents, Export
-from .schema import Stored, parts, repeats, split_dim, tensor_shapes
+from .schema import Stored, are_equal, count_parts, split_dim, tensor_shapes
 from .writing import allocate_on_disk, make_writable
 
 SCALING_KEYS = ("use_scaled_rope", "rope_scaling_factor", "rope_scaling")
@@ -90,8 +90,8 @@ def pop_rope_scaling(path: Path, params: dict[str, Any]) -> RopeScaling | None:
         raise LlamaError(f"{path}: use_scaled_rope is {scaled!r}, expected true or false")
     try:
         if all_fields is not None:
-            known = asdict(RopeScaling("linear", 1)).keys()
-            if not isinstance(all_fields, dict) or (unknown := all_fields.keys() - known):
+            names = asdict(RopeScaling("linear", 1)).keys()
+            if not isinstance(all_fields, dict) or (unknown := all_fields.keys() - names):
                 more = f", which has {unknown}" * isinstance(all_fields, dict)
                 raise LlamaError(f"rope_scaling is {all_fields!r}{more}")
             return RopeScaling(**all_fields)
@@ -116,7 +116,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as f:
             is_zip = f.read(4) == b"PK\x03\x04"
     except OSError as e:
-        raise unreadable(path, e) from e
+        raise unreadable_error(path, e) from e
     if not is_zip:
         raise LlamaError(f"{path}: expected a file written by torch.save; {describe_content(path)}")
     try:
@@ -149,7 +149,7 @@ def check_end(path: Path) -> None:
 
 
 def complete_args(path: Path, params: dict[str, Any], shards: list[dict[str, Tensor]], thorough: bool) -> ModelArgs:
-    """ModelArgs, with the fields that `params` lacks from the tensors, or as they were when such models were published.
+    """ModelArgs. Fields that `params` lacks are read off the tensors, or are those of the published models.
 
     Raises LlamaError where the base of the rotary embedding is unknown.
     """
@@ -160,12 +160,12 @@ def complete_args(path: Path, params: dict[str, Any], shards: list[dict[str, Ten
         params = {**params, "vocab_size": rows.shape[0] * len(shards)}
     if "rope_theta" not in params:
         if params["vocab_size"] not in DEFAULT_THETA:
-            known = "10000 in models that come of Llama 1 and 2, 500000 in those of Llama 3"
-            raise LlamaError(f"{path}: missing key rope_theta; expected {known}")
+            expected = "10000 in models that come of Llama 1 and 2, 500000 in those of Llama 3"
+            raise LlamaError(f"{path}: missing key rope_theta; expected {expected}")
         params = {**params, "rope_theta": DEFAULT_THETA[params["vocab_size"]]}
     tied = not any(output in shard for shard in shards)
     if all(output in shard and embedding in shard for shard in shards):  # Llama 3.2's files repeat the matrix
-        tied = all(repeats(shard[output], shard[embedding], thorough) for shard in shards)
+        tied = all(are_equal(shard[output], shard[embedding], thorough) for shard in shards)
     return ModelArgs(**params, tied_embeddings=tied)
 
 
@@ -208,8 +208,8 @@ def gather(checkpoint: Checkpoint, shards: Contents, thorough: bool) -> tuple[di
             misfits.append(f"{name} has other shapes or dtypes in other shards")
         if pieces:
             tensors[name] = join(name, pieces, shape, args)
-    known = shapes.keys() | ({"output.weight"} if args.tied_embeddings else set())
-    misfits += [f"surplus {name}" for name in dict.fromkeys(n for s in shards for n in s) if name not in known]
+    names = shapes.keys() | ({"output.weight"} if args.tied_embeddings else set())
+    misfits += [f"surplus {name}" for name in dict.fromkeys(n for s in shards for n in s) if name not in names]
     return tensors, misfits
 
 
@@ -228,7 +228,7 @@ def join(name: str, pieces: list[Tensor], shape: tuple[int, ...], args: ModelArg
         return Stored(name, tuple(pieces[:1]))
     if name == "tok_embeddings.weight" and pieces[0].shape[0] == shape[0]:
         dim = 1  # Llama 1 and 2 divided the embedding by columns
-    repeated = len(pieces) // parts(name, args, len(pieces))  # so many neighbouring ranks hold the same heads
+    repeated = len(pieces) // count_parts(name, args, len(pieces))  # so many neighbouring ranks hold the same heads
     return Stored(name, tuple(pieces[::repeated]), dim)
 
 
@@ -281,7 +281,7 @@ FORMAT = CheckpointFormat(
     config="params.json",
     example="consolidated.00.pth",
     patterns=("consolidated.*.pth", "original/consolidated.*.pth"),
-    written=("consolidated.*.pth",),
+    written_patterns=("consolidated.*.pth",),
     tokenizers=("tokenizer.model", "tokenizer.json"),
     holds_heads=False,
     holds_quantized=False,

@@ -19,11 +19,11 @@ New = Callable[[Sequence[int], torch.dtype], Tensor]  # allocates a tensor, for 
 
 # The dimension along which fairscale divides each matrix over ranks. Tensors that aren't here are whole on every rank.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
-# Of a module whose matrix is divided along this dimension, the other tensor that is whole on every rank.
+# Other tensors of those modules: each is whole on every rank if the matrix is divided along this dimension.
 WHOLE = {"bias": 1, "lora_A": 0, "lora_B": 1}
 COMPARED_ROWS = 1024  # rows of two matrices that are compared at a time
 SAMPLED_ROWS = 64  # rows that are compared at all, where a sample is enough
-MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # of a wrong configuration: with more, its sizes would take hours to compute
+MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # more is a wrong configuration, whose sizes would take hours to compute
 
 
 def tensor_shapes(args: ModelArgs) -> Shapes:
@@ -72,24 +72,24 @@ def split_dim(name: str) -> int | None:
     return None if dim == WHOLE.get(kind) else dim
 
 
-def parts(name: str, args: ModelArgs, mp_size: int) -> int:
+def count_parts(name: str, args: ModelArgs, mp_size: int) -> int:
     """Into how many different parts the tensor is divided: `mp_size`, or fewer where ranks share a key/value head."""
     if split_dim(name) is None:
         return 1
     return min(mp_size, args.kv_heads) if name.rpartition(".")[0].endswith(("wk", "wv")) else mp_size
 
 
-def shared_over(name: str, args: ModelArgs, mp_size: int) -> int:
+def ranks_per_part(name: str, args: ModelArgs, mp_size: int) -> int:
     """How many neighbouring ranks hold the same part of a divided tensor: 1, or more where they share a key/value head.
 
     Each of them has the gradients of its own queries only, so a parameter's gradients must be summed over these ranks.
     """
-    return 1 if split_dim(name) is None else mp_size // parts(name, args, mp_size)
+    return 1 if split_dim(name) is None else mp_size // count_parts(name, args, mp_size)
 
 
 def part_sizes(args: ModelArgs, mp_size: int) -> dict[str, int]:
     """How many numbers of each tensor one rank holds."""
-    return {n: torch.Size(shape).numel() // parts(n, args, mp_size) for n, shape in tensor_shapes(args).items()}
+    return {n: torch.Size(shape).numel() // count_parts(n, args, mp_size) for n, shape in tensor_shapes(args).items()}
 
 
 def mp_sizes(args: ModelArgs, group: int = 1) -> list[int]:
@@ -130,11 +130,11 @@ def memory_needed(args: ModelArgs, mp_size: int, dtype: torch.dtype, bits: float
     return weights * dtype.itemsize, cache * dtype.itemsize
 
 
-def in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def allocate_in_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"], new: New = in_memory) -> Tensor:
+def permute_rotary(x: Tensor, head_dim: int, to: Literal["meta", "hf"], new: New = allocate_in_memory) -> Tensor:
     """Permute the rows of x, (heads * head_dim, ...), from one order of rotary pairs to the other, in a `new` tensor.
 
     In Meta's layout the two rows of a pair are neighbours, 2j and 2j + 1; in Hugging Face's they are half a head apart,
@@ -157,7 +157,7 @@ class Stored:
     name: str  # in the files
     pieces: tuple[Tensor, ...]  # mapped, in their order along `dim`
     dim: int = 0
-    halves: int | None = None  # the head_dim of rows that are in Hugging Face's rotary order; None: they are in Meta's
+    hf_head_dim: int | None = None  # the head_dim, if rows are in Hugging Face's rotary order; None: they aren't
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -170,7 +170,7 @@ class Stored:
     def dtype(self) -> torch.dtype:
         return self.pieces[0].dtype
 
-    def read(self, dim: int = 0, start: int = 0, stop: int | None = None, new: New = in_memory) -> Tensor:
+    def read(self, dim: int = 0, start: int = 0, stop: int | None = None, new: New = allocate_in_memory) -> Tensor:
         """Rows or columns start..stop, in Meta's layout: a view of the file, or `new` where they have to be moved."""
         stop = self.shape[dim] if stop is None else stop
         if dim == self.dim:
@@ -182,7 +182,7 @@ class Stored:
             shape = [*joined.shape]
             shape[self.dim] = sum(piece.shape[self.dim] for piece in pieces)
             joined = torch.cat(pieces, self.dim, out=new(shape, self.dtype))
-        return joined if self.halves is None else permute_rotary(joined, self.halves, "meta", new)
+        return joined if self.hf_head_dim is None else permute_rotary(joined, self.hf_head_dim, "meta", new)
 
     def _cut_pieces(self, start: int, stop: int) -> Iterator[Tensor]:
         """What is between start and stop along `dim`, of each piece."""
@@ -194,9 +194,9 @@ class Stored:
                 yield piece.narrow(self.dim, first, last - first)
             before += size
 
-    def part(self, args: ModelArgs, mp_rank: int, mp_size: int, name: str, new: New = in_memory) -> Tensor:
+    def part(self, args: ModelArgs, mp_rank: int, mp_size: int, name: str, new: New = allocate_in_memory) -> Tensor:
         """One model-parallel rank's part of this tensor, whose name in the model is `name`."""
-        dim, count = split_dim(name), parts(name, args, mp_size)
+        dim, count = split_dim(name), count_parts(name, args, mp_size)
         if dim is None:
             return self.read(new=new)
         size = self.shape[dim] // count
@@ -204,7 +204,7 @@ class Stored:
         return self.read(dim, start, start + size, new)
 
 
-def repeats(a: Tensor, b: Tensor, thorough: bool) -> bool:
+def are_equal(a: Tensor, b: Tensor, thorough: bool) -> bool:
     """Whether two matrices are equal bit for bit. thorough: compare all rows instead of a sample."""
     if (a.shape, a.dtype) != (b.shape, b.dtype) or a.ndim == 0:
         return False

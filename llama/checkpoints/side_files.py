@@ -1,6 +1,6 @@
 """The files beside a checkpoint's tensors: its tokenizer and its settings.
 
-Knows where they lie; knows not what is in them.
+Knows where they are; knows nothing of their contents.
 """
 
 from pathlib import Path
@@ -24,9 +24,9 @@ def find_tokenizer(checkpoint: Checkpoint) -> Path:
 
 
 def is_sentencepiece(path: Path) -> bool:
-    """Whether it is a `tokenizer.model` that isn't text, and so isn't read: mostly a tokenizer.json is beside it."""
+    """Whether it is a `tokenizer.model` that isn't text, which isn't read. Mostly a tokenizer.json is beside it."""
     try:
         with path.open("rb") as f:
             return path.name == "tokenizer.model" and b"\0" in f.read(4096)
     except OSError:
-        return False  # who opens it next will say why
+        return False  # opening it later will raise the error

@@ -29,7 +29,7 @@ class TaskSpec:
     outputs: tuple[str, ...] | None = None  # the head's outputs; None: the labels, which config.json names
     has_problem_type: bool = False  # whether config.json has a `problem_type`
     dropout: float | None = None  # the default of `classifier_dropout`; None: config.json has no such key
-    body: Body = "model"  # for families whose classes all say the same, see `Family.body`
+    body: Body = "model"  # the prefix of the network's tensors; `Family.body` overrides it
 
 
 SPECS: dict[TaskName, TaskSpec] = {
@@ -56,7 +56,7 @@ SPECS: dict[TaskName, TaskSpec] = {
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """What makes a head, beside the size of its model. Raises LlamaError for values that no head can have."""
+    """What describes a head, beside the size of its model. Raises LlamaError for values that no head can have."""
 
     labels: tuple[str, ...]  # the names of the classes, in the order of their logits
     problem_type: ProblemType | None = None  # None: inferred from the labels of a loss, as transformers does it

@@ -28,7 +28,7 @@ def allocate_on_disk(directory: Path, shape: Sequence[int], dtype: torch.dtype) 
 def make_writable(tensor: Tensor, dtype: torch.dtype | None, new: New) -> Tensor:
     """`tensor` as torch.save and safetensors want it: contiguous, of this dtype, with a storage that holds no more.
 
-    new: makes the tensor for what has to be moved.
+    new: allocates the tensor, if the numbers have to be copied.
     """
     if not tensor.is_contiguous() or tensor.dtype != (dtype or tensor.dtype):
         return new(tensor.shape, dtype or tensor.dtype).copy_(tensor)

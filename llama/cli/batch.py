@@ -20,7 +20,7 @@ from typing import Any
 from torch.distributed import ProcessGroup
 
 from .._util.console import progress_bar
-from .._util.files import unreadable
+from .._util.files import unreadable_error
 from .._util.json_lines import parse_object
 from .._util.ranks import is_main_process
 from .._util.validate import is_integer
@@ -135,7 +135,7 @@ class BatchFiles:
             digest = hashlib.file_digest(self._source, "sha256").hexdigest()
             self.count = sum(1 for _ in self._lines())
         except OSError as e:
-            raise unreadable(Path(source), e) from e
+            raise unreadable_error(Path(source), e) from e
         self.part = ResumableRecords(target, {"input": digest, **about}, {"today": datetime.now().isoformat()}, force)
         self.earlier = len(self.part.places)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .._util.console import aside, at_terminal, say
+from .._util.console import is_interactive, print_note, say
 from ..engine.request_checks import check_room
 from ..errors import LlamaError, make_printable, pluralize
 from ..generation import Llama
@@ -91,7 +91,7 @@ class Chat:
                     return
                 command.run("".join(arguments))
             except LlamaError as e:
-                aside(f"(error: {make_printable(str(e))})", dim=False)
+                print_note(f"(error: {make_printable(str(e))})", dim=False)
 
     def _find_command(self, name: str, arguments: list[str]) -> Command:
         """Raises LlamaError for an unknown command, and for an argument too many or too few."""
@@ -114,7 +114,7 @@ class Chat:
             dropped = messages[self._conversation.first_visible : first]
             turns = sum(message["role"] == "user" for message in dropped)
             oldest = "the oldest turn is" if turns == 1 else f"the {turns} oldest turns are"
-            aside(f"(the window of {window} tokens is full: {oldest} no longer read)")
+            print_note(f"(the window of {window} tokens is full: {oldest} no longer read)")
             self._conversation.first_visible = first
         text = self._generate(prompt_tokens)
         self._conversation.messages = [*messages, {"role": "assistant", "content": text}]
@@ -155,42 +155,42 @@ class Chat:
                     text += step.text
                     window_is_full = step.finish_reason == "length" and len(prompt_tokens) + step.length == window
                     if self._keyboard.is_stop_requested():
-                        if at_terminal():
-                            aside(" [stopped]", end="")
+                        if is_interactive():
+                            print_note(" [stopped]", end="")
                         break
         finally:
             say("")
         if window_is_full:
-            aside(f"(the window of {window} tokens is full: the answer ends here)")
+            print_note(f"(the window of {window} tokens is full: the answer ends here)")
         if self._shows_stats:
             acceptance = self._llama.acceptance
             proposed = "" if acceptance is None else f", {acceptance:.0%} of proposed tokens right"
-            aside(f"({stats}, {self._session.prefilled} prefilled, {self._session.reused} reused{proposed})")
+            print_note(f"({stats}, {self._session.prefilled} prefilled, {self._session.reused} reused{proposed})")
         return text
 
     # --- commands ---------------------------------------------------------------------------------------------------
 
     def _help(self, _: str) -> None:
         rows = {f"{name} {command.argument}": command.purpose for name, command in self._commands.items()} | OTHER_KEYS
-        aside("\n".join(f"  {keys:<16}{purpose}" for keys, purpose in rows.items()), dim=False)
+        print_note("\n".join(f"  {keys:<16}{purpose}" for keys, purpose in rows.items()), dim=False)
 
     def _set_system(self, text: str) -> None:
         self._conversation.system = text or None
-        aside(f"(system message: {text})" if text else "(no system message)")
+        print_note(f"(system message: {text})" if text else "(no system message)")
 
     def _reset(self, _: str) -> None:
         self._conversation = Conversation(self._conversation.system)
-        aside("(the dialog is forgotten)")
+        print_note("(the dialog is forgotten)")
 
     def _undo(self, _: str) -> None:
         self._conversation.undo()
-        aside(f"(forgotten; the dialog has {pluralize(len(self._conversation.messages), 'message')})")
+        print_note(f"(forgotten; the dialog has {pluralize(len(self._conversation.messages), 'message')})")
 
     def _retry(self, _: str) -> None:
         """The answer is drawn anew, since a Llama counts how often each prompt was asked."""
         messages = self._conversation.messages[: self._conversation.last_user_message() + 1]
         if self._options.get("temperature") == 0:
-            aside("(at temperature 0 an answer is always the same)")
+            print_note("(at temperature 0 an answer is always the same)")
         self._reply(messages)
 
     def _save(self, name: str) -> None:
@@ -198,7 +198,7 @@ class Chat:
         if not messages:
             raise LlamaError("there is nothing to save yet")
         self._keyboard.run_on_rank_0(lambda: write_dialog(name, messages))
-        aside(f"(saved {pluralize(len(messages), 'message')} to {make_printable(name)})")
+        print_note(f"(saved {pluralize(len(messages), 'message')} to {make_printable(name)})")
 
     def _load(self, name: str) -> None:
         def read() -> list[Message]:
@@ -208,19 +208,19 @@ class Chat:
 
         messages = self._keyboard.run_on_rank_0(read)
         self._conversation = Conversation.from_messages(messages)
-        aside(f"(loaded {pluralize(len(messages), 'message')} from {make_printable(name)})")
+        print_note(f"(loaded {pluralize(len(messages), 'message')} from {make_printable(name)})")
 
     def _toggle_stats(self, _: str) -> None:
         self._shows_stats = not self._shows_stats
         shown = "(from now on, each answer's speed and its reuse of the cache are shown)"
-        aside(shown if self._shows_stats else "(an answer's speed is no longer shown)")
+        print_note(shown if self._shows_stats else "(an answer's speed is no longer shown)")
 
 
 def talk(llama: Llama, system: str | None, options: Mapping[str, Any]) -> None:
     """Chat until /quit or the end of the input. system: the system message to start with."""
     with Keyboard() as keyboard:
-        if at_terminal():
-            aside(GREETING)
+        if is_interactive():
+            print_note(GREETING)
         Chat(llama, keyboard, system, options).run()
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from .._util.files import unreadable, write_whole
+from .._util.files import unreadable_error, write_whole
 from ..errors import LlamaError, shorten
 from ..tokenizer import ROLES, Message
 
@@ -67,7 +67,7 @@ def read_dialog(name: str) -> list[Message]:
             raise LlamaError(f"{path} is no file: expected {EXPECTED}")
         dialog = json.loads(path.read_bytes())
     except OSError as e:
-        raise unreadable(path, e) from None
+        raise unreadable_error(path, e) from None
     except LlamaError:
         raise
     except (ValueError, RecursionError) as e:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, TypeVar
 
-from .._util.console import aside, at_terminal
+from .._util.console import is_interactive, print_note
 from .._util.files import cache_home, write_whole
 from .._util.ranks import is_main_process
 from ..errors import LlamaError
@@ -122,7 +122,7 @@ class Keyboard:
         self._editor: LineEditor | None = None
         if is_main_process():
             sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-            if at_terminal():
+            if is_interactive():
                 with contextlib.suppress(ImportError):
                     self._editor = LineEditor(self._polls_ctrl_c)
 
@@ -159,7 +159,7 @@ class Keyboard:
 
     def _read(self) -> Entry | None:
         typed: list[str] = []
-        prompts = ("> ", "... ") if at_terminal() else ("", "")
+        prompts = ("> ", "... ") if is_interactive() else ("", "")
         try:
             self._is_reading = True
             while True:
@@ -169,7 +169,7 @@ class Keyboard:
                 if (entry := parse_entry("\n".join(typed))) is not None:
                     break
         except EOFError:
-            if at_terminal():
+            if is_interactive():
                 print()
             if not typed:
                 return None
@@ -177,7 +177,7 @@ class Keyboard:
         except KeyboardInterrupt:
             if not self._stdin_is_terminal:
                 raise
-            aside("\n" + HINT)
+            print_note("\n" + HINT)
             return Entry("")
         finally:
             self._is_reading = False

@@ -40,7 +40,8 @@ class ResumableRecords:
     def __init__(self, output: Path, job: dict[str, Any], fixed: dict[str, Any], force: bool):
         """Resume the job, or begin it. Raises LlamaError, naming --force, if `output` is of another job.
 
-        job: what makes it this job and no other. fixed: the values of `self.fixed` if the job is begun now.
+        job: the description of this job; a file of another job is refused. fixed: the values of `self.fixed` if the job
+        is begun now.
         """
         self.output = output
         self.path, self._sorted = sibling_path(output, "part"), sibling_path(output, "sorted")
@@ -81,8 +82,8 @@ class ResumableRecords:
             return {}
         with refuse_damaged(self.path, "a file of this command"):
             header = json.loads(first)
-            begun, fixed = dict(header["about"]), dict(header["fixed"])
-        check_same_job(self.path, begun, job)
+            recorded_job, fixed = dict(header["about"]), dict(header["fixed"])
+        check_same_job(self.path, recorded_job, job)
         with refuse_damaged(self.path, "a file of this command"):
             self._index_records()
         return fixed

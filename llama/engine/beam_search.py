@@ -1,7 +1,7 @@
-"""Beam search: the likeliest answers among those that several unfinished ones, continued side by side, lead to.
+"""Beam search: several unfinished answers to each prompt are continued side by side, and the likeliest are kept.
 
-Which answers it finds, with which scores, and when it ends is as in transformers 5's `generate(num_beams=...)`. Knows
-the model and the rows of its cache; knows no text. What changes log-probabilities comes in as a function.
+The answers, their scores and the end of the search are those of transformers 5's `generate(num_beams=...)`. Knows the
+model and the slots of its cache; knows no text. A function that changes log-probabilities may be passed in.
 """
 
 import math
@@ -31,7 +31,7 @@ NO_SCORE = -1e9  # score of a missing answer, as in transformers
 
 @dataclass(frozen=True)
 class Beams:
-    """How to search. Raises LlamaError for values out of range."""
+    """The settings of a search. Raises LlamaError for values out of range."""
 
     num_beams: int  # unfinished answers to each prompt
     # The score of an answer is its sum of logprobs, divided by its length to this power; a larger one favours long
@@ -40,7 +40,7 @@ class Beams:
     # When to end, once there are num_beams finished answers. True: at once. False: when no answer that ended now could
     # be better than the worst of them. "never": when no answer of any length could.
     early_stopping: bool | Literal["never"] = False
-    num_return_sequences: int = 1  # finished answers that are wanted
+    num_return_sequences: int = 1  # finished answers to return
 
     def __post_init__(self) -> None:
         check_count("num_beams", self.num_beams)
@@ -59,16 +59,16 @@ class Beams:
 
     def check_with(self, settings: Settings, others: Mapping[str, object]) -> None:
         """Refuse what contradicts a search. others: arguments of the call by name; true where they were given."""
-        given = [name for name, value in others.items() if value]
+        conflicts = [name for name, value in others.items() if value]
         if settings.temperature != 0:
             raise LlamaError(
                 f"num_beams is {self.num_beams} and temperature {settings.temperature}: beams are the likeliest, and "
                 "nothing is drawn; set temperature to 0 or drop num_beams"
             )
-        if given or settings.stop:
+        if conflicts or settings.stop:
             raise LlamaError(
-                f"num_beams is {self.num_beams} and {[*given, 'stop'][0]} was given: drop one of them"
-                + "; num_return_sequences says how many beams are wanted" * ("n" in given[:1])
+                f"num_beams is {self.num_beams} and {[*conflicts, 'stop'][0]} was given: drop one of them"
+                + "; num_return_sequences says how many beams are wanted" * ("n" in conflicts[:1])
             )
 
     def check_unused(self) -> None:
@@ -98,7 +98,7 @@ class _Branch:
 
     tokens: list[int]
     total: float  # the sum of its tokens' logprobs
-    row: int  # the cache row that holds all but its last token
+    slot: int  # the cache's slot that holds all but its last token
 
 
 @dataclass
@@ -108,14 +108,14 @@ class _Search:
     index: int  # the prompt's place in the batch
     prompt: list[int]
     room: int  # tokens that an answer may have
-    live: list[_Branch] = field(default_factory=list)  # in the order of their cache rows
+    live: list[_Branch] = field(default_factory=list)  # in the order of their slots
     finished: list[Beam] = field(default_factory=list)  # the best first, num_beams at most
 
 
 @torch.no_grad()
 def beam_search(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
+    prompt_tokens: Sequence[Sequence[int]],
     beams: Beams,
     max_gen_len: int,
     stops: frozenset[int],
@@ -132,24 +132,24 @@ def beam_search(
     """
     with parallel.raise_together(parallel.group()):
         check_count("max_gen_len", max_gen_len)
-        check_list("prompts", prompts)
-        _check_rows(len(prompts), beams.num_beams, model.params)
-        check_prompts(prompts, model.params)
+        check_list("prompts", prompt_tokens)
+        _check_rows(len(prompt_tokens), beams.num_beams, model.params)
+        check_prompts(prompt_tokens, model.params)
     searches = [
         _Search(i, [int(token) for token in prompt], min(max_gen_len, model.params.max_seq_len - len(prompt)))
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(prompt_tokens)
     ]
     live = sorted((s for s in searches if s.room > 0), key=lambda search: -len(search.prompt))
-    for row, search in enumerate(live):
-        search.live = [_Branch([], 0.0, row)]
+    for slot, search in enumerate(live):
+        search.live = [_Branch([], 0.0, slot)]
     h = prefill(model, [s.prompt for s in live], prefill_chunk, False)[0] if live else torch.empty(0)  # (B, dim)
     while live:
         candidates = _choose(model.logits(h), live, beams.num_beams * max(2, 1 + len(stops)), process)
-        rows = 0
+        slots = 0
         for search, branches in zip(live, candidates, strict=True):
             _advance(search, branches, beams, stops)
-            search.live = _assign_rows(search.live, rows)
-            rows += len(search.live)
+            search.live = _assign_slots(search.live, slots)
+            slots += len(search.live)
         live = [search for search in live if search.live]
         if live:
             h = _decode(model, live)
@@ -169,7 +169,7 @@ def _choose(logits: Tensor, searches: list[_Search], count: int, process: Proces
     """The `count` best continuations of each search's branches, the best first.
 
     logits: (B, vocab_size), of all live branches. The first rank of the model-parallel group chooses for all, in one
-    message: sums of logprobs, cache rows of the branches that are continued, and tokens.
+    message: sums of logprobs, slots of the branches that are continued, and tokens.
     """
     device, vocab_size = logits.device, logits.shape[-1]
     choices = torch.full((3, len(searches), count), -math.inf, dtype=exact_dtype(device), device=device)
@@ -183,23 +183,23 @@ def _choose(logits: Tensor, searches: list[_Search], count: int, process: Proces
                 choices[1, i, : len(best)] = first + places // vocab_size
                 choices[2, i, : len(best)] = places % vocab_size
                 first += len(totals)
-    parents = [branch for search in searches for branch in search.live]  # by cache row
+    parents = [branch for search in searches for branch in search.live]  # by slot
     by_search = zip(*parallel.broadcast(choices).tolist(), strict=True)
     return [_make_branches(search, parents, *chosen) for search, chosen in zip(searches, by_search, strict=True)]
 
 
 def _make_branches(
-    search: _Search, parents: list[_Branch], totals: list[float], rows: list[float], tokens: list[float]
+    search: _Search, parents: list[_Branch], totals: list[float], slots: list[float], tokens: list[float]
 ) -> list[_Branch]:
-    """The branches that `_choose` found for a search, without banned ones. Raises LlamaError for NaN."""
+    """The branches that `_choose` chose for a search, without banned ones. Raises LlamaError for NaN."""
     if any(math.isnan(total) for total in totals):
         raise LlamaError(
             f"row {search.index}: the logits at position {len(search.prompt) + len(search.live[0].tokens)} are not "
             "finite: the weights are damaged or this dtype overflows; try --dtype float32"
         )
     return [
-        _Branch([*parents[int(row)].tokens, int(token)], total, int(row))
-        for total, row, token in zip(totals, rows, tokens, strict=True)
+        _Branch([*parents[int(slot)].tokens, int(token)], total, int(slot))
+        for total, slot, token in zip(totals, slots, tokens, strict=True)
         if total > -math.inf
     ]
 
@@ -213,7 +213,7 @@ def _sum_logprobs(logits: Tensor, searches: list[_Search], process: Process | No
     logprobs = torch.log_softmax(logits, dim=-1)
     if process is not None:
         logprobs = torch.stack(
-            [process(row, prompt, branch.tokens) for row, (prompt, branch) in zip(logprobs, live, strict=True)]
+            [process(own_logprobs, prompt, b.tokens) for own_logprobs, (prompt, b) in zip(logprobs, live, strict=True)]
         )
     before = copy_to_device(
         torch.tensor([branch.total for _, branch in live], dtype=torch.float32), logits.device
@@ -252,19 +252,19 @@ def _can_improve(search: _Search, total: float, length: int, beams: Beams) -> bo
     return beams.score(total, search.room if any_length else length) > search.finished[-1].score
 
 
-def _assign_rows(branches: list[_Branch], first: int) -> list[_Branch]:
-    """Order branches by the cache rows that they get, from `first` on, so that as many as can keep their row."""
-    rows = range(first, first + len(branches))
-    staying = {branch.row: branch for branch in reversed(branches) if branch.row in rows}
-    moving = iter([branch for branch in branches if staying.get(branch.row) is not branch])
-    return [staying[row] if row in staying else next(moving) for row in rows]
+def _assign_slots(branches: list[_Branch], first: int) -> list[_Branch]:
+    """Order branches by the slots that they get, from `first` on, so that as many as possible keep their slot."""
+    slots = range(first, first + len(branches))
+    staying = {branch.slot: branch for branch in reversed(branches) if branch.slot in slots}
+    moving = iter([branch for branch in branches if staying.get(branch.slot) is not branch])
+    return [staying[slot] if slot in staying else next(moving) for slot in slots]
 
 
 def _decode(model: Transformer, searches: list[_Search]) -> Tensor:
-    """Move the live branches' cache to their rows, and run their last tokens: hidden states (B, dim)."""
+    """Move the live branches' cache to their slots, and run their last tokens: hidden states (B, dim)."""
     live = [branch for search in searches for branch in search.live]
     cached = [len(search.prompt) + len(branch.tokens) - 1 for search in searches for branch in search.live]
-    model.reorder_cache_rows(torch.tensor([branch.row for branch in live]), max(cached))
+    model.reorder_cache_slots(torch.tensor([branch.slot for branch in live]), max(cached))
     tokens = copy_to_device(torch.tensor([[branch.tokens[-1]] for branch in live]), model.device)  # (B, 1)
     start_pos = torch.tensor(cached, pin_memory=model.device.type == "cuda")  # (B)
     return model.hidden_states(tokens, start_pos)[:, -1]

@@ -25,7 +25,7 @@ NOT_FINITE, NONE_LEFT = -1, -2  # in the place of a token that could not be chos
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What steps shall report."""
+    """What the steps of a stream report."""
 
     logprobs: bool = False
     echo: bool = False  # the prompts' own tokens first
@@ -94,7 +94,7 @@ class ModelRunner:
     def check_owner(self, ticket: object) -> None:
         """Raise LlamaError if another stream owns the KV cache.
 
-        To be called after each yield, before the cache is touched: the caller may have started another stream.
+        Call it after each yield, before the cache is touched: the caller may have started another stream.
         """
         if self.cache_owner is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
@@ -128,7 +128,7 @@ class ModelRunner:
         for slot in range(len(keep)):
             if sequences[slot].index not in kept:
                 source = movable.pop()
-                self.model.copy_cache_row(source, slot, sequences[source].cached)
+                self.model.copy_cache_slot(source, slot, sequences[source].cached)
                 sequences[slot] = sequences[source]
         return sequences[: len(keep)]
 
@@ -149,7 +149,7 @@ class ModelRunner:
         slots = {tuple(prompt): slot for slot, prompt in enumerate(prompts)}
         others = [s for s in sequences if owners[tuple(s.prompt)] is not s]
         for slot, s in enumerate(others, len(firsts)):
-            self.model.copy_cache_row(slots[tuple(s.prompt)], slot, s.position)
+            self.model.copy_cache_slot(slots[tuple(s.prompt)], slot, s.position)
         sequences = firsts + others
         if others:
             h = h[[slots[tuple(s.prompt)] for s in sequences]]
@@ -199,8 +199,8 @@ class ModelRunner:
         for s in sorted(sequences, key=lambda s: s.index):
             texts = [s.decoder.push(token) for token in s.prompt]
             texts[-1] += s.decoder.flush()
-            chances = logprobs.get(tuple(s.prompt), [None] * len(s.prompt))
-            steps += [Step(s.index, t, text, p) for t, text, p in zip(s.prompt, texts, chances, strict=True)]
+            prompt_logprobs = logprobs.get(tuple(s.prompt), [None] * len(s.prompt))
+            steps += [Step(s.index, t, text, p) for t, text, p in zip(s.prompt, texts, prompt_logprobs, strict=True)]
         return steps
 
 

@@ -50,10 +50,10 @@ class Completion:
 
 
 def drain_stream(
-    stream: Iterable[list[Step]], prompts: Sequence[Sequence[int]], n: int, prompt_logprobs: bool
+    stream: Iterable[list[Step]], prompt_tokens: Sequence[Sequence[int]], n: int, prompt_logprobs: bool
 ) -> list[Completion]:
     """The completions that a stream makes, n to each prompt. prompt_logprobs: the stream begins with the prompts."""
-    completions = [Completion([int(token) for token in prompt]) for prompt in prompts for _ in range(n)]
+    completions = [Completion([int(token) for token in prompt]) for prompt in prompt_tokens for _ in range(n)]
     steps_by_row: list[list[Step]] = [[] for _ in completions]
     for batch in stream:
         for step in batch:
@@ -62,12 +62,12 @@ def drain_stream(
         if prompt_logprobs:
             echoed, steps = steps[: len(completion.prompt)], steps[len(completion.prompt) :]
             completion.prompt_logprobs = [step.logprob or 0.0 for step in echoed]
-        fill(completion, steps)
+        fill_completion(completion, steps)
     return completions
 
 
-def fill(completion: Completion, steps: Sequence[Step]) -> None:
-    """Set what the steps of its answer say of a completion."""
+def fill_completion(completion: Completion, steps: Sequence[Step]) -> None:
+    """Set the fields of a completion from the steps of its answer."""
     completion.text = "".join(step.text for step in steps)
     if steps:
         completion.finish_reason, completion.stop = steps[-1].finish_reason or "length", steps[-1].stop

@@ -13,7 +13,7 @@ from ..settings import Settings
 
 
 def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
-    """Whether an answer can follow a prompt that a person typed."""
+    """Check that an answer can follow a prompt that a person typed."""
     if len(prompt_tokens) >= max_seq_len:
         raise LlamaError(
             f"the text has {len(prompt_tokens)} tokens, which leaves no room for an answer within {max_seq_len}: "
@@ -30,21 +30,21 @@ def check_speculation(lookup_ngram: object, speculate_k: object) -> None:
 def check_best_of(best_of: int, n: int) -> None:
     check_count("best_of", best_of)
     if best_of < n:
-        raise LlamaError(f"best_of is {best_of} and n is {n}: no more answers can be given than are made")
+        raise LlamaError(f"best_of is {best_of} and n is {n}: expected a best_of of at least n, to choose the n from")
 
 
 def check_token_ids(settings: Sequence[Settings], top_logprobs: int, vocab_size: int) -> None:
-    """Whether the token ids in settings, and the number of likeliest tokens, fit the vocabulary."""
+    """Check that the token ids in settings, and the number of likeliest tokens, fit the vocabulary."""
     if not is_integer(top_logprobs, 0) or top_logprobs > vocab_size:
         raise LlamaError(f"top_logprobs is {top_logprobs!r}, expected a whole number in [0, {vocab_size}]")
-    for one in settings:
-        for name, tokens in (("logit_bias", one.logit_bias), ("stop_token_ids", one.stop_token_ids)):
+    for s in settings:
+        for name, tokens in (("logit_bias", s.logit_bias), ("stop_token_ids", s.stop_token_ids)):
             if too_large := [token for token in tokens if token >= vocab_size]:
                 raise LlamaError(f"{name} has token {too_large[0]}, expected whole numbers in [0, {vocab_size})")
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs, n: int = 1) -> None:
-    """Whether a batch of token ids, with n sequences from each, fits the vocabulary and the KV cache."""
+    """Check that a batch of prompts, with n sequences from each, fits the vocabulary and the KV cache."""
     check_list("prompts", prompt_tokens)
     if len(prompt_tokens) == 0:
         raise LlamaError("no prompt was given: expected a list of at least one")

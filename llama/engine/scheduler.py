@@ -1,6 +1,7 @@
-"""Prompts into the KV cache, in forward passes that waste little on padding and need bounded memory.
+"""Prefill: prompts go into the KV cache in forward passes that waste little on padding and need bounded memory.
 
-It decides which prompts, and which of their positions, each pass takes. Knows the model; knows no text and no sampling.
+`plan_passes` decides which prompts, and which of their positions, each pass takes. Knows the model; knows no text and
+no sampling.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ LOGPROB_CHUNK = 256  # positions, of all rows together, whose logits are held at
 
 
 @dataclass(frozen=True)
-class Pass:
+class PrefillPass:
     """A forward pass over the first `rows` prompts, at positions `start` to `end`."""
 
     start: int
@@ -26,24 +27,25 @@ class Pass:
     rows: int
 
 
-def plan_passes(lengths: Sequence[int], chunk: int, start: int = 0) -> list[Pass]:
+def plan_passes(lengths: Sequence[int], chunk: int, start: int = 0) -> list[PrefillPass]:
     """Forward passes over prompts of these lengths, the longest first, from position `start` on.
 
     Each takes at most `chunk` tokens, but at least one of each row.
     """
-    passes: list[Pass] = []
+    passes: list[PrefillPass] = []
     while start < lengths[0]:
         unfinished = [length for length in lengths if length > start]
         end = min(choose_end(unfinished), start + max(chunk // len(unfinished), 1))
-        passes.append(Pass(start, end, len(unfinished)))
+        passes.append(PrefillPass(start, end, len(unfinished)))
         start = end
     return passes
 
 
 def choose_end(lengths: Sequence[int]) -> int:
-    """The position at which a pass over prompts of these lengths, the longest first, ends, but for its chunk.
+    """The position at which a pass over prompts of these lengths, the longest first, should end.
 
     It is the first length at which padding the finished prompts further would cost more than another pass without them.
+    The pass may have to end earlier, to keep within its chunk.
     """
     for longer, length in reversed(list(pairwise(lengths))):
         finished = sum(other <= length for other in lengths)
@@ -53,52 +55,52 @@ def choose_end(lengths: Sequence[int]) -> int:
 
 
 def prefill(
-    model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, logprobs: bool, cached: int = 0
+    model: Transformer, prompt_tokens: Sequence[Sequence[int]], chunk: int, logprobs: bool, cached: int = 0
 ) -> tuple[Tensor, list[list[float]] | None]:
     """Run prompts, the longest first, through the model: hidden states of their last tokens (B, dim), and logprobs.
 
     logprobs: whether to give those of each prompt's tokens; the first token's is 0.0, since nothing predicts it.
     cached: positions of each prompt that the KV cache already holds; their logprobs are given as 0.0.
     """
-    last: list[Tensor] = [torch.empty(0)] * len(prompts)
-    all_logprobs = [[0.0] * (cached + 1) for _ in prompts]
-    for one_pass, h in run_passes(model, prompts, chunk, cached):
+    last: list[Tensor] = [torch.empty(0)] * len(prompt_tokens)
+    all_logprobs = [[0.0] * (cached + 1) for _ in prompt_tokens]
+    for one_pass, h in run_passes(model, prompt_tokens, chunk, cached):
         for row in range(one_pass.rows):
-            if len(prompts[row]) <= one_pass.end:
-                last[row] = h[row, len(prompts[row]) - 1 - one_pass.start]
+            if len(prompt_tokens[row]) <= one_pass.end:
+                last[row] = h[row, len(prompt_tokens[row]) - 1 - one_pass.start]
         if logprobs:
-            new_logprobs = compute_logprobs(model, prompts, [1] * len(prompts), one_pass, h)
+            new_logprobs = compute_logprobs(model, prompt_tokens, [1] * len(prompt_tokens), one_pass, h)
             for row_logprobs, new in zip(all_logprobs, new_logprobs, strict=False):
                 row_logprobs += new
     return torch.stack(last), all_logprobs if logprobs else None
 
 
 def run_passes(
-    model: Transformer, prompts: Sequence[Sequence[int]], chunk: int, cached: int = 0
-) -> Iterator[tuple[Pass, Tensor]]:
+    model: Transformer, prompt_tokens: Sequence[Sequence[int]], chunk: int, cached: int = 0
+) -> Iterator[tuple[PrefillPass, Tensor]]:
     """Run prompts, the longest first, through the model: each pass, and its hidden states (rows, T, dim), normed."""
-    longest = len(prompts[0])
+    longest = len(prompt_tokens[0])
     # Right padding: a pad's key is overwritten by the row's own next token before any query can see it.
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompt_tokens]
     tokens = torch.tensor(padded, device=model.device)  # (B, T)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)  # (B)
-    for one_pass in plan_passes([len(prompt) for prompt in prompts], chunk, cached):
+    lengths = torch.tensor([len(prompt) for prompt in prompt_tokens], device=model.device)  # (B)
+    for one_pass in plan_passes([len(prompt) for prompt in prompt_tokens], chunk, cached):
         rows, start = slice(0, one_pass.rows), one_pass.start
         yield one_pass, model.hidden_states(tokens[rows, start : one_pass.end], start, lengths[rows] - start)
 
 
 def compute_logprobs(
-    model: Transformer, prompts: Sequence[Sequence[int]], firsts: Sequence[int], one_pass: Pass, h: Tensor
+    model: Transformer, prompt_tokens: Sequence[Sequence[int]], firsts: Sequence[int], one_pass: PrefillPass, h: Tensor
 ) -> list[list[float]]:
     """For each row of a pass, the logprobs of the prompt's tokens that its hidden states h (rows, T, dim) predict.
 
-    firsts: for each prompt, the first token whose logprob is wanted, from 1 on.
+    firsts: for each prompt, the first token to give the logprob of, from 1 on.
     """
     rows = range(one_pass.rows)
-    ends = [min(one_pass.end, len(prompts[row]) - 1) for row in rows]  # a prompt's last token predicts none of it
+    ends = [min(one_pass.end, len(prompt_tokens[row]) - 1) for row in rows]  # a prompt's last token predicts none of it
     starts = [min(max(one_pass.start, firsts[row] - 1), ends[row]) for row in rows]
     states = torch.cat([h[row, starts[row] - one_pass.start : ends[row] - one_pass.start] for row in rows])  # (N, dim)
-    predicted = [token for row in rows for token in prompts[row][starts[row] + 1 : ends[row] + 1]]
+    predicted = [token for row in rows for token in prompt_tokens[row][starts[row] + 1 : ends[row] + 1]]
     tokens = torch.tensor(predicted, dtype=torch.long, device=h.device)  # (N)
     chunks = zip(states.split(LOGPROB_CHUNK), tokens.split(LOGPROB_CHUNK), strict=True)
     logprobs = [token_logprobs(model.logits(x), y) for x, y in chunks if len(y)]

@@ -1,6 +1,6 @@
-"""What a model makes of given texts: how likely it finds them, and the vectors it has for them.
+"""Texts through a model, without generating: how likely the model finds each text, and a vector for each text.
 
-Texts are taken the longest first, as many at a time as the KV cache has slots. Knows an engine; knows no sampling.
+Texts run the longest first, as many at a time as the KV cache has slots. Knows an engine; knows no sampling.
 """
 
 import math
@@ -60,7 +60,7 @@ def score(engine: Engine, texts: Sequence[str], *, stride: int | None = None) ->
     A text longer than max_seq_len is read in windows of that length, each `stride` tokens after the one before (None:
     half a window). A window scores the tokens that no earlier one has scored, as in
     https://huggingface.co/docs/transformers/perplexity. A smaller stride gives tokens more context, for more work.
-    Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for texts that aren't a
+    Takes the KV cache: a stream under way ends. Raises LlamaError, before any forward pass, for texts that aren't a
     list of strings of at least one character and for a stride outside [1, max_seq_len); after the passes for logprobs
     that aren't finite.
     """
@@ -87,7 +87,7 @@ def embed(engine: Engine, texts: Sequence[str], pooling: Pooling = "last") -> Te
     """A vector for each text, float32 (texts, dim) on the CPU, from the normed hidden states before the output layer.
 
     pooling: "last" takes the last token's state, "mean" the mean over all tokens, begin-of-text included.
-    Takes the KV cache: a stream under way is over. Raises LlamaError, before any forward pass, for texts that aren't a
+    Takes the KV cache: a stream under way ends. Raises LlamaError, before any forward pass, for texts that aren't a
     list of strings of at least one character and at most max_seq_len tokens; after the passes for vectors that aren't
     finite.
     """
@@ -162,10 +162,10 @@ def split_windows(text: int, length: int, size: int, stride: int) -> Iterator[Sc
         start, scored = start + stride, end
 
 
-def batch_by_length(items: Sequence[T], length: Callable[[T], int], size: int, doing: str) -> Iterator[list[T]]:
-    """Batches of `size` items, the longest first, under a progress bar that counts tokens at a terminal."""
+def batch_by_length(items: Sequence[T], length: Callable[[T], int], size: int, label: str) -> Iterator[list[T]]:
+    """Batches of `size` items, the longest first, under a progress bar with this label, which counts tokens."""
     items = sorted(items, key=length, reverse=True)
-    with progress_bar(doing, sum(map(length, items)), " tokens", delayed=True) as bar:
+    with progress_bar(label, sum(map(length, items)), " tokens", delayed=True) as bar:
         for i in range(0, len(items), size):
             batch = items[i : i + size]
             yield batch
@@ -173,26 +173,26 @@ def batch_by_length(items: Sequence[T], length: Callable[[T], int], size: int, d
 
 
 def score_prompts(
-    model: Transformer, prompts: Sequence[Sequence[int]], firsts: Sequence[int], chunk: int
+    model: Transformer, prompt_tokens: Sequence[Sequence[int]], firsts: Sequence[int], chunk: int
 ) -> list[list[float]]:
-    """The logprobs of each prompt's tokens from its first that is wanted on. prompts: the longest first."""
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    for one_pass, h in run_passes(model, prompts, chunk):
-        for row, new in zip(logprobs, compute_logprobs(model, prompts, firsts, one_pass, h), strict=False):
+    """The logprobs of each prompt's tokens, from token firsts[i] of prompt i on. prompt_tokens: the longest first."""
+    logprobs: list[list[float]] = [[] for _ in prompt_tokens]
+    for one_pass, h in run_passes(model, prompt_tokens, chunk):
+        for row, new in zip(logprobs, compute_logprobs(model, prompt_tokens, firsts, one_pass, h), strict=False):
             row += new
     return logprobs
 
 
-def pool_last(model: Transformer, prompts: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """The hidden state of each prompt's last token: (B, dim). prompts: the longest first."""
-    return prefill(model, prompts, chunk, logprobs=False)[0]
+def pool_last(model: Transformer, prompt_tokens: Sequence[Sequence[int]], chunk: int) -> Tensor:
+    """The hidden state of each prompt's last token: (B, dim). prompt_tokens: the longest first."""
+    return prefill(model, prompt_tokens, chunk, logprobs=False)[0]
 
 
-def pool_mean(model: Transformer, prompts: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """The mean of the hidden states of each prompt's tokens: float32 (B, dim). prompts: the longest first."""
-    sums = torch.zeros(len(prompts), model.params.dim, device=model.device)
-    for one_pass, h in run_passes(model, prompts, chunk):
+def pool_mean(model: Transformer, prompt_tokens: Sequence[Sequence[int]], chunk: int) -> Tensor:
+    """The mean of the hidden states of each prompt's tokens: float32 (B, dim). prompt_tokens: the longest first."""
+    sums = torch.zeros(len(prompt_tokens), model.params.dim, device=model.device)
+    for one_pass, h in run_passes(model, prompt_tokens, chunk):
         for row in range(one_pass.rows):
-            states = h[row, : len(prompts[row]) - one_pass.start]  # (up to T, dim): without padding
+            states = h[row, : len(prompt_tokens[row]) - one_pass.start]  # (up to T, dim): without padding
             sums[row] += states.sum(dim=0, dtype=torch.float32)
-    return sums / torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
+    return sums / torch.tensor([[len(prompt)] for prompt in prompt_tokens], device=model.device)

@@ -86,28 +86,29 @@ def verify(
     choices = torch.zeros(shape, dtype=exact_dtype(logits.device), device=logits.device)
     with share_processor_errors(live):
         if parallel.is_group_leader():
-            unpadded = torch.cat([own[:count] for own, count in zip(logits, counts, strict=True)])  # (N, vocab_size)
+            unpadded = torch.cat([row[:count] for row, count in zip(logits, counts, strict=True)])  # (N, vocab_size)
             repeated = [s for s, count in zip(live, counts, strict=True) for _ in range(count)]
             before = [p[:i] for p in proposals for i in range(1 + len(p))]  # the proposals before each place
             choices[:] = describe_choices(unpadded, choose_tokens(unpadded, repeated, before), output)
     columns = iter(parallel.broadcast(choices).T.tolist())
     steps: list[Step] = []
     for s, proposal, count in zip(live, proposals, counts, strict=True):
-        before_it = len(steps)
+        earlier = len(steps)  # those of other sequences
         for choice, proposed in zip(list(islice(columns, count)), [*proposal, None], strict=True):
             steps.append(runner.accept(s, choice, output))
             if s.finish_reason is not None or choice[0] != proposed:
                 break
-        s.cached = s.position - 1  # what the slot holds beyond comes from wrong proposals
+        s.cached = s.position - 1  # what the slot holds beyond that comes from wrong proposals
         runner.proposed += len(proposal)
-        runner.accepted += len(steps) - before_it - 1
+        runner.accepted += len(steps) - earlier - 1
     return steps
 
 
 class DraftProposer:
     """Proposes what a smaller model chooses, with each sequence's own random numbers, so that it is often right.
 
-    A sequence's slot in the smaller model's cache is its index. What an earlier stream left there is used again.
+    A sequence's slot in the smaller model's cache is its index. A slot keeps the tokens of earlier streams, and what a
+    new text has in common with them isn't computed again.
     """
 
     def __init__(self, model: Transformer, chunk: int):
@@ -119,7 +120,8 @@ class DraftProposer:
         self._model.refresh()
         proposals: list[list[int]] = [[] for _ in sequences]
         for _ in range(max(limits)):
-            h = self._feed(sequences, [s.prompt + s.answer + p for s, p in zip(sequences, proposals, strict=True)])
+            tokens_so_far = [s.prompt + s.answer + p for s, p in zip(sequences, proposals, strict=True)]
+            h = self._feed(sequences, tokens_so_far)
             if h is None:
                 break
             logits = self._model.logits(h)  # (B, vocab_size); all ranks take part
@@ -131,20 +133,21 @@ class DraftProposer:
                 proposal.append(max(token, 0))
         return [proposal[:limit] for proposal, limit in zip(proposals, limits, strict=True)]
 
-    def _feed(self, sequences: list[Sequence], texts: list[list[int]]) -> Tensor | None:
-        """Put those tokens of `texts` that aren't cached through the model: hidden states of the last ones (B, dim).
+    def _feed(self, sequences: list[Sequence], tokens_so_far: list[list[int]]) -> Tensor | None:
+        """Run the tokens that aren't cached yet through the model: hidden states of each sequence's last one (B, dim).
 
-        None where padding would not fit the cache; the last few tokens of a full context then get no proposals.
+        tokens_so_far: of each sequence. Returns None where padding would not fit the cache; the last few tokens of a
+        full context then get no proposals.
         """
         places = {s.index: place for place, s in enumerate(sequences)}
         count = max(places) + 1
         for slot, tokens in enumerate(self._cached[:count]):
             # The slots of sequences that have ended are fed padding from position 0 on, and hold nothing.
-            del tokens[count_common_prefix(tokens, texts[places[slot]][:-1]) if slot in places else 0 :]
+            del tokens[count_common_prefix(tokens, tokens_so_far[places[slot]][:-1]) if slot in places else 0 :]
         chunk = max(self._chunk // count, 1)
         last: dict[int, Tensor] = {}
         while len(last) < len(sequences):
-            new = {slot: texts[place][len(self._cached[slot]) :][:chunk] for slot, place in places.items()}
+            new = {slot: tokens_so_far[place][len(self._cached[slot]) :][:chunk] for slot, place in places.items()}
             longest = max(map(len, new.values()))
             starts = [len(tokens) for tokens in self._cached[:count]]
             if max(starts) + longest > self._model.params.max_seq_len:
@@ -153,6 +156,6 @@ class DraftProposer:
             h = self._model.hidden_states(torch.tensor(padded, device=self._model.device), torch.tensor(starts))
             for slot, tokens in new.items():
                 self._cached[slot] += tokens
-                if tokens and len(self._cached[slot]) == len(texts[places[slot]]):
+                if tokens and len(self._cached[slot]) == len(tokens_so_far[places[slot]]):
                     last[slot] = h[slot, len(tokens) - 1]
         return torch.stack([last[s.index] for s in sequences])

@@ -113,8 +113,8 @@ class Head(nn.Module):
 
     def create_linear(self, outputs: int, bias: bool) -> nn.Linear:
         """A new layer, whole and equal on every rank, from normal(0, 0.02) as in the published models."""
-        like = self.model.norm.weight
-        layer = skip_init(nn.Linear, self.model.params.dim, outputs, bias=bias, device=like.device, dtype=like.dtype)
+        dim, device, dtype = self.model.params.dim, self.model.norm.weight.device, self.model.norm.weight.dtype
+        layer = skip_init(nn.Linear, dim, outputs, bias=bias, device=device, dtype=dtype)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             layer.weight.copy_(torch.empty(layer.weight.shape).normal_(std=0.02, generator=generator))
@@ -140,7 +140,7 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """The loss: float32 (). labels: (B, T), the tokens themselves, -100 where nothing is to be learnt.
 
-        There are no logits: `losses.language_loss` holds those of a few positions at a time. `Llama.model` gives them.
+        Logits aren't returned: `losses.language_loss` holds those of a few positions at a time. `model` computes them.
         """
         h = compute_states(self.model, tokens, Padding.find(tokens, lengths, attention_mask))
         output = self.model.output

@@ -17,8 +17,8 @@ Labels = str | Collection[str]
 def classification_metrics(predicted: Sequence[Labels], expected: Sequence[Labels]) -> dict[str, float]:
     """How often the labels of texts are right.
 
-    "accuracy": the share of texts with exactly the expected labels. "f1_micro": of all labels together. "f1_macro": the
-    mean F1 of all labels that were predicted or expected anywhere. A text has one label, or a collection of labels.
+    "accuracy": the share of texts with exactly the expected labels. "f1_micro": the F1 of all labels together.
+    "f1_macro": the mean F1 of all labels that were predicted or expected anywhere. A text has one label, or several.
     Raises LlamaError unless there are as many predictions as expected values, at least one.
     """
     check_pairs(predicted, expected)
@@ -30,7 +30,7 @@ def classification_metrics(predicted: Sequence[Labels], expected: Sequence[Label
     try:
         from torchmetrics.functional.classification import multilabel_f1_score
     except ImportError:
-        raise not_installed() from None
+        raise not_installed_error() from None
     predicted_rows, expected_rows = (
         torch.tensor([[int(label in text) for label in labels] for text in texts]) for texts in (guesses, truths)
     )  # (texts, labels) each
@@ -49,7 +49,7 @@ def answer_metrics(predicted: Sequence[str], expected: Sequence[Collection[str]]
     try:
         from torchmetrics.functional.text import squad
     except ImportError:
-        raise not_installed() from None
+        raise not_installed_error() from None
     guesses: list[dict[str, str]] = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predicted)]
     truths: list[dict[str, Any]] = [
         {"id": str(i), "answers": {"text": list(texts) or [""], "answer_start": [0] * max(len(texts), 1)}}
@@ -83,5 +83,5 @@ def check_pairs(predicted: Sized, expected: Sized) -> None:
         raise LlamaError(f"{len(predicted)} were predicted and {len(expected)} expected: give as many, at least one")
 
 
-def not_installed() -> LlamaError:
+def not_installed_error() -> LlamaError:
     return LlamaError("torchmetrics isn't installed: pip install 'llama-reference[finetune]'")

@@ -22,7 +22,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.convert import as_local_path, check_target, write
 from ..checkpoints.fit import check_vocabulary, check_weights
 from ..checkpoints.loader import fetch_checkpoint, load_model, open_checkpoint, resolve_sizes
-from ..checkpoints.schema import Stored, shared_over, split_dim, tensor_shapes
+from ..checkpoints.schema import Stored, ranks_per_part, split_dim, tensor_shapes
 from ..checkpoints.side_files import find_tokenizer
 from ..checkpoints.task_spec import SPECS, HeadConfig, ProblemType, TaskName
 from ..checkpoints.writing import allocate_on_disk
@@ -109,21 +109,21 @@ class TaskModel:
 
     def classify(self, texts: Sequence[str]) -> list[list[Label]]:
         """The labels of each text: see `predict.classify`."""
-        return classify(self._made_for("classify"), self.tokenizer, texts, *self._sizes)
+        return classify(self._get_head("classify"), self.tokenizer, texts, *self._sizes)
 
     def tag(self, texts: Sequence[str], *, whole_words: bool = True) -> list[list[Span]]:
         """The spans in each text: see `predict.tag`."""
-        return tag(self._made_for("tag"), self.tokenizer, texts, *self._sizes, whole_words=whole_words)
+        return tag(self._get_head("tag"), self.tokenizer, texts, *self._sizes, whole_words=whole_words)
 
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> list[Answer]:
         """The best answers in the context, the best first. Options and details: see `predict.answer_all`."""
-        return answer(self._made_for("answer"), self.tokenizer, question, context, *self._sizes, **options)
+        return answer(self._get_head("answer"), self.tokenizer, question, context, *self._sizes, **options)
 
     def answer_all(self, pairs: Sequence[tuple[str, str]], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
         """The best answers to each (question, context): see `predict.answer_all`."""
-        return answer_all(self._made_for("answer"), self.tokenizer, pairs, *self._sizes, **options)
+        return answer_all(self._get_head("answer"), self.tokenizer, pairs, *self._sizes, **options)
 
-    def _made_for(self, task: TaskName) -> Any:
+    def _get_head(self, task: TaskName) -> Any:
         """The head. Raises LlamaError if it is of another task."""
         if self.task != task:
             raise LlamaError(f"{self.checkpoint.directory} has no head to {task} texts: build it with task={task!r}")
@@ -151,9 +151,9 @@ class TaskModel:
                     write(trained, target, "hf", dtype=saved_dtype, force=force)
 
     def _create_buffers(self, target: Path) -> dict[str, list[Tensor]]:
-        """Tensors in unnamed files on the target's disk, which `gather_tensors` receives all ranks' parts in.
+        """Tensors in unnamed files on the target's disk, into which `gather_tensors` receives the parts of all ranks.
 
-        By the names of the tensors that ranks divide; one buffer a rank, in the order of the ranks.
+        The keys are the names of the tensors that ranks divide. Each has one buffer a rank, in the order of the ranks.
         """
         parameters, is_new = dict(self.model.named_parameters()), not target.exists()
         ranks = range(parallel.group().size())
@@ -170,9 +170,9 @@ class TaskModel:
 
 
 def load_head(head: nn.Module, tensors: Mapping[str, Tensor], names: Iterable[str], where: str | Path) -> None:
-    """Copy tensors into the head; a new head has none to load. names: of all tensors that the head may have.
+    """Copy tensors into the head; for a new head there are none. names: of all tensors that the head may have.
 
-    Raises LlamaError, naming `where` they came from, for tensors of another head.
+    Raises LlamaError, naming `where` the tensors came from, if they are another head's.
     """
     if wrong := [name for name in tensors if name not in names]:
         raise LlamaError(
@@ -212,7 +212,7 @@ def set_task(
     if outputs is None:
         raise LlamaError(f"{checkpoint.directory} has no head to {task} texts: give labels for a new one")
     config = HeadConfig(tuple(outputs), problem_type, spec.dropout or 0.0)
-    args = replace(checkpoint.sizes, tied_embeddings=True)  # there is no output layer, and so none to make room for
+    args = replace(checkpoint.sizes, tied_embeddings=True)  # without an output layer, which takes no memory then
     return replace(checkpoint, task=task, head=config, head_tensors={}, args=args)
 
 
@@ -234,6 +234,6 @@ def gather_tensors(model: Transformer, buffers: dict[str, list[Tensor]]) -> dict
             tensors[name] = Stored(name, (part,))
             continue
         dist.gather(part.contiguous(), buffers.get(name), 0, group=ranks)
-        step = shared_over(name, model.params, ranks.size())  # so many neighbouring ranks have the same part
+        step = ranks_per_part(name, model.params, ranks.size())  # so many neighbouring ranks have the same part
         tensors[name] = Stored(name, tuple(buffers.get(name, [part])[::step]), dim)
     return tensors

@@ -34,7 +34,7 @@ from .spans import (
 if TYPE_CHECKING:
     from .heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
 
-COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines look at
+COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines compare
 DOC_STRIDE = 128  # tokens that two windows of a long context share
 
 
@@ -196,13 +196,13 @@ def answer_all(
         contexts, offsets, windows = encode_pairs(tokenizer, pairs, max_seq_len, doc_stride)
     compared = max(COMPARED, n_best)
     candidates: list[list[Candidate]] = [[] for _ in pairs]
-    nulls = [math.inf] * len(pairs)
+    null_logits = [math.inf] * len(pairs)
     for batch, output in run_batches(head, [window.tokens for window in windows], max_batch_size, "answering"):
         for i, logits in zip(batch, torch.stack([output.start_logits, output.end_logits], 1).cpu(), strict=True):
             window, length = windows[i], len(windows[i].tokens)
             logits = logits[:, :length]  # (2, T): starts and ends
             check_finite(logits, window.text, head)
-            nulls[window.text] = min(nulls[window.text], float(logits[:, 0].double().sum()))
+            null_logits[window.text] = min(null_logits[window.text], float(logits[:, 0].double().sum()))
             first, context = length - (window.end - window.start), contexts[window.text]
             characters = offsets[window.text][window.start : window.end]
             allowed = torch.tensor([context[start:end].strip() != "" for start, end in characters])
@@ -210,8 +210,8 @@ def answer_all(
                 start, end = strip_range(context, characters[span.start][0], characters[span.end][1])
                 candidates[window.text].append(Candidate(start, end, span.score))
     return [
-        rank_answers(merge_candidates(spans, compared), null, context, null_threshold)[:n_best]
-        for spans, null, context in zip(candidates, nulls, contexts, strict=True)
+        rank_answers(merge_candidates(spans, compared), null_logit, context, null_threshold)[:n_best]
+        for spans, null_logit, context in zip(candidates, null_logits, contexts, strict=True)
     ]
 
 
@@ -252,11 +252,11 @@ def check_finite(logits: Tensor, text: int, head: nn.Module) -> None:
 
 
 def run_batches(
-    head: nn.Module, rows: Sequence[Sequence[int]], max_batch_size: int, doing: str
+    head: nn.Module, rows: Sequence[Sequence[int]], max_batch_size: int, label: str
 ) -> Iterator[tuple[list[int], Any]]:
-    """(indices of rows, the head's output for them), a batch at a time. doing: what the progress bar says."""
+    """(indices of rows, the head's output for them), a batch at a time. label: the progress bar's."""
     device = next(head.parameters()).device
-    for batch in batch_by_length(range(len(rows)), lambda i: len(rows[i]), max_batch_size, doing):
+    for batch in batch_by_length(range(len(rows)), lambda i: len(rows[i]), max_batch_size, label):
         tokens = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
         lengths = torch.tensor([len(rows[i]) for i in batch])  # (B)
         yield batch, head(tokens.to(device), lengths.to(device))
@@ -299,15 +299,15 @@ def encode_pairs(
 
 
 def rank_answers(
-    candidates: Sequence[Candidate], null: float, context: str, null_threshold: float | None
+    candidates: Sequence[Candidate], null_logit: float, context: str, null_threshold: float | None
 ) -> list[Answer]:
-    """The candidates, the best of which comes first, as answers with their scores; null: the logit of no answer."""
-    compared = [candidate.score for candidate in candidates] + ([] if null_threshold is None else [null])
+    """The answers that the candidates, the best first, stand for, with their scores. null_logit: that of no answer."""
+    compared = [candidate.score for candidate in candidates] + ([] if null_threshold is None else [null_logit])
     scores = torch.tensor(compared, dtype=torch.float64).softmax(-1).tolist()
     answers = [
         Answer(context[candidate.start : candidate.end], candidate.start, candidate.end, score)
         for candidate, score in zip(candidates, scores, strict=False)
     ]
-    if null_threshold is not None and null - candidates[0].score > null_threshold:
+    if null_threshold is not None and null_logit - candidates[0].score > null_threshold:
         return [Answer("", 0, 0, scores[-1]), *answers]
     return answers

@@ -17,7 +17,7 @@ from .metrics import answer_metrics, classification_metrics, span_metrics
 if TYPE_CHECKING:
     from .model import TaskModel
 
-NULL_THRESHOLD = 0.0  # a question gets no answer if that is likelier than the best answer
+NULL_THRESHOLD = 0.0  # a question gets no answer if "no answer" is likelier than the best answer
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,8 @@ class Task:
     head: Callable[..., Head | CausalLM]  # called with the Transformer, and with the HeadConfig if the spec has tensors
     peft_type: PeftTask  # `task_type` in adapter_config.json
     predict: Callable[["TaskModel", Sequence[Any]], list[Any]] | None = None  # (model, inputs) -> predictions
-    measure: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]] | None = (
-        None  # (predictions, expected) -> metrics
-    )
+    # (predictions, expected) -> metrics
+    measure: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]] | None = None
     best_metric: str = "loss"  # the metric that decides which model is best; the larger the better, except the loss
 
 
@@ -59,7 +58,7 @@ TASKS: dict[TaskName, Task] = {
 
 
 def find_task(name: TaskName) -> Task:
-    """Raises LlamaError for a name that isn't in the table."""
+    """The task's record. Raises LlamaError for a name that isn't in the table."""
     if name not in TASKS:
         raise LlamaError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
     return TASKS[name]

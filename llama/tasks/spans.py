@@ -1,4 +1,4 @@
-"""Spans out of numbers for each token: the best answers, windows over a long text, runs of tags.
+"""Spans from the scores of single tokens: the best answers, windows over a long text, runs of tags.
 
 Pure functions. Knows no model and no tokenizer.
 """
@@ -159,7 +159,7 @@ def number_words(text: str) -> list[int]:
 
 
 def strip_range(text: str, start: int, end: int) -> tuple[int, int]:
-    """The range `start` to `end` of a text without white space at both ends; empty if there is nothing else."""
+    """The range `start` to `end` of a text without white space at its ends; empty if there is only white space."""
     kept = text[start:end].lstrip()
     start = max(start, end - len(kept))
     return start, start + len(kept.rstrip())

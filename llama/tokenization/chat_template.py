@@ -105,7 +105,7 @@ class TemplateFormat:
             raise LlamaError(f"the chat template isn't Jinja that can be read ({to_one_line(error)})") from None
 
     def _hide_names(self, role: str, content: str, stand_ins: "_StandIns") -> str:
-        """Put stand-ins for the names of control tokens in `content`, and for their pieces at the edges."""
+        """Replace the names of control tokens in `content`, and their pieces at its edges, by stand-ins."""
         if self._pattern is None:
             return content
         edges = self._flagged if role == "assistant" else self._all
@@ -120,7 +120,7 @@ class TemplateFormat:
 
 
 class _Edges:
-    """The pieces of some names that text before or after could complete."""
+    """The pieces of some names that could be completed by the text before or after."""
 
     def __init__(self, names: Set[str]) -> None:
         self.names = names
@@ -129,7 +129,7 @@ class _Edges:
         self._longest = max(map(len, names), default=0)
 
     def hide(self, text: str, stand_ins: "_StandIns") -> str:
-        """Put stand-ins for the start of a name at the end of `text`, and for the end of a name at its start.
+        """Replace the start of a name at the end of `text`, and the end of a name at its start, by stand-ins.
 
         White space around `text` is passed over, because templates strip it.
         """
@@ -195,5 +195,5 @@ def _raise_exception(message: object) -> NoReturn:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    """JSON as it is: Jinja's own filter escapes HTML."""
+    """JSON without escapes for HTML, which Jinja's own filter makes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)

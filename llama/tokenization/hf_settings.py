@@ -1,12 +1,12 @@
 """The settings in the files beside a tokenizer.json: names of its tokens, the chat template, the stop tokens.
 
-Knows JSON of strangers; knows no tokenizer.
+Knows JSON, which may be anybody's; knows no tokenizer.
 """
 
 from pathlib import Path
 from typing import Any
 
-from .._util.files import read_json, unreadable
+from .._util.files import read_json, unreadable_error
 from ..errors import LlamaError, describe
 
 _NAMED = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
@@ -35,12 +35,12 @@ def read_named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
 
 
 def read_chat_template(path: Path, config_path: Path, config: dict[str, Any]) -> str | None:
-    """The template in the file `path`; else the one in tokenizer_config.json, of several that named "default"."""
+    """The template in the file `path`; else that in tokenizer_config.json, where "default" is taken of several."""
     if path.exists():
         try:
             return path.read_text(encoding="utf-8")
         except OSError as error:
-            raise unreadable(path, error) from None
+            raise unreadable_error(path, error) from None
         except ValueError as error:
             raise LlamaError(f"{path}: found what isn't UTF-8 ({error}); expected a Jinja template") from None
     match config.get("chat_template"):

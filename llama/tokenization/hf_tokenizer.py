@@ -24,7 +24,7 @@ from ..errors import LlamaError, describe, shorten, to_one_line
 from ..tokenizer import Tokenizer
 from .hf_settings import read_chat_template, read_named_tokens, read_optional_json, read_stop_ids
 
-_EXPECTED = "expected the tokenizer.json of a model, from where the model comes from"
+_EXPECTED = "expected the tokenizer.json that comes with a model"
 _SIBLINGS = "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # the token of a byte, for characters that are no tokens
@@ -32,8 +32,10 @@ _ALIAS_CHARS = [chr(code) for code in range(0xE000, 0xF900)]  # Unicode's privat
 
 
 class HFTokenizer:
-    """A tokenizer.json, with the settings in the files beside it: tokenizer_config.json, chat_template.jinja,
-    generation_config.json and config.json, those of them that are there.
+    """A tokenizer.json, with the settings in the files beside it.
+
+    Those files are tokenizer_config.json, chat_template.jinja, generation_config.json and config.json. Any of them may
+    be missing.
 
     Control tokens are the added tokens flagged special, and those named by a word in angle or square brackets. All
     other added tokens are words.
@@ -56,15 +58,15 @@ class HFTokenizer:
             LlamaError: a file can't be read or isn't what its name says, or two of them disagree.
         """
         path = Path(path)
-        stated = read_json(path, "a tokenizer")
-        added = _added_tokens(path, stated)
+        source = read_json(path, "a tokenizer")
+        added = _added_tokens(path, source)
         byte_names = {token["content"] for token in added if _BYTE.fullmatch(token["content"])}
         self.flagged_special = {token["content"] for token in added if token["special"]} - byte_names
         controls = {token["content"] for token in added if _BRACKETED.fullmatch(token["content"])} - byte_names
         # The library gets control tokens under random names, so that their true names are plain text to it. A text with
         # control tokens is still encoded in one call, since how a word is split depends on what comes before it.
         aliases = {name: _new_alias() for name in controls | self.flagged_special}
-        self._backend = _load(path, stated, aliases)
+        self._backend = _load(path, source, aliases)
 
         ids = self._backend.get_vocab(with_added_tokens=True)
         self.n_words = max(ids.values()) + 1
@@ -74,9 +76,9 @@ class HFTokenizer:
         self._names = {token: name for name, token in self.special_tokens.items()}
         self._aliases = {token: aliases[name] for token, name in self._names.items()}
         _check_ids(path, added, ids, aliases)
-        model = stated["model"]
+        model = source["model"]
         self._unknown = ids.get(aliases.get(model["unk_token"], "")) if model.get("unk_token") else model.get("unk_id")
-        self._pieces = _Pieces(path, stated.get("decoder"))
+        self._pieces = _Pieces(path, source.get("decoder"))
 
         probe = self._backend.encode(next(iter(aliases.values()), "a"), add_special_tokens=True)
         self._prefix = probe.ids[: probe.sequence_ids.index(0)] if 0 in probe.sequence_ids else []
@@ -156,19 +158,21 @@ class HFTokenizer:
             encoding = self._backend.encode(text, add_special_tokens=False)
         except Exception as error:  # the library has no narrower one
             raise LlamaError(f"the tokenizer can't encode the text ({to_one_line(error)})") from None
-        given = Counter(part for part in parts if isinstance(part, int))
+        expected = Counter(part for part in parts if isinstance(part, int))
         encoded = Counter(token for token in encoding.ids if token in self._names)
-        for token in (given | encoded).keys() - {self._unknown}:  # which stands for any character without a token
-            if given[token] != encoded[token]:
+        # The unknown token isn't counted: it stands for any character without a token.
+        for token in (expected | encoded).keys() - {self._unknown}:
+            if expected[token] != encoded[token]:
                 raise LlamaError(
                     f"the tokenizer finds the control token {self._names[token]!r} {encoded[token]} times in a text "
-                    f"that has it {given[token]} times; set its 'normalized' to false in tokenizer.json"
+                    f"that has it {expected[token]} times; set its 'normalized' to false in tokenizer.json"
                 )
         return encoding
 
     def decode(self, t: Sequence[int]) -> str:
-        """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD; ids of padding,
-        which are no tokens, have no text.
+        """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD.
+
+        Ids past n_words - 1, which a model may have as padding, have no text.
 
         Raises:
             LlamaError: an id is negative.
@@ -304,15 +308,15 @@ def _new_alias() -> str:
     return "".join(secrets.choice(_ALIAS_CHARS) for _ in range(12))  # 6400 ** 12 are 151 bits
 
 
-def _added_tokens(path: Path, stated: dict[str, Any]) -> list[dict[str, Any]]:
+def _added_tokens(path: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
     """The entries of "added_tokens", whose "content", "special" and "id" are checked.
 
     Raises:
-        LlamaError: `stated` is no tokenizer.json.
+        LlamaError: `source` isn't the content of a tokenizer.json.
     """
-    if not isinstance(stated.get("model"), dict):
-        raise LlamaError(f"{path}: found JSON without a 'model', only {shorten(sorted(stated))}; {_EXPECTED}")
-    added = stated.get("added_tokens", [])
+    if not isinstance(source.get("model"), dict):
+        raise LlamaError(f"{path}: found JSON without a 'model', only {shorten(sorted(source))}; {_EXPECTED}")
+    added = source.get("added_tokens", [])
     if not isinstance(added, list):
         raise LlamaError(f"{path}: 'added_tokens' is {describe(added)}; expected a list")
     for token in added:
@@ -326,9 +330,9 @@ def _added_tokens(path: Path, stated: dict[str, Any]) -> list[dict[str, Any]]:
     return added
 
 
-def _load(path: Path, stated: dict[str, Any], aliases: dict[str, str]) -> tokenizers.Tokenizer:
+def _load(path: Path, source: dict[str, Any], aliases: dict[str, str]) -> tokenizers.Tokenizer:
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(_rename_controls(stated, aliases)))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(_rename_controls(source, aliases)))
     except Exception as error:  # the library has no narrower one, and values may be of any type
         raise LlamaError(f"{path}: no tokenizer could be made of it ({to_one_line(error)}); {_EXPECTED}") from None
     if backend.get_vocab_size(with_added_tokens=True) == 0:
@@ -336,7 +340,7 @@ def _load(path: Path, stated: dict[str, Any], aliases: dict[str, str]) -> tokeni
     return backend
 
 
-def _rename_controls(stated: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+def _rename_controls(source: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
     """A tokenizer.json with the control tokens under their aliases, in the vocabulary too, where they keep their ids.
 
     Merges that would make a control token from text are left out; so are truncation and padding.
@@ -349,7 +353,7 @@ def _rename_controls(stated: dict[str, Any], aliases: dict[str, str]) -> dict[st
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         return aliases.keys().isdisjoint((left, right, left + right))
 
-    model = dict(stated["model"])
+    model = dict(source["model"])
     vocab = model["vocab"]
     if isinstance(vocab, dict):
         model["vocab"] = {new(name): token for name, token in vocab.items()}
@@ -359,18 +363,18 @@ def _rename_controls(stated: dict[str, Any], aliases: dict[str, str]) -> dict[st
         model["merges"] = [merge for merge in model["merges"] if makes_words(merge)]
     if "unk_token" in model:
         model["unk_token"] = new(model["unk_token"])
-    added = [token | {"content": new(token["content"])} for token in stated.get("added_tokens", [])]
-    return stated | {"model": model, "added_tokens": added, "truncation": None, "padding": None}
+    added = [token | {"content": new(token["content"])} for token in source.get("added_tokens", [])]
+    return source | {"model": model, "added_tokens": added, "truncation": None, "padding": None}
 
 
 def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], aliases: dict[str, str]) -> None:
     """Raise LlamaError if a control token shares its id with a word, or an added token hasn't the stated id."""
     for token in added:
         name = token["content"]
-        if (own := ids.get(aliases.get(name, name))) != token["id"]:
+        if (actual := ids.get(aliases.get(name, name))) != token["id"]:
             raise LlamaError(
                 f"{path}: 'added_tokens' gives {shorten(name)} the id {token['id']}, but by its place it has "
-                f"{own}; expected the ids that follow the vocabulary's: get the file anew"
+                f"{actual}; expected the ids that follow the vocabulary's: get the file anew"
             )
     controls = {ids[alias]: name for name, alias in aliases.items()}
     alias_names = set(aliases.values())

@@ -45,8 +45,8 @@ def _align_by_bytes(tokenizer: AnyTokenizer, text: str) -> tuple[list[int], Offs
 def _align_by_library(tokenizer: HFTokenizer, text: str) -> tuple[list[int], Offsets]:
     """(ids, offsets), as the library has them, with two corrections.
 
-    Of characters that were composed, the library names only the first: here the others are added. A space that was put
-    before a text gets no characters instead of the next token's.
+    Where normalization composed characters, the library's offsets hold only the first: here the others are added. A
+    space that was put before a text gets no characters, instead of those of the next token.
     """
     encoding = tokenizer.encoding([text])
     starts = [start for start, _ in encoding.offsets] + [len(text)]
@@ -60,9 +60,9 @@ def _align_by_library(tokenizer: HFTokenizer, text: str) -> tuple[list[int], Off
 
 
 def _find_starts(text: str, read: str) -> Sequence[int]:
-    """Where each character of `read` starts in `text`, and where the last ends.
+    """Where each character of `read` starts in `text`, and where the last one ends.
 
-    read: `text`, in which pairs of surrogates became one character.
+    read: `text`, with one character for each pair of surrogates.
     """
     if len(read) == len(text):
         return range(len(text) + 1)

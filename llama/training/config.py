@@ -1,4 +1,4 @@
-"""The settings of a training, checked before anything is read; and what makes a training this one and no other.
+"""The settings of a training, checked before anything is read, and the description by which a training is resumed.
 
 Knows numbers, names and records; knows no model.
 """
@@ -72,7 +72,7 @@ def describe_job(
     tokenizer_path: str | Path | None,
     lines: Sequence[Line],
 ) -> dict[str, Any]:
-    """Plain values that decide the result: only a run with the same ones may resume another."""
+    """The plain values that decide the result. A run may resume another one only if these are equal."""
     records = repr([line.record for line in lines])
     settings = {name: value for name, value in vars(config).items() if name not in ("output", "data", "eval", "lora")}
     digest = hashlib.sha256(records.encode("utf-8", "surrogatepass")).hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._util.files import unreadable
+from .._util.files import unreadable_error
 from .._util.json_lines import parse_object
 from ..checkpoints.task_spec import ProblemType, TaskName
 from ..errors import LlamaError, pluralize
@@ -35,7 +35,7 @@ def read_lines(path: str | Path, task: TaskName) -> list[Line]:
     try:
         contents = Path(path).read_bytes().split(b"\n")
     except OSError as e:
-        raise unreadable(Path(path), e) from e
+        raise unreadable_error(Path(path), e) from e
     lines, problems = [], []
     for number, content in enumerate(contents, start=1):
         if not content.strip():
@@ -92,7 +92,7 @@ def make_examples(preprocessor: Preprocessor, task: TaskName, lines: Sequence[Li
     learnt = [example for example in examples if example.items]
     if lines and not learnt:
         raise LlamaError(
-            f"{path}: nothing is learnt of any line within max_seq_len {preprocessor.max_seq_len}: raise that"
+            f"{path}: nothing is learnt of any line within max_seq_len {preprocessor.max_seq_len}: raise max_seq_len"
         )
     return learnt
 

@@ -31,7 +31,7 @@ def check_packages(evaluates: bool) -> None:
 
 
 def is_regression(model: TaskModel) -> bool:
-    """A regression is measured by its loss alone, whatever metrics the task has."""
+    """Whether the model predicts numbers. Then its loss alone is measured, whatever metrics the task has."""
     return model.checkpoint.head is not None and model.checkpoint.head.problem_type == "regression"
 
 
@@ -52,7 +52,7 @@ def evaluate(model: TaskModel, examples: Sequence[Example], records: Sequence[Re
 
 
 def compute_loss(model: TaskModel, examples: Sequence[Example]) -> float:
-    """The mean loss of what is to be learnt of the examples."""
+    """The mean loss over all items of the examples; see `Example.items`."""
     model.head.eval()
     total, items = 0.0, 0
     device, batch_size = model.model.device, model.model.params.max_batch_size

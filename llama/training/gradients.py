@@ -17,7 +17,7 @@ from fairscale.nn.model_parallel.initialize import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checkpoints.schema import shared_over, split_dim
+from ..checkpoints.schema import ranks_per_part, split_dim
 from ..model import ModelArgs, Transformer
 
 # Parameters that every rank has alike, but with gradients from its own heads alone.
@@ -32,8 +32,8 @@ def iterate_gradients(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def complete(module: nn.Module, args: ModelArgs) -> None:
-    """Sum every gradient over all ranks that have a share of it.
+def sum_over_ranks(module: nn.Module, args: ModelArgs) -> None:
+    """Sum every gradient over all ranks that have a share of it: an all-reduce.
 
     Those are the ranks that share a key/value head, all ranks for the norms of heads, and the data-parallel copies.
     """
@@ -41,12 +41,12 @@ def complete(module: nn.Module, args: ModelArgs) -> None:
     for name, grad in iterate_gradients(module):
         if ranks > 1 and name.endswith(OF_HEADS):
             dist.all_reduce(grad, group=get_model_parallel_group())
-        elif (shared := shared_over(name, args, ranks)) > 1:
-            head = get_model_parallel_rank() // shared  # neighbouring ranks share a head
-            of_heads = grad.new_zeros(ranks // shared, *grad.shape)
-            of_heads[head] = grad
-            dist.all_reduce(of_heads, group=get_model_parallel_group())
-            grad.copy_(of_heads[head])
+        elif (sharing := ranks_per_part(name, args, ranks)) > 1:
+            head = get_model_parallel_rank() // sharing  # neighbouring ranks share a head
+            by_head = grad.new_zeros(ranks // sharing, *grad.shape)
+            by_head[head] = grad
+            dist.all_reduce(by_head, group=get_model_parallel_group())
+            grad.copy_(by_head[head])
         sum_over_copies(grad)
 
 
@@ -67,7 +67,7 @@ def compute_norm(module: nn.Module, args: ModelArgs) -> Tensor:
         if split_dim(name) is None:
             whole += square
         else:
-            divided += square / shared_over(name, args, get_model_parallel_world_size())
+            divided += square / ranks_per_part(name, args, get_model_parallel_world_size())
     if get_model_parallel_world_size() > 1:
         dist.all_reduce(divided, group=get_model_parallel_group())
     return (divided + whole).sqrt()

@@ -38,7 +38,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """What is needed to turn records into examples."""
+    """What it takes to turn records into examples."""
 
     tokenizer: AnyTokenizer
     formatter: AnyChatFormat
@@ -54,7 +54,7 @@ class Preprocessor:
         """The tokens. Raises LlamaError if they are too many."""
         if len(tokens) > self.max_seq_len:
             raise LlamaError(
-                f"{len(tokens)} tokens are more than max_seq_len {self.max_seq_len}: shorten it or raise that"
+                f"{len(tokens)} tokens are more than max_seq_len {self.max_seq_len}: shorten it or raise max_seq_len"
             )
         return tokens
 

@@ -31,7 +31,7 @@ from .record_formats import Record
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """How records train a task, and what is expected of a model that was trained on them."""
+    """How records of a task become examples, and what a trained model should predict for them."""
 
     task: Task
     check: Callable[[Record], object]  # raises LlamaError for a record that can't be used

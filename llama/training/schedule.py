@@ -17,7 +17,7 @@ from .config import TrainingConfig
 
 @lru_cache(maxsize=1)
 def shuffle_indices(count: int, seed: int, epoch: int) -> list[int]:
-    """The indices of all examples in the order of this epoch."""
+    """The indices of all examples in this epoch's order."""
     order = list(range(count))
     random.Random(f"{seed} {epoch}").shuffle(order)
     return order

@@ -24,9 +24,9 @@ NAME = "training.json"
 
 @dataclass
 class Progress:
-    """How far a training is."""
+    """How far a training has got."""
 
-    step: int = 0  # how many steps are done
+    step: int = 0  # steps that are done
     losses: list[float] = field(default_factory=list)  # of each step
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry an evaluation: step, epoch, metrics by name
     best: float | None = None  # the deciding metric of the best evaluation; the larger the better
@@ -40,8 +40,8 @@ class ResumableTraining:
     """The files of one training in its directory."""
 
     directory: Path
-    job: dict[str, Any]  # what makes it this training and no other
-    progress: Progress  # as of the last `save`, until the training moves it on
+    job: dict[str, Any]  # the description of the training; a run with another one may not resume it
+    progress: Progress  # as of the last `save`, or further, since the training updates it
 
     def __init__(self, directory: Path, job: dict[str, Any], force: bool):
         """Called on all ranks; writes nothing. Raises LlamaError for a directory that holds something else."""
@@ -67,15 +67,15 @@ class ResumableTraining:
     def _read_progress(self, path: Path) -> Progress:
         with refuse_damaged(path, "a training's progress"):
             content = read_json(path, "a training's progress")
-            begun, progress = dict(content["about"]), Progress(**content["progress"])
+            recorded_job, progress = dict(content["about"]), Progress(**content["progress"])
             if not is_integer(progress.step, 0) or not isinstance(progress.history, list):
-                raise ValueError("its steps aren't pluralize")
+                raise ValueError("its step isn't a count, or its history isn't a list")
             datetime.fromisoformat(progress.begun)
-        check_same_job(path, begun, self.job)
+        check_same_job(path, recorded_job, self.job)
         return progress
 
     def begin(self) -> None:
-        """Make the directory, unless steps are done; delete what would make a model of another run readable.
+        """Make the directory, unless steps are done; delete the files by which another run's model would be read.
 
         Called on all ranks. Raises LlamaError where nothing can be written.
         """

@@ -1,4 +1,4 @@
-"""Training: how a model is brought through its steps, on model-parallel ranks and data-parallel copies.
+"""The loop that trains a model, on model-parallel ranks and data-parallel copies.
 
 Knows models, batches and optimizers. What survives a kill is in `state`, what is measured in `evaluation`, what each
 step gets in `schedule`.
@@ -31,8 +31,9 @@ from .config import TrainingConfig, describe_job
 from .dataset import Line, collate, find_problem_type, make_examples, name_classes, read_lines
 from .evaluation import check_packages, choose_best_metric, draw_curves, evaluate, get_loss
 from .preprocessing import Example, Preprocessor
+from .record_formats import Record
 from .schedule import compute_learning_rate, group_by_decay, seed_generators, shuffle_indices
-from .state import ResumableTraining
+from .state import Progress, ResumableTraining
 
 ADAM_BYTES = 16  # of each trained number: itself, its gradient and two moments, in float32
 BETAS = 0.9, 0.98
@@ -48,7 +49,7 @@ def finetune(
     dtype: str | torch.dtype | None = None,
     force: bool = False,
 ) -> None:
-    """Train, and write the best model to `config.output`. A run that was killed resumes, and ends the same.
+    """Train, and write the best model to `config.output`. A run that was killed resumes, with the same result.
 
     model_parallel_size: ranks that share a model; None: all. Further ranks hold data-parallel copies. dtype: what
     products are computed in; trained weights are float32 all the same. force: begin anew, whatever is in the output.
@@ -105,10 +106,15 @@ class Training:
 
     config: TrainingConfig
     model: TaskModel
-    files: ResumableTraining  # what survives a kill; its progress is that of this training
+    place: Place  # where this rank runs
+    files: ResumableTraining  # what survives a kill
+    progress: Progress  # that of `files`, which each step updates
     train_examples: list[Example]
     eval_examples: list[Example]
+    eval_records: list[Record]  # of the same lines as `eval_examples`
     parameters: dict[str, nn.Parameter]  # those that are trained, by name
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
     steps: int  # in all epochs
 
     def __init__(
@@ -126,9 +132,9 @@ class Training:
         self.eval_records = [line.record for line in eval_lines]
         with parallel.raise_together():
             labels = model.checkpoint.head.labels if model.checkpoint.head else ()
-            form = make_formatter(model.tokenizer, datetime.fromisoformat(self.progress.begun))
+            formatter = make_formatter(model.tokenizer, datetime.fromisoformat(self.progress.begun))
             classes = {name: i for i, name in enumerate(labels)}
-            preprocessor = Preprocessor(model.tokenizer, form, classes, config.max_seq_len)
+            preprocessor = Preprocessor(model.tokenizer, formatter, classes, config.max_seq_len)
             self.train_examples = make_examples(preprocessor, config.task, train_lines, config.data)
             self.eval_examples = make_examples(preprocessor, config.task, eval_lines, config.eval or "")
             check_target(model.checkpoint, files.directory, force=True)
@@ -152,7 +158,7 @@ class Training:
         return {name: self.model.head.get_parameter(name) for name in SPECS[self.config.task].tensors}
 
     def run(self) -> None:
-        """All steps that are left to do."""
+        """Do all steps that aren't done yet."""
         every = self.config.every or self.steps_per_epoch
         self.files.begin()
         if self.progress.step > 0:
@@ -170,10 +176,10 @@ class Training:
     # --- a step -----------------------------------------------------------------------------------------------------
 
     def step(self) -> float:
-        """One step of the optimizer. Returns the mean loss of what its examples have to be learnt."""
+        """One step of the optimizer. Returns the mean loss of its examples."""
         config, step = self.config, self.progress.step
         loss = self.backward(self.select_batch(step))
-        gradients.complete(self.model.head, self.model.model.params)
+        gradients.sum_over_ranks(self.model.head, self.model.model.params)
         norm = float(gradients.clip(self.model.head, self.model.model.params, config.clip))
         self.check_finite({"loss": loss, "norm of the gradient": norm}, step + 1)
         for group in self.optimizer.param_groups:
@@ -220,7 +226,7 @@ class Training:
     # --- between steps ----------------------------------------------------------------------------------------------
 
     def evaluate_and_save(self, bar: ProgressBar) -> None:
-        """Evaluate; write the model if it is the best so far; save what a killed run resumes from."""
+        """Evaluate, write the model if it is the best so far, and save the state from which a killed run resumes."""
         is_best = self.add_entry()
         with bar.external_write_mode():
             say(format_entry(self.progress.history[-1]))
@@ -279,7 +285,7 @@ class Training:
 
 
 def format_entry(entry: dict[str, float]) -> str:
-    """A line of the history for people."""
+    """An entry of the history as a line for people."""
     names = {"trained": "loss", "loss": "held-out loss"}
     metrics = [f"{names.get(name, name)} {value:.4g}" for name, value in entry.items() if name not in ("step", "epoch")]
     return f"step {entry['step']}, epoch {entry['epoch']:.2f}: {', '.join(metrics)}"

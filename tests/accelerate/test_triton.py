@@ -82,12 +82,12 @@ def test_swiglu(gpu: ModuleType, shape: tuple[int, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("shape", [(64, 64), (100, 200), (7, 20), (130, 1000)])
 def test_integer_product(gpu: ModuleType, bits: int, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     """Every number of rows that it takes, the last one's included."""
-    panels = QuantizedMatrix(numbers(*shape, dtype=dtype), bits)
+    quantized = QuantizedMatrix(numbers(*shape, dtype=dtype), bits)
     for count in (1, 3, 16):
         x = numbers(count, shape[1], dtype=dtype, seed=count)
-        expected = x.float() @ panels.unpack().float().T
+        expected = x.float() @ quantized.unpack().float().T
         assert_near(
-            gpu.integer_product(x[:, None], panels.integers, panels.scales, shape[0], bits)[:, 0], expected, dtype
+            gpu.integer_product(x[:, None], quantized.integers, quantized.scales, shape[0], bits)[:, 0], expected, dtype
         )
 
 

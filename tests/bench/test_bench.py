@@ -371,7 +371,7 @@ def test_on_two_ranks_each_reads_its_share_and_the_picture_shows_both(
     alone = json.loads(bench(*options, "--plot", str(picture), "--with", str(tmp_path / "two.json"))[0])
     norms = (2 * 6 + 1) * 256 * 4
     per_rank = alone["figures"][0]["bytes_per_token"] / 2 + norms / 2  # every rank has all norms, and half of the rest
-    rounded_up = 1.05  # matrices are packed in panels of 64 rows, and half of this model's has some that don't fill one
+    rounded_up = 1.05  # matrices are packed in blocks of 64 rows, and half of this model's has some that don't fill one
     assert per_rank <= both["figures"][0]["bytes_per_token"] < rounded_up * per_rank
     import matplotlib.image  # here, since it takes a second
 

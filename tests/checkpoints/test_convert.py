@@ -16,7 +16,7 @@ from tiny import ARGS, PROMPTS, greedy_by_hand, run_program, split_checkpoint, w
 from llama import Llama, LlamaError
 from llama.checkpoints import huggingface
 from llama.checkpoints.convert import convert
-from llama.checkpoints.hf_config import same_model
+from llama.checkpoints.hf_config import is_same_model
 from llama.checkpoints.loader import open_checkpoint
 from llama.checkpoints.meta import read_shard
 from llama.tokenizer import ChatFormat, Tokenizer
@@ -142,7 +142,7 @@ def test_meta_to_hugging_face_and_back(tmp_path: Path, name: str, shards: int, t
     for rank in range(shards):
         shard = f"consolidated.{rank:02d}.pth"
         assert same(read_shard(tmp_path / "back" / shard), read_shard(source / shard))
-    assert same_model(open_checkpoint(tmp_path / "back").sizes, open_checkpoint(source).sizes)
+    assert is_same_model(open_checkpoint(tmp_path / "back").sizes, open_checkpoint(source).sizes)
     assert json.loads((tmp_path / "back" / "params.json").read_text()).items() >= METAS[name].items()
     llama = Llama.build(source, device="cpu", dtype="float32", max_seq_len=64)
     tokens = torch.arange(40).view(2, 20) * 7

@@ -320,7 +320,7 @@ def test_a_slow_load_shows_a_bar_on_a_terminal_alone_and_once(directory: Path, t
         "def survey(*arguments, **options):\n"
         "    checkpoint = plain_survey(*arguments, **options)\n"
         "    tensors = checkpoint.tensors.items()\n"
-        "    checkpoint.tensors = {n: Slow(t.name, t.pieces, t.dim, t.halves) for n, t in tensors}\n"
+        "    checkpoint.tensors = {n: Slow(t.name, t.pieces, t.dim, t.hf_head_dim) for n, t in tensors}\n"
         "    return checkpoint\n"
         "loader.survey = survey\n"
         "Llama.build(sys.argv[1], device='cpu')\n"

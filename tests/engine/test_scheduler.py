@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.engine.scheduler import WORTH_A_PASS, Pass, plan_passes
+from llama.engine.scheduler import WORTH_A_PASS, PrefillPass, plan_passes
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 1000))
@@ -31,9 +31,10 @@ def test_padding_is_less_than_it_costs_to_avoid_it(lengths: list[int]) -> None:
 
 
 def test_what_is_known() -> None:
-    assert plan_passes([512, 128, 16], 10**9) == [Pass(0, 16, 3), Pass(16, 128, 2), Pass(128, 512, 1)]
-    assert plan_passes([500, 499, 498], 10**9) == [Pass(0, 500, 3)]
-    assert plan_passes([5], 2) == [Pass(0, 2, 1), Pass(2, 4, 1), Pass(4, 5, 1)]
+    three = [PrefillPass(0, 16, 3), PrefillPass(16, 128, 2), PrefillPass(128, 512, 1)]
+    assert plan_passes([512, 128, 16], 10**9) == three
+    assert plan_passes([500, 499, 498], 10**9) == [PrefillPass(0, 500, 3)]
+    assert plan_passes([5], 2) == [PrefillPass(0, 2, 1), PrefillPass(2, 4, 1), PrefillPass(4, 5, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The functions of csrc/ on tensors of the CPU. They are compiled once for each processor, in seconds, and cached.
 
-Knows tensors; knows no layers. Where there is no compiler, or nothing for this processor that can be
-compiled and loaded, `library` gives None.
+Knows tensors; knows no layers. `library` returns None where there is no compiler, or where the functions can't be
+compiled or loaded for this processor.
 """
 
 import ctypes
@@ -60,7 +60,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def processor() -> str:
-    """What the compiled code depends on."""
+    """A description of the processor, on which the compiled code depends."""
     return cpuinfo("flags", "Features") or f"{platform.machine()} {platform.processor()}"
 
 
@@ -74,7 +74,10 @@ def cpuinfo(*keys: str) -> str | None:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether it ends with the hash of all before, as `compile_to` leaves it: to load a part would end the process."""
+    """Whether a library ends with the hash of all before, as `compile_to` writes it.
+
+    Loading an incomplete library would end the process.
+    """
     content = path.read_bytes() if path.is_file() else b""
     return content[-32:] == hashlib.sha256(content[:-32]).digest()
 
@@ -100,7 +103,7 @@ def compile_to(path: Path, sources: list[Path], compiler: str) -> None:
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
-FUNCTIONS: dict[str, Callable[..., int]] = {}  # of the library, by name, once they were called
+FUNCTIONS: dict[str, Callable[..., int]] = {}  # the library's functions by name, once they were called
 Call = tuple[Callable[[], object], tuple[object, ...]]  # what to call again, and the tensors that it uses
 CAPTURED: ContextVar[list[Call] | None] = ContextVar("captured", default=None)  # by a capture in this thread
 
@@ -124,14 +127,14 @@ def record(bound: Callable[[], object], *tensors: object) -> None:
 
 
 def bind(name: str, *arguments: Tensor | int | float) -> Callable[[], int]:
-    """A call of a function of the library on the memory of these tensors, with the number of threads of now."""
+    """A call of a function of the library on the memory of these tensors, with torch's present number of threads."""
     function = FUNCTIONS.get(name) or find_function(name, arguments)
     values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     return functools.partial(function, *values, torch.get_num_threads())
 
 
 def find_function(name: str, arguments: Sequence[Tensor | int | float]) -> Callable[..., int]:
-    """A function of the library. It always takes arguments of these types, and the number of threads."""
+    """Find a function in the library. It always takes arguments of these types, and then the number of threads."""
     function = getattr(library(), name)
     plain = {int: ctypes.c_long, float: ctypes.c_double}
     function.argtypes = [*(plain.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_long]
@@ -187,7 +190,7 @@ def product(x: Tensor, packed: Tensor, rows: int) -> Tensor:
 def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits: int) -> Tensor:
     """x W^T of x (..., K) and W as `QuantizedMatrix` has it: (..., rows), in the dtype of x.
 
-    Each group of x is rounded to 8 bits too, so that integers are multiplied.
+    Each group of x is quantized to 8 bits too, so that integers are multiplied.
     """
     columns, group = x.shape[-1], integers.shape[2] * WORD * 8 // bits
     if -(-columns // group) != integers.shape[1]:
@@ -195,9 +198,9 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
     count = x.numel() // columns
-    room = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
+    scratch = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
     name = f"product_int{bits}_{DTYPES[x.dtype]}"
-    run(name, x, integers, scales, y, count, rows, columns, room)
+    run(name, x, integers, scales, y, count, rows, columns, scratch)
     return y
 
 
@@ -222,16 +225,16 @@ def attention(
 ) -> Tensor:
     """Attention of each row's T new tokens, their keys and values written to the caches: (B, T, H, D).
 
-    xq: (B, T, H, D), xk: (B, T, KV, D), not rotated; xv: (B, T, KV, D); caches: (rows, S, KV, D), which lie in memory
-    as (rows, KV, S, D); angles: complex numbers as (1 or B, T, D);
-    starts: integers (B), positions of the first tokens. Each looks at the last `window` positions up to its own. A
-    single token below 0 is none: nothing is written, and what comes out means nothing.
+    xq: (B, T, H, D), xk: (B, T, KV, D), not rotated; xv: (B, T, KV, D). caches: (slots, S, KV, D), which lie in memory
+    as (slots, KV, S, D). angles: complex numbers as (1 or B, T, D). starts: integers (B), the positions of the first
+    tokens. window: each token sees so many positions up to its own. A row of one token whose position is below 0 is
+    left out: nothing is written, and its output means nothing.
     """
     bsz, seqlen, heads, head_dim = xq.shape
-    room, kv_heads = cache_k.shape[1:3]
+    max_seq_len, kv_heads = cache_k.shape[1:3]
     out = xq.new_empty(xq.shape)
-    turn = angles[0].numel() if len(angles) > 1 else 0
+    angle_stride = angles[0].numel() if len(angles) > 1 else 0
     xq, xk, xv, angles, starts = (x.contiguous() for x in (xq, xk, xv, angles, starts.long()))
-    sizes = (bsz, seqlen, heads, kv_heads, head_dim, room, window, turn)
+    sizes = (bsz, seqlen, heads, kv_heads, head_dim, max_seq_len, window, angle_stride)
     run(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, out, *sizes)
     return out

@@ -14,44 +14,44 @@ from torch import Tensor
 from . import cpu
 from .cpu import DTYPES, WORD
 
-MOST_ROWS_ON_GPU = 16  # of x, in a product with integers there: as many as a tensor core multiplies at a time
+MOST_ROWS_ON_GPU = 16  # of x, in a product with integers on a GPU: as many as a tensor core multiplies at a time
 GPU_DTYPES = (*DTYPES, torch.float16)
 
 
 @functools.cache
 def gpu_kernels() -> ModuleType | None:
-    """Triton's kernels, if one of them runs; None without the GPU, the Triton or the compiler that they need."""
+    """The module of Triton's kernels; None if they don't run, without a GPU, Triton or the compiler that it needs."""
     if not torch.cuda.is_available():
         return None
     try:
         from . import triton
 
         triton.swiglu(*torch.ones(2, 16, device="cuda"))
-    except Exception:  # Triton has many of its own, and torch one for each of CUDA's
+    except Exception:  # Triton and torch raise many kinds of errors
         return None
     return triton
 
 
 def takes(x: Tensor) -> bool:
-    """Whether kernels compute with tensors such as `x`, where there are any."""
-    if x.device.type == "cuda":  # `register` has looked for them before anything is compiled
+    """Whether kernels compute with tensors such as `x`, if there are kernels for its device."""
+    if x.device.type == "cuda":  # `register` has looked for the kernels before anything is compiled
         return x.dtype in GPU_DTYPES and (bool(GPU) if torch.compiler.is_compiling() else gpu_kernels() is not None)
     return x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def attends(x: Tensor, seqlen: int) -> bool:
-    """Whether `attention` takes so many tokens a row: on a GPU one."""
+    """Whether `attention` takes so many tokens a row; on a GPU it takes one."""
     return takes(x) and (seqlen == 1 or x.device.type == "cpu")
 
 
 def available(like: Tensor) -> bool:
     """Whether there are kernels for tensors such as this one."""
-    with torch.cuda.device_of(like):  # which is the one to try
+    with torch.cuda.device_of(like):  # the device to try kernels on
         return takes(like) and (like.device.type == "cuda" or cpu.library() is not None)
 
 
 def packs(weight: Tensor) -> bool:
-    """Whether this matrix can be packed as it is: on a CPU that has kernels, where its rows are whole words."""
+    """Whether this matrix can be packed as it is: on a CPU that has kernels, if its rows are whole words."""
     return (
         weight.device.type == "cpu"
         and available(weight)
@@ -62,7 +62,7 @@ def packs(weight: Tensor) -> bool:
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {}  # once `register` was called
 LIBRARIES: list[torch.library.Library] = []
-GPU: list[ModuleType] = []  # with its functions, where there is one
+GPU: list[ModuleType] = []  # the module of the GPU's kernels, if there are any, once `register` was called
 OUTPUTS: dict[str, Callable[..., Tensor]] = {  # the shape of each function's result, for torch.compile
     "product": lambda x, packed, rows: x.new_empty(*x.shape[:-1], rows),
     "integer_product": lambda x, integers, scales, rows, bits: x.new_empty(*x.shape[:-1], rows),
@@ -74,37 +74,40 @@ OUTPUTS: dict[str, Callable[..., Tensor]] = {  # the shape of each function's re
 
 @functools.cache
 def register() -> None:
-    """Make the functions known to torch's dispatcher, in `torch.ops.llama`. To be called before they are compiled."""
+    """Make the functions known to torch's dispatcher, in `torch.ops.llama`. Call it before anything is compiled."""
     library, module = torch.library.Library("llama", "FRAGMENT"), gpu_kernels()
     GPU.extend([] if module is None else [module])
     for name, output in OUTPUTS.items():
         function = getattr(cpu, name)
-        # That attention writes to its caches isn't declared: nothing else in a step touches them.
+        # Attention writes to its caches, which needn't be declared: nothing else in a step touches them.
         library.define(name + torch.library.infer_schema(function, mutates_args=()))
         library.impl(name, function, "CPU")
         if hasattr(module, name):
             library.impl(name, getattr(module, name), "CUDA")
         torch.library.register_fake(f"llama::{name}", output, lib=library)
         OPERATORS[name] = getattr(torch.ops.llama, name).default
-    LIBRARIES.append(library)  # the operators live as long as it does
+    LIBRARIES.append(library)  # the operators live as long as the library does
 
 
-def dispatched(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The CPU's function, or the GPU's of the same name; in torch.compile, one operator that it doesn't look into."""
+def dispatch(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that calls this one of the CPU, or the GPU's of the same name.
+
+    In torch.compile it is one operator that the compiler doesn't look into.
+    """
 
     @functools.wraps(function)
-    def either(x: Tensor, *arguments: Any) -> Tensor:
+    def call(x: Tensor, *arguments: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return OPERATORS[function.__name__](x, *arguments)
         if x.device.type == "cuda":
             return getattr(gpu_kernels(), function.__name__)(x, *arguments)
         return function(x, *arguments)
 
-    return either
+    return call
 
 
-product = dispatched(cpu.product)
-integer_product = dispatched(cpu.integer_product)
-rms_norm = dispatched(cpu.rms_norm)
-swiglu = dispatched(cpu.swiglu)
-attention = dispatched(cpu.attention)
+product = dispatch(cpu.product)
+integer_product = dispatch(cpu.integer_product)
+rms_norm = dispatch(cpu.rms_norm)
+swiglu = dispatch(cpu.swiglu)
+attention = dispatch(cpu.attention)

@@ -1,7 +1,7 @@
-"""The kernels on a GPU, in Triton: norm, SwiGLU, product with a quantized matrix, attention of one token.
+"""The functions of cpu.py on a GPU, in Triton: norm, SwiGLU, product with a quantized matrix, attention of one token.
 
-Knows tensors; knows no layers. Imported only where there are Triton and a GPU, by `dispatch`. Every function
-launches and returns, and looks at no tensor's values on the CPU, so that a CUDA graph may record it.
+Knows tensors; knows no layers. Only `dispatch.gpu_kernels` imports it, where there are Triton and a GPU. Every function
+launches and returns, and reads no tensor's values on the CPU, so that a CUDA graph can capture it.
 """
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .dispatch import MOST_ROWS_ON_GPU
 
-PROGRAMS = 256  # that keep a large GPU busy
-KEYS = {2: 64, 4: 16}  # positions that a program looks at together, by the bytes of a number
+PROGRAMS = 256  # enough to keep a large GPU busy
+KEYS = {2: 64, 4: 16}  # positions that a program reads together, by the bytes of a number
 WORDS = {2: 64, 4: 32}  # 4 bytes each, of a row of a quantized matrix, that a program reads together
 ROWS = 16  # of that matrix, of a program
 
@@ -71,11 +71,11 @@ def _integer_product(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """ROWS rows of W, WORDS words of each at a time, of which the 4 bytes, or 8 halves, are multiplied one by one."""
+    """The product with ROWS rows of W: WORDS words of each at a time, whose 4 bytes or 8 half-bytes follow in turn."""
     PARTS: tl.constexpr = 32 // BITS
     PER_GROUP: tl.constexpr = GROUP // PARTS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = (row // BLOCK).to(tl.int64) * groups  # of the block's first group
+    here = (row // BLOCK).to(tl.int64) * groups  # of the first group of the block
     m = tl.arange(0, COUNT)
     total = tl.zeros((COUNT, ROWS), tl.float32)
     for start in range(0, groups * PER_GROUP, WORDS):
@@ -130,15 +130,15 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
 
 
 @triton.jit
-def _rotated(x, inside, cosine, sine):
-    """The pairs of neighbours of which the first ones stand at x, turned by their angles: (..., 2 pairs)."""
+def _rotate(x, inside, cosine, sine):
+    """Pairs of neighbours, the first numbers of which are at x, turned by their angles: (..., 2 pairs)."""
     a = tl.load(x, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x + 1, mask=inside, other=0.0).to(tl.float32)
     return tl.interleave(a * cosine - b * sine, a * sine + b * cosine).to(x.dtype.element_ty)
 
 
 @triton.jit
-def _look(
+def _attend_split(
     q,
     k,
     v,
@@ -158,7 +158,10 @@ def _look(
     HALF: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One of SPLITS parts of what a row's queries of one key head see: its sum of values, and that of the weights."""
+    """Attention of a row's queries of one key head to one of SPLITS parts of the positions: sums of values, of weights.
+
+    The first part also writes the new key and value to the caches.
+    """
     kv_heads = tl.num_programs(1)
     row, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     dtype = q.dtype.element_ty
@@ -167,24 +170,24 @@ def _look(
     cosine = tl.load(angles + row * HEAD + 2 * pair, mask=pair < HEAD // 2, other=0.0)
     sine = tl.load(angles + row * HEAD + 2 * pair + 1, mask=pair < HEAD // 2, other=0.0)
 
-    own = (row * kv_heads + head) * HEAD
+    offset = (row * kv_heads + head) * HEAD
     inside = (g < GROUP)[:, None] & (pair < HEAD // 2)[None, :]
-    queries = _rotated(
-        q + own * GROUP + g[:, None] * HEAD + 2 * pair[None, :], inside, cosine, sine
+    queries = _rotate(
+        q + offset * GROUP + g[:, None] * HEAD + 2 * pair[None, :], inside, cosine, sine
     )  # (QUERIES, 2 HALF)
-    key = _rotated(k + own + 2 * pair, pair < HEAD // 2, cosine, sine)  # (2 HALF)
-    value = tl.load(v + own + d, mask=d < HEAD, other=0.0)
+    key = _rotate(k + offset + 2 * pair, pair < HEAD // 2, cosine, sine)  # (2 HALF)
+    value = tl.load(v + offset + d, mask=d < HEAD, other=0.0)
     here = row * cache_row + head * cache_head
     new = d < tl.where((position >= 0) & (split == 0), HEAD, 0)
     tl.store(cache_k + here + position * HEAD + d, key, mask=new)
     tl.store(cache_v + here + position * HEAD + d, value, mask=new)
 
-    # The first part has what is new, which it need not read; all share what was cached before.
+    # The first part has the new key and value, which needn't be read. All parts share what was cached before.
     root = 1 / tl.sqrt(HEAD + 0.0)
     score = tl.sum(queries.to(tl.float32) * key.to(tl.float32)[None, :], 1) * root  # (QUERIES)
     first = split == 0
     most = tl.where(first, score, -float("inf"))
-    mass = tl.where(first, tl.exp(score - score), 0.0)  # 1, but of NaN
+    mass = tl.where(first, tl.exp(score - score), 0.0)  # 1, or NaN where the score is NaN
     total = tl.zeros((QUERIES, 2 * HALF), tl.float32) + tl.where(first, value.to(tl.float32), 0.0)[None, :]
     begin = tl.maximum(position - window + 1, 0)
     share = tl.cdiv(tl.maximum(position - begin, 0), SPLITS)
@@ -212,7 +215,7 @@ def _look(
 
 @triton.jit
 def _gather(sums, masses, out, HEAD: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
-    """The parts of one query head of one row, together."""
+    """The output of one query head of one row, from all its parts."""
     head = tl.program_id(0).to(tl.int64)
     split, d = tl.arange(0, SPLITS), tl.arange(0, WIDTH)
     most = tl.load(masses + 2 * (head * SPLITS + split))
@@ -226,7 +229,7 @@ def _gather(sums, masses, out, HEAD: tl.constexpr, SPLITS: tl.constexpr, WIDTH: 
 def attention(
     xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, positions: Tensor, window: int
 ) -> Tensor:
-    """As `kernels.attention`, of one token a row. Positions are divided into parts: few rows keep the GPU busy, too."""
+    """As `cpu.attention`, of one token a row. Positions are divided into parts, so that few rows keep the GPU busy."""
     bsz, _, heads, head_dim = xq.shape
     kv_heads = xk.shape[2]
     splits = min(triton.next_power_of_2(triton.cdiv(PROGRAMS, bsz * kv_heads)), PROGRAMS // 4)
@@ -237,7 +240,7 @@ def attention(
     xq, xk, xv, angles, positions = (x.contiguous() for x in (xq, xk, xv, angles, positions.long()))
     group, half = heads // kv_heads, triton.next_power_of_2(head_dim // 2)
     with torch.cuda.device_of(xq):
-        _look[(bsz, kv_heads, splits)](
+        _attend_split[(bsz, kv_heads, splits)](
             xq,
             xk,
             xv,

@@ -1,16 +1,16 @@
-/* Attention to what is cached, of one new token a row, and of many. What is what: vectors.h. */
+/* Attention over the KV cache, of one new token a row and of many. The terms are explained in vectors.h. */
 
 #include <omp.h>
 
 #include "vectors.h"
 
-enum { FEW = 4 };        /* queries that look at a key when it was loaded once */
-enum { QUERIES = 256 };  /* that look at a block of keys before the next one is packed */
+enum { FEW = 4 };        /* queries that use a key each time that it is loaded */
+enum { QUERIES = 256 };  /* queries that use a block of keys before the next one is packed */
 
-/* --- attention of one new token a row: one pass over what is cached ----------------------------------------------------- */
+/* --- attention of one new token a row: one pass over the cache --------------------------------------------------------- */
 
-/* The sum of each of 16 vectors: pairs are folded together until one vector is left. */
-INLINE floats sums_of(floats *x) {
+/* The sums of 16 vectors, as one vector: pairs of vectors are added until one is left. */
+INLINE floats sum_vectors(floats *x) {
     static const ints low[] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
     static const ints high[] = {{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
     UNROLL for (int count = LANES / 2; count >= 1; count /= 2) UNROLL for (int i = 0; i < count; i++)
@@ -18,41 +18,43 @@ INLINE floats sums_of(floats *x) {
     return x[0];
 }
 
-INLINE float total(floats x) {
+/* The sum of a vector's numbers. */
+INLINE float sum_lanes(floats x) {
     float sum = 0;
     for (long i = 0; i < LANES; i++) sum += x[i];
     return sum;
 }
 
-/* The largest number of a vector, in all its places. */
-INLINE floats largest(floats x) {
+/* The largest number of a vector, in all its lanes. */
+INLINE floats max_lanes(floats x) {
     static const ints turns[] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
                                  {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
                                  {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
                                  {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
-    UNROLL for (int i = 0; i < 4; i++) x = larger(x, __builtin_shuffle(x, turns[i]));
+    UNROLL for (int i = 0; i < 4; i++) x = max_of(x, __builtin_shuffle(x, turns[i]));
     return x;
 }
 
-/* Turn each pair of neighbours of x (D) by its angle, a complex number. */
+/* Rotate each pair of neighbours of x (D) by its angle, a complex number. */
 INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf16) {
     static const ints first = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
     static const ints other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
     static const floats sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
     for (long v = 0; v < D / LANES; v++) {
-        const floats own = load(x, v, bf16), angle = load((const char *)angles, v, 0);
+        const floats numbers = load(x, v, bf16), angle = load((const char *)angles, v, 0);
         const floats cosine = __builtin_shuffle(angle, first), sine = __builtin_shuffle(angle, first + 1);
-        store(out, v, own * cosine + __builtin_shuffle(own, other) * sine * sign, bf16);
+        store(out, v, numbers * cosine + __builtin_shuffle(numbers, other) * sine * sign, bf16);
     }
 }
 
-/* A few queries of one key/value head, their sums of values, and the weights' own, relative to the largest score so far
- * (arXiv:1805.02867). V = D / 16 vectors. */
-typedef struct { floats mass[FEW], most[FEW]; } Weights;
+/* The state of a softmax over positions that come in turn (arXiv:1805.02867), of FEW queries of one key/value head: the sum
+ * of the weights so far, relative to the largest score so far, and that score. */
+typedef struct { floats mass[FEW], most[FEW]; } Softmax;
 
-/* What they see at `count` positions, 16 at most, whose keys and values, (count, D), are these. */
-INLINE void look(const floats *q, const char *keys, const char *values, floats *out, Weights *w, long count, const long V,
-                 int bf16) {
+/* Add `count` positions, 16 at most, with these keys and values, (count, D), to the softmax and to the sums of weighted
+ * values: q, out (FEW, D). V = D / 16 vectors. */
+INLINE void add_positions(const floats *q, const char *keys, const char *values, floats *out, Softmax *w, long count,
+                          const long V, int bf16) {
     floats parts[FEW][LANES], shrink[FEW];
     float weights[FEW][LANES];
     for (long t = 0; t < count; t++) {
@@ -66,7 +68,8 @@ INLINE void look(const floats *q, const char *keys, const char *values, floats *
     }
     for (int g = 0; g < FEW; g++) {
         for (long t = count; t < LANES; t++) parts[g][t] = (floats){0} - 1e30f;
-        const floats score = sums_of(parts[g]), most = larger(w->most[g], largest(score)), weight = exponential(score - most);
+        const floats score = sum_vectors(parts[g]), most = max_of(w->most[g], max_lanes(score));
+        const floats weight = exponential(score - most);
         shrink[g] = exponential(w->most[g] - most);
         w->most[g] = most;
         w->mass[g] = w->mass[g] * shrink[g] + weight;
@@ -83,64 +86,65 @@ INLINE void look(const floats *q, const char *keys, const char *values, floats *
     }
 }
 
-/* A few queries, (FEW, D), over positions from..to of the cached keys and values, (S, D): out (FEW, D). */
+/* Attention of q (FEW, D) to positions from..to of the cached keys and values, (S, D): out (FEW, D). */
 INLINE void attend_few(const floats *q, const char *keys, const char *values, floats *out, const long V, long from, long to,
                        int bf16) {
     const long size = V * LANES * (bf16 ? 2 : 4);
-    Weights w;
+    Softmax w;
     for (int g = 0; g < FEW; g++) w.most[g] = (floats){0} - 1e30f, w.mass[g] = (floats){0};
     for (long i = 0; i < FEW * V; i++) out[i] = (floats){0};
-    for (; from + LANES <= to; from += LANES) look(q, keys + from * size, values + from * size, out, &w, LANES, V, bf16);
-    if (from < to) look(q, keys + from * size, values + from * size, out, &w, to - from, V, bf16);
+    for (; from + LANES <= to; from += LANES)
+        add_positions(q, keys + from * size, values + from * size, out, &w, LANES, V, bf16);
+    if (from < to) add_positions(q, keys + from * size, values + from * size, out, &w, to - from, V, bf16);
     for (int g = 0; g < FEW; g++) {
-        const float sum = total(w.mass[g]);
+        const float sum = sum_lanes(w.mass[g]);
         for (long v = 0; v < V; v++) out[g * V + v] /= sum;
     }
 }
 
-/* One key/value head of one row: its new key and value to the caches, (S, D), and its queries over what stands there. */
-INLINE void attention_head(const char *q, const char *k, const char *v, char *keys, char *values, const float *angles,
+/* One key/value head of one row: write its new key and value to the caches, (S, D), and attend with its queries. */
+INLINE void attend_head(const char *q, const char *k, const char *v, char *keys, char *values, const float *angles,
                            char *out, long group, long D, long end, long window, int bf16) {
     const long size = bf16 ? 2 : 4, from = end > window ? end - window : 0;
     const floats scale = (floats){0} + 1 / __builtin_sqrtf((float)D);
     const long V = D / LANES, padded = (group + FEW - 1) / FEW * FEW;
-    floats turned[padded][V], sums[padded][V];
-    char rounded[D * size];
-    memset(turned, 0, sizeof turned);
+    floats queries[padded][V], sums[padded][V];
+    char rotated[D * size];
+    memset(queries, 0, sizeof queries);
     rotate(k, angles, keys + (end - 1) * D * size, D, bf16);
     memcpy(values + (end - 1) * D * size, v, (size_t)(D * size));
     for (long g = 0; g < group; g++) {
-        rotate(q + g * D * size, angles, rounded, D, bf16);
-        for (long i = 0; i < V; i++) turned[g][i] = load(rounded, i, bf16) * scale;
+        rotate(q + g * D * size, angles, rotated, D, bf16);
+        for (long i = 0; i < V; i++) queries[g][i] = load(rotated, i, bf16) * scale;
     }
     for (long g = 0; g < group; g += FEW)
-        switch (D) {  /* the usual sizes are compiled by themselves */
-            case 64: attend_few(turned[g], keys, values, sums[g], 4, from, end, bf16); break;
-            case 128: attend_few(turned[g], keys, values, sums[g], 8, from, end, bf16); break;
-            default: attend_few(turned[g], keys, values, sums[g], V, from, end, bf16);
+        switch (D) {  /* the usual sizes have compiled code of their own */
+            case 64: attend_few(queries[g], keys, values, sums[g], 4, from, end, bf16); break;
+            case 128: attend_few(queries[g], keys, values, sums[g], 8, from, end, bf16); break;
+            default: attend_few(queries[g], keys, values, sums[g], V, from, end, bf16);
         }
     for (long i = 0; i < group * V; i++) store(out, i, sums[0][i], bf16);
 }
 
 /* `attention` of one token a row; rows that start below 0 are left out. */
 ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                       const int64_t *starts, char *out, long B, long H, long KV, long D, long S, long window, long turn,
+                       const int64_t *starts, char *out, long B, long H, long KV, long D, long S, long window, long stride,
                        int bf16, int threads) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long task = 0; task < B * KV; task++) {
         if (starts[task / KV] < 0) continue;
-#define HEAD(bf16) attention_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
-        cache_v + task * S * head, angles + task / KV * turn, out + task * group * head, group, D, starts[task / KV] + 1, \
+#define HEAD(bf16) attend_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
+        cache_v + task * S * head, angles + task / KV * stride, out + task * group * head, group, D, starts[task / KV] + 1, \
         window, bf16)
         if (bf16) HEAD(1);
         else HEAD(0);
     }
 }
 
-/* --- attention of many new tokens a row: products with blocks of 64 keys, or of their values ---------------------------- */
+/* --- attention of many new tokens a row: products with blocks of 64 keys, and of their values -------------------------- */
 
-/* 64 values (count, D) as blocks along the keys, of which there are D / 64, rounded up; zeros for what isn't there. */
+/* Pack up to 64 values (count, D) in D / 64 blocks, rounded up, whose steps go along the keys; zeros where there is none. */
 INLINE void pack_values(const char *values, words *blocks, long count, long D, int bf16) {
     const long together = bf16 ? 2 : 1, steps = BLOCK / together;
     for (long v = 0; v < (D + BLOCK - 1) / BLOCK * VECTORS; v++)
@@ -157,79 +161,82 @@ INLINE void pack_values(const char *values, words *blocks, long count, long D, i
         }
 }
 
-/* A few queries, of tokens at `places`, and their sums and masses, which are relative to the largest score so far. */
-typedef struct { floats mass[FLOAT_ROWS]; float most[FLOAT_ROWS]; long places[FLOAT_ROWS]; } Rows;
+/* The state of the softmax, as above, of FLOAT_ROWS queries, and the positions of their tokens. */
+typedef struct { floats mass[FLOAT_ROWS]; float most[FLOAT_ROWS]; long positions[FLOAT_ROWS]; } QueryTile;
 
-/* What a few queries see of 64 keys from `first` on. keys, values: blocks; q (rows, D); sums (rows, D rounded up). */
-INLINE void attend_tile(Rows *rows, const char *q, const char *keys, const char *values, floats *sums, long D, long first,
-                        long window, int bf16) {
+/* Add 64 positions from `first` on, of which each query sees those up to its own within the window, to the softmax and to
+ * the sums of weighted values. keys, values: blocks; q (FLOAT_ROWS, D); sums (FLOAT_ROWS, D rounded up to 64). */
+INLINE void attend_tile(QueryTile *rows, const char *q, const char *keys, const char *values, floats *sums, long D,
+                        long first, long window, int bf16) {
     const long size = bf16 ? 2 : 4, steps = BLOCK * size / 4, chunks = (D + BLOCK - 1) / BLOCK;
     const float scale = 1 / __builtin_sqrtf((float)D);
     floats score[FLOAT_ROWS][VECTORS], shrink[FLOAT_ROWS];
-    char chances[FLOAT_ROWS * BLOCK * 4];
+    char weights[FLOAT_ROWS * BLOCK * 4];
     UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++) score[m][v] = (floats){0};
     multiply(score, FLOAT_ROWS, q, keys, D * size / 4, bf16);
     for (int m = 0; m < FLOAT_ROWS; m++) {
-        const long last = rows->places[m] - first, before = last - window;
+        const long last = rows->positions[m] - first, before = last - window;
         const floats low = (floats){0} - 1e30f;
         for (int v = 0; v < VECTORS; v++) {
             score[m][v] *= scale;
             if (last < BLOCK - 1 || before >= 0) {
-                const ints place = counting + v * LANES;
+                const ints place = lane_numbers + v * LANES;
                 const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
                 score[m][v] = choose(seen, score[m][v], low);
             }
         }
-        const floats among = larger(larger(score[m][0], score[m][1]), larger(score[m][2], score[m][3]));
-        const floats old = low * 0 + rows->most[m], most = larger(old, largest(among));
+        const floats among = max_of(max_of(score[m][0], score[m][1]), max_of(score[m][2], score[m][3]));
+        const floats old = low * 0 + rows->most[m], most = max_of(old, max_lanes(among));
         shrink[m] = exponential(old - most);
         rows->most[m] = most[0];
         rows->mass[m] *= shrink[m];
         for (int v = 0; v < VECTORS; v++) {
-            const floats chance = exponential(score[m][v] - most);
-            rows->mass[m] += chance;
-            store(chances, m * VECTORS + v, chance, bf16);
+            const floats weight = exponential(score[m][v] - most);
+            rows->mass[m] += weight;
+            store(weights, m * VECTORS + v, weight, bf16);
         }
     }
     for (long c = 0; c < chunks; c++) {
         floats sum[FLOAT_ROWS][VECTORS];
         UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sum[m][v] = sums[(m * chunks + c) * VECTORS + v] * shrink[m];
-        multiply(sum, FLOAT_ROWS, chances, values + c * BLOCK * BLOCK * size, steps, bf16);
+        multiply(sum, FLOAT_ROWS, weights, values + c * BLOCK * BLOCK * size, steps, bf16);
         UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sums[(m * chunks + c) * VECTORS + v] = sum[m][v];
     }
 }
 
-/* The queries of one key/value head at from..to of a row's T new tokens, over the cached keys and values, (S, D), of all
- * before and of their own. q, out: (T, H, D) of this row, from the head's first query on; start: of the T tokens. */
+/* Attention of one key/value head's queries, of tokens from..to of a row's T new ones, to the cached keys and values,
+ * (S, D), up to their own. q, out: (T, H, D) of this row, from the head's first query on. start: the position of the first
+ * of the T tokens. */
 INLINE void attend_block(const char *q, const char *keys, const char *values, const float *angles, char *out, long from,
                          long to, long start, long H, long group, long D, long window, int bf16) {
     const long size = bf16 ? 2 : 4, chunks = (D + BLOCK - 1) / BLOCK, head = D * size, end = start + to;
     const long count = (to - from) * group, few = (count + FLOAT_ROWS - 1) / FLOAT_ROWS, lowest = start + from + 1 - window;
-    words key_panel[head / 4 * VECTORS], value_panels[chunks * BLOCK * size / 4 * VECTORS];
+    words key_block[head / 4 * VECTORS], value_blocks[chunks * BLOCK * size / 4 * VECTORS];
     floats sums[few * FLOAT_ROWS * chunks * VECTORS];
-    char turned[few * FLOAT_ROWS * head];
-    Rows rows[few];
+    char queries[few * FLOAT_ROWS * head];
+    QueryTile rows[few];
     memset(sums, 0, sizeof sums);
-    memset(turned, 0, sizeof turned);
+    memset(queries, 0, sizeof queries);
     for (long r = 0; r < few * FLOAT_ROWS; r++) {
         const long t = from + (r < count ? r : count - 1) / group;
-        rows[r / FLOAT_ROWS].places[r % FLOAT_ROWS] = start + t;
+        rows[r / FLOAT_ROWS].positions[r % FLOAT_ROWS] = start + t;
         rows[r / FLOAT_ROWS].most[r % FLOAT_ROWS] = -1e30f;
         rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS] = (floats){0};
-        if (r < count) rotate(q + (t * H + r % group) * head, angles + t * D, turned + r * head, D, bf16);
+        if (r < count) rotate(q + (t * H + r % group) * head, angles + t * D, queries + r * head, D, bf16);
     }
     for (long first = lowest > 0 ? lowest : 0; first < end; first += BLOCK) {
-        pack_panel((const loose_word *)(keys + first * head), (uint32_t *)key_panel, left(first, BLOCK, end), head / 4);
-        pack_values(values + first * head, value_panels, left(first, BLOCK, end), D, bf16);
+        const long keys_left = count_left(first, BLOCK, end);
+        pack_block((const loose_word *)(keys + first * head), (uint32_t *)key_block, keys_left, head / 4);
+        pack_values(values + first * head, value_blocks, keys_left, D, bf16);
         for (long i = 0; i < few; i++)
-            if (first <= rows[i].places[FLOAT_ROWS - 1] && first + BLOCK > rows[i].places[0] + 1 - window)
-                attend_tile(rows + i, turned + i * FLOAT_ROWS * head, (const char *)key_panel, (const char *)value_panels,
+            if (first <= rows[i].positions[FLOAT_ROWS - 1] && first + BLOCK > rows[i].positions[0] + 1 - window)
+                attend_tile(rows + i, queries + i * FLOAT_ROWS * head, (const char *)key_block, (const char *)value_blocks,
                             sums + i * FLOAT_ROWS * chunks * VECTORS, D, first, window, bf16);
     }
     for (long r = 0; r < count; r++) {
-        const float sum = total(rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS]);
+        const float sum = sum_lanes(rows[r / FLOAT_ROWS].mass[r % FLOAT_ROWS]);
         for (long v = 0; v < D / LANES; v++)
             store(out + ((from + r / group) * H + r % group) * head, v, sums[r * chunks * VECTORS + v] / sum, bf16);
     }
@@ -238,38 +245,41 @@ INLINE void attend_block(const char *q, const char *keys, const char *values, co
 /* `attention` of T tokens a row. */
 ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
                        const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window,
-                       long turn, int bf16, int threads) {
-    const long group = H / KV, head = D * (bf16 ? 2 : 4), own = (QUERIES + group - 1) / group, blocks = (T + own - 1) / own;
+                       long stride, int bf16, int threads) {
+    const long group = H / KV, head = D * (bf16 ? 2 : 4);
+    const long per_task = (QUERIES + group - 1) / group, blocks = (T + per_task - 1) / per_task;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (long i = 0; i < B * T * KV; i++) {
             const long b = i / KV / T, t = i / KV % T, place = ((b * KV + i % KV) * S + starts[b] + t) * head;
-            if (bf16) rotate(k + i * head, angles + b * turn + t * D, cache_k + place, D, 1);
-            else rotate(k + i * head, angles + b * turn + t * D, cache_k + place, D, 0);
+            if (bf16) rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, 1);
+            else rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, 0);
             memcpy(cache_v + place, v + i * head, (size_t)head);
         }
 #pragma omp for schedule(dynamic, 1)
-        for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest first */
-            const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * own;
+        for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest tasks come first */
+            const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * per_task;
             const long place = (b * T * H + n * group) * head, cached = (b * KV + n) * S * head;
-#define BLOCK(bf16) attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * turn, out + place, from, \
-        from + left(from, own, T), starts[b], H, group, D, window < S ? window : S, bf16)
-            if (bf16) BLOCK(1);
-            else BLOCK(0);
+#define ATTEND(bf16) attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * stride, out + place, from, \
+        from + count_left(from, per_task, T), starts[b], H, group, D, window < S ? window : S, bf16)
+            if (bf16) ATTEND(1);
+            else ATTEND(0);
         }
     }
 }
 
-/* q, out (B, T, H, D), k and v (B, T, KV, D) of the T tokens that stand from `starts` (B) on in each row; angles: complex
- * numbers (T, D / 2) of each row, which are `turn` floats apart. Writes the rotated keys, and the values, into the caches
- * (rows, KV, S, D), and each query attends to the last `window` of what stands there up to its own. */
+/* q, out (B, T, H, D), k and v (B, T, KV, D): of the T tokens of each row, which begin at position `starts` (B). angles:
+ * complex numbers (T, D / 2) of each row; those of two rows are `stride` floats apart. Writes the rotated keys, and the
+ * values, to the caches (slots, KV, S, D). Each query then attends to the last `window` positions up to its own. */
 #define ATTENTION(name, bf16) \
     void name(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles, \
-              const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window, long turn, \
+              const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window, long stride, \
               int threads) { \
-        if (T == 1) attend_once(q, k, v, cache_k, cache_v, angles, starts, out, B, H, KV, D, S, window, turn, bf16, threads); \
-        else attend_long(q, k, v, cache_k, cache_v, angles, starts, out, B, T, H, KV, D, S, window, turn, bf16, threads); \
+        if (T == 1) \
+            attend_once(q, k, v, cache_k, cache_v, angles, starts, out, B, H, KV, D, S, window, stride, bf16, threads); \
+        else \
+            attend_long(q, k, v, cache_k, cache_v, angles, starts, out, B, T, H, KV, D, S, window, stride, bf16, threads); \
     }
 ATTENTION(attention_float, 0)
 ATTENTION(attention_bf16, 1)

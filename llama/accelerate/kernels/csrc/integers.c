@@ -1,4 +1,4 @@
-/* Products with a matrix that was quantized, and the quantizing. What is what: vectors.h. */
+/* Products with a quantized matrix, and the quantization. The terms are explained in vectors.h. */
 
 #include <omp.h>
 
@@ -17,28 +17,29 @@ INLINE ints step_int8(ints sum, words w, uint32_t x) {  /* w: four unsigned byte
 
 /* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale -------------------------
  *
- * Of 4 bits a byte has two, that of the lower column in its low half. */
+ * A byte holds two integers of 4 bits, that of the lower column in its low half. */
 
-/* Each group of x to signed bytes, with its own scale and the sum of its bytes. What the last one lacks is zeros. Of 4
- * bits, the numbers that meet low halves of bytes come first, those that meet high halves after them. */
-INLINE void round_to_bytes(int bits, const char *x, long K, int8_t *bytes, float *scales, int32_t *sums, int bf16) {
+/* Quantize each group of a row x (K) to signed bytes, with a scale and the sum of the bytes. The last group is filled up
+ * with zeros. With a W of 4 bits, the bytes that are multiplied by low halves of W's bytes come first, those for high halves
+ * after them. */
+INLINE void quantize_row(int bits, const char *x, long K, int8_t *bytes, float *scales, int32_t *sums, int bf16) {
     const long group = bits == 8 ? GROUP8 : GROUP4;
     for (long g = 0; g * group < K; g++) {
-        const long from = g * group, count = left(from, group, K);
-        int8_t rounded[GROUP8] = {0};
+        const long from = g * group, count = count_left(from, group, K);
+        int8_t integers[GROUP8] = {0};
         float most = 0;
         for (long k = 0; k < count; k++) {
             const float size = __builtin_fabsf(get(x, from + k, bf16));
-            most = size > most || size != size ? size : most;  /* NaN stays, to be seen in the logits */
+            most = size > most || size != size ? size : most;  /* NaN stays, and so reaches the logits */
         }
         const float inverse = most > 0 ? 127 / most : 0;
         int32_t sum = 0;
         for (long k = 0; k < count; k++) {
-            rounded[k] = (int8_t)__builtin_rintf(get(x, from + k, bf16) * inverse);
-            sum += rounded[k];
+            integers[k] = (int8_t)__builtin_rintf(get(x, from + k, bf16) * inverse);
+            sum += integers[k];
         }
-        if (bits == 8) memcpy(bytes + from, rounded, GROUP8);
-        else for (long k = 0; k < GROUP4; k++) bytes[from + k] = rounded[k % (GROUP4 / 2) * 2 + k / (GROUP4 / 2)];
+        if (bits == 8) memcpy(bytes + from, integers, GROUP8);
+        else for (long k = 0; k < GROUP4; k++) bytes[from + k] = integers[k % (GROUP4 / 2) * 2 + k / (GROUP4 / 2)];
         scales[g] = most / 127;
         sums[g] = sum;
     }
@@ -47,7 +48,7 @@ INLINE void round_to_bytes(int bits, const char *x, long K, int8_t *bytes, float
 INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_scales, const int32_t *x_sums, const char *w,
                          const uint16_t *scales, char *y, long N, long groups, long count, int bf16) {
     const long group = bits == 8 ? GROUP8 : GROUP4, steps = group * bits / 32, length = group * groups;
-    const int32_t zero = bits == 8 ? 128 : 8;  /* what stands for 0 */
+    const int32_t zero = bits == 8 ? 128 : 8;  /* the integer that stands for 0 */
     floats total[INTEGER_ROWS][VECTORS];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
     for (long g = 0; g < groups; g++, scales += BLOCK) {
@@ -55,11 +56,11 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
         UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sum[m][v] = (ints){0} - zero * x_sums[m * groups + g];
         for (long s = 0; s < steps; s++, w += 4 * BLOCK) {
-            const int8_t *own = x + g * group + s * 4;
+            const int8_t *start = x + g * group + s * 4;
             words columns[VECTORS];
             UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
             UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
-                const uint32_t four = *(const loose_word *)(own + m * length + half * group / 2);
+                const uint32_t four = *(const loose_word *)(start + m * length + half * group / 2);
                 UNROLL for (int v = 0; v < VECTORS; v++)
                     sum[m][v] = step_int8(sum[m][v], bits == 8 ? columns[v] : columns[v] >> 4 * half & 0x0f0f0f0fu, four);
             }
@@ -75,12 +76,12 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
 
 INLINE void integer_block_product(int bits, long p, const int8_t *x, const float *x_scales, const int32_t *x_sums,
                                   const char *w, const uint16_t *scales, char *y, long M, long N, long groups, int bf16) {
-    const long count = left(p * BLOCK, BLOCK, N), group = bits == 8 ? GROUP8 : GROUP4;
+    const long count = count_left(p * BLOCK, BLOCK, N), group = bits == 8 ? GROUP8 : GROUP4;
     const char *block = w + p * groups * group * BLOCK * bits / 8;
     for (long m = 0; m < M; m += INTEGER_ROWS) {
 #define TILE(rows) integer_tile(rows, bits, x + m * groups * group, x_scales + m * groups, x_sums + m * groups, block, \
         scales + p * groups * BLOCK, y + (m * N + p * BLOCK) * (bf16 ? 2 : 4), N, groups, count, bf16)
-        switch (left(m, INTEGER_ROWS, M)) {
+        switch (count_left(m, INTEGER_ROWS, M)) {
             case 1: TILE(1); break;
             case 2: TILE(2); break;
             case 3: TILE(3); break;
@@ -90,21 +91,21 @@ INLINE void integer_block_product(int bits, long p, const int8_t *x, const float
 }
 
 ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
-                           char *room, int bf16, int threads) {
+                           char *scratch, int bf16, int threads) {
     const long group = bits == 8 ? GROUP8 : GROUP4, groups = (K + group - 1) / group;
-    float *x_scales = (float *)room;  /* room: M x groups x (4 + 4 + group) bytes */
+    float *x_scales = (float *)scratch;  /* scratch: M x groups x (4 + 4 + group) bytes */
     int32_t *x_sums = (int32_t *)(x_scales + M * groups);
     int8_t *bytes = (int8_t *)(x_sums + M * groups);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (long m = 0; m < M; m++) {
-#define ROUND(bits, bf16) round_to_bytes(bits, x + m * K * (bf16 ? 2 : 4), K, bytes + m * groups * group, \
+#define QUANTIZE_ROW(bits, bf16) quantize_row(bits, x + m * K * (bf16 ? 2 : 4), K, bytes + m * groups * group, \
         x_scales + m * groups, x_sums + m * groups, bf16)
-            if (bits == 8 && bf16) ROUND(8, 1);
-            else if (bits == 8) ROUND(8, 0);
-            else if (bf16) ROUND(4, 1);
-            else ROUND(4, 0);
+            if (bits == 8 && bf16) QUANTIZE_ROW(8, 1);
+            else if (bits == 8) QUANTIZE_ROW(8, 0);
+            else if (bf16) QUANTIZE_ROW(4, 1);
+            else QUANTIZE_ROW(4, 0);
         }
 #pragma omp for schedule(dynamic, 4)
         for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
@@ -114,85 +115,87 @@ ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_
 }
 
 #define INTEGER_PRODUCT(name, bits, bf16) \
-    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, char *room, \
+    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, char *scratch, \
               int threads) { \
-        integer_product(bits, x, w, scales, y, M, N, K, room, bf16, threads); \
+        integer_product(bits, x, w, scales, y, M, N, K, scratch, bf16, threads); \
     }
 INTEGER_PRODUCT(product_int8_float, 8, 0)
 INTEGER_PRODUCT(product_int8_bf16, 8, 1)
 INTEGER_PRODUCT(product_int4_float, 4, 0)
 INTEGER_PRODUCT(product_int4_bf16, 4, 1)
 
-/* --- rounding W (N, K) to such integers -------------------------------------------------------------------------------- */
+/* --- quantizing W (N, K) to such integers ------------------------------------------------------------------------------ */
 
-/* The integers, as floats, that x becomes by a scale. */
-INLINE floats integers_of(int bits, floats x, floats scale) {
+/* The integers, as floats, to which this scale quantizes x. */
+INLINE floats round_to_integers(int bits, floats x, floats scale) {
     const float half = bits == 8 ? 128 : 8;
     const floats least = (floats){0} - half, most = (floats){0} + (half - 1);
-    const floats whole = larger(to_nearest(x / choose(scale != 0, scale, (floats){0} + 1)), least);
+    const floats whole = max_of(to_nearest(x / choose(scale != 0, scale, (floats){0} + 1)), least);
     return choose(whole > most, most, whole);
 }
 
-/* Halves are added until one is left. Not inlined: squares are rounded before they are added, as in torch. (Of integers
- * times scales that need not be said: they are exact.) */
+/* The sum of `count` vectors: the upper half is added to the lower one until one vector is left. Not inlined, so that
+ * squares are rounded before they are added, as in torch. (Products of integers and scales are exact anyway.) */
 static __attribute__((noinline)) floats sum_by_halves(floats *x, long count) {
     for (long half = count / 2; half > 0; half /= 2)
         for (long k = 0; k < half; k++) x[k] += x[k + half];
     return x[0];
 }
 
-/* A group of 16 rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row: of those that make its
- * largest number one of the targets, as blocks.py has them, that of the least squared error; NaN where none is finite. */
-INLINE void round_rows(int bits, const floats *x, char *target, char *scales) {
+/* Quantize a group of 16 rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row. The candidates
+ * for the scale are those that map the row's largest number to one of the targets, as in quantization.py; the one with the
+ * least squared error is taken, or NaN where no error is finite. */
+INLINE void quantize_rows(int bits, const floats *x, char *target, char *scales) {
     static const float targets[2][4] = {{-127}, {-8, -7.5f, -7, 7.5f}};
     const long group = bits == 8 ? GROUP8 : GROUP4, together = 32 / bits;
     floats most = x[0], scale = {0}, best = (floats){0} + __builtin_inff();
     for (long k = 1; k < group; k++) {
         const floats next = x[k * VECTORS];
-        most = choose(larger(next, -next) > larger(most, -most), next, most);
+        most = choose(max_of(next, -next) > max_of(most, -most), next, most);
     }
     for (int t = 0; t < (bits == 8 ? 1 : 4); t++) {
-        const floats tried = widened(narrowed(most / targets[bits == 4][t]));
+        const floats candidate = widen_vector(narrow_vector(most / targets[bits == 4][t]));
         floats squares[GROUP8];
         for (long k = 0; k < group; k++) {
-            const floats apart = integers_of(bits, x[k * VECTORS], tried) * tried - x[k * VECTORS];
-            squares[k] = apart * apart;
+            const floats difference = round_to_integers(bits, x[k * VECTORS], candidate) * candidate - x[k * VECTORS];
+            squares[k] = difference * difference;
         }
         const floats error = sum_by_halves(squares, group);
-        scale = choose(error < best, tried, scale);
+        scale = choose(error < best, candidate, scale);
         best = choose(error < best, error, best);
     }
-    const ints found = best < __builtin_inff();
+    const ints is_finite = best < __builtin_inff();
     for (long word = 0; word < group / together; word++) {
         words whole_word = {0};
         for (long i = 0; i < together; i++) {
-            const floats number = choose(found, integers_of(bits, x[(word * together + i) * VECTORS], scale), (floats){0});
+            const floats whole = round_to_integers(bits, x[(word * together + i) * VECTORS], scale);
+            const floats number = choose(is_finite, whole, (floats){0});
             whole_word |= (words)(__builtin_convertvector(number, ints) + (1 << (bits - 1))) << bits * i;
         }
         *(loose_words *)(target + word * BLOCK * 4) = whole_word;
     }
-    store(scales, 0, choose(found, scale, (floats){0} + __builtin_nanf("")), 1);
+    store(scales, 0, choose(is_finite, scale, (floats){0} + __builtin_nanf("")), 1);
 }
 
-/* A group of a block's rows, from the first of them on; zeros stand for the numbers that it lacks. */
-INLINE void round_group(int bits, const char *w, long rows, long columns, long K, char *target, char *scales, int bf16) {
+/* Quantize a group of a block's rows, w: its first number. Missing rows and columns are zeros. */
+INLINE void quantize_group(int bits, const char *w, long rows, long columns, long K, char *target, char *scales, int bf16) {
     floats numbers[GROUP8][VECTORS] = {0};
     for (long n = 0; n < rows; n++)
         for (long k = 0; k < columns; k++) ((float(*)[BLOCK])numbers)[k][n] = get(w, n * K + k, bf16);
-    for (long v = 0; v < VECTORS; v++) round_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
+    for (long v = 0; v < VECTORS; v++) quantize_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
 }
 
-#define ROUND_PANELS(name, bits, group, bf16) \
+#define QUANTIZE(name, bits, group, bf16) \
     void name(const char *w, char *integers, char *scales, long N, long K, int threads) { \
         const long blocks = (N + BLOCK - 1) / BLOCK, groups = (K + group - 1) / group; \
         _Pragma("omp parallel for collapse(2) num_threads(threads)") \
         for (long p = 0; p < blocks; p++) \
             for (long g = 0; g < groups; g++) \
-                round_group(bits, w + (p * BLOCK * K + g * group) * (bf16 ? 2 : 4), left(p * BLOCK, BLOCK, N), \
-                            left(g * group, group, K), K, integers + (p * groups + g) * group * BLOCK * bits / 8, \
-                            scales + (p * groups + g) * BLOCK * 2, bf16); \
+                quantize_group(bits, w + (p * BLOCK * K + g * group) * (bf16 ? 2 : 4), count_left(p * BLOCK, BLOCK, N), \
+                               count_left(g * group, group, K), K, integers + (p * groups + g) * group * BLOCK * bits / 8, \
+                               scales + (p * groups + g) * BLOCK * 2, bf16); \
     }
-ROUND_PANELS(quantize_int8_float, 8, GROUP8, 0)
-ROUND_PANELS(quantize_int8_bf16, 8, GROUP8, 1)
-ROUND_PANELS(quantize_int4_float, 4, GROUP4, 0)
-ROUND_PANELS(quantize_int4_bf16, 4, GROUP4, 1)
+QUANTIZE(quantize_int8_float, 8, GROUP8, 0)
+QUANTIZE(quantize_int8_bf16, 8, GROUP8, 1)
+QUANTIZE(quantize_int4_float, 4, GROUP4, 0)
+QUANTIZE(quantize_int4_bf16, 4, GROUP4, 1)

@@ -1,16 +1,18 @@
 /* Numbers as vectors, float or bfloat16, and blocks of matrices: what the kernels here are made of.
  *
  * Knows numbers in memory; knows no tensors and no model. cpu.py compiles the files of this directory for the processor
- * that it runs on, and says what the arguments of their functions are. Vectors are GNU C's, of 64 bytes, and where a
- * processor's are shorter nothing is compiled: that took half a minute, and torch's own products were 3 to 15 times as fast.
- * Two products are the x86 instructions that were made for them where there are those.
+ * that it runs on, and documents the arguments of their functions. Vectors are GNU C's, of 64 bytes (16 lanes of 4 bytes).
+ * For processors with shorter vectors nothing is compiled: compiling took half a minute, and torch's own products were 3 to
+ * 15 times as fast. Two products use x86 instructions that were made for them, where the processor has these.
  *
- * A packed matrix W (N, K) is a row of blocks of 64 rows each. In a block the 64 rows' numbers of one step along K stand
- * side by side, 4 bytes a row: one float, two bfloat16, or four integers. So one block is read from its first byte to its
- * last, and each vector that is read is multiplied by one number, or one pair or four, of x.
+ * A packed matrix W (N, K) is a sequence of blocks of 64 rows each. In a block, the numbers of the 64 rows at one step
+ * along K are side by side, 4 bytes a row: one float, two bfloat16, four integers of 8 bits, or eight of 4 bits. So a block
+ * is read from its first byte to its last, and each vector of it is multiplied by the same few numbers of x.
  *
- * Of what stands in a parallel loop the compiler takes no argument for a constant. What is to be compiled for each dtype by
- * itself is INLINE, and what has the loop is an ENTRY, where a branch says the constant.
+ * Inside a parallel loop the compiler doesn't treat any argument as a constant. So code that is to be compiled once for each
+ * dtype is INLINE, and the parallel loop is in an ENTRY, which calls that code with a constant in each branch.
+ *
+ * `bf16` says whether numbers are bfloat16, else they are float. `threads`: how many threads share the work.
  */
 
 #ifndef __AVX512F__
@@ -32,7 +34,7 @@ typedef floats loose_floats __attribute__((aligned(4), may_alias));
 typedef halves loose_halves __attribute__((aligned(2), may_alias));
 typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
 
-static const ints counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+static const ints lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 #define INLINE static inline __attribute__((always_inline))
 #define ENTRY static __attribute__((noinline))
@@ -51,35 +53,36 @@ INLINE void put(void *x, long i, int bf16, float value) {
     else ((float *)x)[i] = value;
 }
 
-/* Where gcc converts vectors in two parts, the instructions that do it in one are named. */
-INLINE floats widened(halves x) { return (floats)((words)_mm512_cvtepu16_epi32((__m256i)x) << 16); }
-INLINE halves narrowed(floats x) {  /* as `narrow` */
+/* Intrinsics, since gcc would convert these vectors in two parts. */
+INLINE floats widen_vector(halves x) { return (floats)((words)_mm512_cvtepu16_epi32((__m256i)x) << 16); }
+INLINE halves narrow_vector(floats x) {  /* as `narrow` */
     const words bits = (words)x, ordered = (words)(x == x);
     const words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
     return (halves)_mm512_cvtepi32_epi16((__m512i)((nearest & ordered) | (0x7fc0 & ~ordered)));
 }
 INLINE floats load(const char *x, long vector, int bf16) {
-    if (bf16) return widened(*(const loose_halves *)(x + 32 * vector));
+    if (bf16) return widen_vector(*(const loose_halves *)(x + 32 * vector));
     return *(const loose_floats *)(x + 64 * vector);
 }
 INLINE void store(char *x, long vector, floats value, int bf16) {
-    if (bf16) *(loose_halves *)(x + 32 * vector) = narrowed(value);
+    if (bf16) *(loose_halves *)(x + 32 * vector) = narrow_vector(value);
     else *(loose_floats *)(x + 64 * vector) = value;
 }
 INLINE floats choose(ints mask, floats a, floats b) { return (floats)(((ints)a & mask) | ((ints)b & ~mask)); }
-INLINE floats to_nearest(floats x) { return (x + 12582912.f) - 12582912.f; }  /* there, floats are 1 apart; ties to even */
-INLINE floats larger(floats a, floats b) { return choose(a > b, a, b); }
-INLINE long left(long from, long most, long end) { return from + most < end ? most : end - from; }
+INLINE floats to_nearest(floats x) { return (x + 12582912.f) - 12582912.f; }  /* such floats are 1 apart; ties to even */
+INLINE floats max_of(floats a, floats b) { return choose(a > b, a, b); }
+/* How many there are from `from` on, up to `end`: at most `most`. */
+INLINE long count_left(long from, long most, long end) { return from + most < end ? most : end - from; }
 
-INLINE floats exponential(floats x) {  /* of x <= 0: 2^n e^r with |r| <= ln(2) / 2, by the series of e^r */
-    x = larger((floats){0} - 87, x);  /* in this order NaN stays */
+INLINE floats exponential(floats x) {  /* e^x of x <= 0, as 2^n e^r with |r| <= ln(2) / 2, by the series of e^r */
+    x = max_of((floats){0} - 87, x);  /* with the arguments in this order, NaN stays NaN */
     const floats n = to_nearest(x * 1.44269504f);
     const floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     const floats e = 1 + r * (1 + r * (1.f / 2 + r * (1.f / 6 + r * (1.f / 24 + r * (1.f / 120 + r * (1.f / 720))))));
     return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
 }
 
-/* --- blocks: one step along K, in which w has 4 bytes of 16 rows, and x the 4 bytes that they are multiplied by ----------- */
+/* --- blocks: one step along K. w: 4 bytes of each of 16 rows; x: the 4 bytes that each of them is multiplied by -------- */
 
 INLINE floats step_float(floats sum, words w, uint32_t x) { return sum + (floats)w * as_float(x); }
 
@@ -92,20 +95,20 @@ INLINE floats step_bf16(floats sum, words w, uint32_t x) {
 #endif
 }
 
-/* Add to sum the product of `rows` rows of x, and of a block, of `steps` steps each. */
+/* Add to `sum` the product of `rows` rows of x with a block. Both have `steps` steps. */
 INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char *w, long steps, int bf16) {
     for (long k = 0; k < steps; k++, w += 4 * BLOCK) {
         words columns[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
         UNROLL for (int m = 0; m < rows; m++) {
-            const uint32_t own = *(const loose_word *)(x + (m * steps + k) * 4);
+            const uint32_t factor = *(const loose_word *)(x + (m * steps + k) * 4);
             UNROLL for (int v = 0; v < VECTORS; v++)
-                sum[m][v] = bf16 ? step_bf16(sum[m][v], columns[v], own) : step_float(sum[m][v], columns[v], own);
+                sum[m][v] = bf16 ? step_bf16(sum[m][v], columns[v], factor) : step_float(sum[m][v], columns[v], factor);
         }
     }
 }
 
-/* The first `count` columns of some rows of sums to y, whose rows are N numbers apart. */
+/* Write the first `count` columns of `rows` rows of sums to y, whose rows are N numbers apart. */
 __attribute__((noinline, unused)) static void write_rows(floats sum[][VECTORS], int rows, char *y, long N, long count, int bf16) {
     const float *sums = (const float *)sum;
     for (long m = 0; m < rows; m++, sums += BLOCK) {
@@ -114,11 +117,11 @@ __attribute__((noinline, unused)) static void write_rows(floats sum[][VECTORS], 
     }
 }
 
-/* 16 vectors, turned: number i of vector j becomes number j of vector i. */
+/* Transpose 16 vectors: number i of vector j becomes number j of vector i. */
 INLINE void transpose(words *x) {
     UNROLL for (int width = 1; width < LANES; width *= 2) {
-        const ints upper = (counting & width) != 0;
-        const ints low = counting + (upper & (LANES - width)), high = counting + (width & ~upper) + (upper & LANES);
+        const ints upper = (lane_numbers & width) != 0;
+        const ints low = lane_numbers + (upper & (LANES - width)), high = lane_numbers + (width & ~upper) + (upper & LANES);
         UNROLL for (int i = 0; i < LANES; i++)
             if (!(i & width)) {
                 const words a = x[i], b = x[i + width];
@@ -128,11 +131,11 @@ INLINE void transpose(words *x) {
     }
 }
 
-/* Up to 64 rows of `steps` times 4 bytes as a block, zeros for those that aren't there. */
-INLINE void pack_panel(const loose_word *rows, uint32_t *block, long count, long steps) {
+/* Pack `count` rows, 64 at most, of `steps` times 4 bytes each, in a block; missing rows are zeros. */
+INLINE void pack_block(const loose_word *rows, uint32_t *block, long count, long steps) {
     for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
         for (long n = 0; n < BLOCK; n += LANES) {
-            const long wide = left(from, LANES, steps), here = left(n, LANES, count);
+            const long wide = count_left(from, LANES, steps), here = count_left(n, LANES, count);
             words square[LANES] = {{0}};
             if (wide == LANES && here == LANES)
                 UNROLL for (int i = 0; i < LANES; i++) square[i] = *(const loose_words *)(rows + (n + i) * steps + from);
