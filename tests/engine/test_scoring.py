@@ -310,10 +310,9 @@ def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -
     program.write_text(
         "import sys\n"
         "from llama import Llama\n"
-        "from llama.engine import scoring\n"
         "from llama._util import console\n"
-        "console.SECONDS_BEFORE_BAR = 0\n"
         "llama = Llama.build(sys.argv[1], device='cpu', max_batch_size=1)\n"
+        "console.SECONDS_BEFORE_BAR = 0\n"
         "llama.score(['a', 'bc', 'def'])\n"
         "llama.embed(['a', 'bc', 'def'])\n"
     )
