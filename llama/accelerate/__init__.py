@@ -1,1 +1,1 @@
-"""The fast form of a built model: packed and quantized matrices, kernels, recorded decode steps."""
+"""The fast form of a built model: packed and quantized matrices, kernels, captured decode steps."""

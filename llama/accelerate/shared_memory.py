@@ -39,9 +39,9 @@ class SharedMemory:
         """The sum of every rank's x, in float32. Overwrites x if it is contiguous."""
         x = x.contiguous()
         for piece in x.view(-1).split(SLOT // x.itemsize):
-            meet = partial(self._meet, f"sum_of_ranks_{cpu.DTYPES[x.dtype]}", piece, len(piece))
-            meet()
-            cpu.record(meet)
+            exchange = partial(self._exchange, f"sum_of_ranks_{cpu.DTYPES[x.dtype]}", piece, len(piece))
+            exchange()
+            cpu.record(exchange)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -50,10 +50,10 @@ class SharedMemory:
         rows, flat, most = parts.view(self.ranks, -1), x.contiguous().view(-1), SLOT // x.itemsize
         for start in range(0, len(flat), most):
             piece = flat[start : start + most]
-            self._meet("gather_of_ranks", piece, piece.nbytes, rows[0, start:], rows[0].nbytes)
+            self._exchange("gather_of_ranks", piece, piece.nbytes, rows[0, start:], rows[0].nbytes)
         return parts.movedim(0, -2).flatten(-2)
 
-    def _meet(self, name: str, *arguments: Tensor | int) -> None:
+    def _exchange(self, name: str, *arguments: Tensor | int) -> None:
         """Call a function of ranks.c until all ranks have come. Raises DistError if one has ended or doesn't come."""
         started, entered = time.monotonic(), 0
         while not cpu.call(name, self.memory, self.rank, self.ranks, *arguments, self.spins, entered):

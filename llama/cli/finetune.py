@@ -32,7 +32,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--task",
         required=True,
         choices=list(TRAINING_TASKS),
-        help="what to train; the README shows the records of each",
+        help="what to train; docs/training.md shows the records of each",
     )
     add("--data", required=True, metavar="FILE", help="JSON lines to train on")
     add("--eval", metavar="FILE", help="JSON lines to evaluate on, which are not trained on")

@@ -1,6 +1,6 @@
-"""Functions of kernels.py on a GPU, in Triton: norm, SwiGLU, product with a rounded matrix, attention of one token.
+"""The kernels on a GPU, in Triton: norm, SwiGLU, product with a quantized matrix, attention of one token.
 
-Knows tensors; knows no layers. Imported only where there are Triton and a GPU, by `kernels.on_gpu`. Every function
+Knows tensors; knows no layers. Imported only where there are Triton and a GPU, by `dispatch`. Every function
 launches and returns, and looks at no tensor's values on the CPU, so that a CUDA graph may record it.
 """
 
@@ -13,7 +13,7 @@ from .dispatch import MOST_ROWS_ON_GPU
 
 PROGRAMS = 256  # that keep a large GPU busy
 KEYS = {2: 64, 4: 16}  # positions that a program looks at together, by the bytes of a number
-WORDS = {2: 64, 4: 32}  # 4 bytes each, of a row of a rounded matrix, that a program reads together
+WORDS = {2: 64, 4: 32}  # 4 bytes each, of a row of a quantized matrix, that a program reads together
 ROWS = 16  # of that matrix, of a program
 
 
@@ -75,7 +75,7 @@ def _integer_product(
     PARTS: tl.constexpr = 32 // BITS
     PER_GROUP: tl.constexpr = GROUP // PARTS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    here = (row // BLOCK).to(tl.int64) * groups  # of the panel's first group
+    here = (row // BLOCK).to(tl.int64) * groups  # of the block's first group
     m = tl.arange(0, COUNT)
     total = tl.zeros((COUNT, ROWS), tl.float32)
     for start in range(0, groups * PER_GROUP, WORDS):

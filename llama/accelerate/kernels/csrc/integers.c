@@ -1,4 +1,4 @@
-/* Products with a matrix that was rounded to integers, and the rounding. What is what: vectors.h. */
+/* Products with a matrix that was quantized, and the quantizing. What is what: vectors.h. */
 
 #include <omp.h>
 
