@@ -304,7 +304,8 @@ def test_two_ranks_are_one(pool: RankPool, world: World) -> None:
     assert [asdict(mine)["tokens"] for mine in alone.score(PROMPTS)] == [theirs["tokens"] for theirs in one["scores"]]
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -> None:
     program = tmp_path / "bar.py"
     program.write_text(
