@@ -77,6 +77,7 @@ def test_collectives_of_a_step(pool: RankPool, directory: Path, sockets: bool) -
         assert calls == {sums: 2 * (2 * 2 + 1), gathers: 2, "c10d::broadcast_": 2}
 
 
+@pytest.mark.slow
 def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
     done = run_program("example_text_completion.py", "--ckpt_dir", str(directory), "--device", "cpu", ranks=3)
     assert done.returncode != 0
@@ -87,6 +88,7 @@ def test_too_many_ranks_are_told_by_one_line(directory: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_one_rank_ends_all(directory: Path, tmp_path: Path) -> None:
     program = tmp_path / "unlike.py"
     program.write_text(

@@ -457,6 +457,7 @@ def test_it_is_compiled_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @compiled
 @pytest.mark.parametrize("damage", ["nothing", "a beginning", "half", "all but a byte", "other"])
+@pytest.mark.slow
 def test_a_damaged_file_is_made_again(home: Path, damage: str) -> None:
     assert library_anew() is not None
     (library,) = made(home)

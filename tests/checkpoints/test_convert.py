@@ -321,6 +321,7 @@ def test_a_failure_in_a_new_directory_leaves_none(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     source, target = write_checkpoint(tmp_path / "meta"), tmp_path / "out"
     command = ("-m", "llama", "convert", str(source), str(target), "--to", "meta", "--mp_size", "2", "--dtype", "fp16")

@@ -233,6 +233,7 @@ TO_HALF = ("--to", "meta", "--dtype", "fp16")
 
 
 @pytest.mark.parametrize("kilobytes", [50, 100, 250])
+@pytest.mark.slow
 def test_a_write_that_fails_is_told_and_left_as_found(directory: Path, tmp_path: Path, kilobytes: int) -> None:
     """A limit on the size of files gives the same errors as a full disk."""
     program = (
@@ -258,6 +259,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_and_left_as_found(directory: Path, small_disk: Path) -> None:
     found = run_program(*CONVERT, str(directory), str(small_disk / "out"), *TO_HALF)
     assert found.returncode == 1

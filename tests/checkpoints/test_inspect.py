@@ -609,6 +609,7 @@ def test_the_program_ends_with_0_and_1(copy: Callable[[str], Path]) -> None:
     assert json.loads(bad.stdout)["ok"] is False
 
 
+@pytest.mark.slow
 def test_no_checkpoint_at_all_is_an_error_of_one_line(tmp_path: Path) -> None:
     for options in ([], ["--json"]):
         done = run_program("-m", "llama", "inspect", str(tmp_path), *options)
@@ -688,6 +689,7 @@ def write_sparse_shards(directory: Path, args: ModelArgs) -> None:
     ],
     ids=["safetensors", "pth"],
 )
+@pytest.mark.slow
 def test_large_files_are_not_read(
     tmp_path: Path, write: Callable[[Path, ModelArgs], None], args: ModelArgs, least: float
 ) -> None:

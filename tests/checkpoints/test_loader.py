@@ -302,7 +302,8 @@ def test_a_tokenizer_of_another_model(directory: Path, tmp_path: Path) -> None:
     assert "vocab_size 512 and the tokenizer 513 words" in refusal(directory, tokenizer_path=tmp_path / "other.model")
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_slow_load_shows_a_bar_on_a_terminal_alone_and_once(directory: Path, tmp_path: Path, ranks: int) -> None:
     program = tmp_path / "slow.py"
     program.write_text(

@@ -547,6 +547,7 @@ def test_on_ranks_a_mistake_is_said_once(directory: Path, long_job: tuple[Path, 
     assert len(errors) == 1 and "/nowhere/" in errors[0]
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_bar(directory: Path, long_job: tuple[Path, bytes], tmp_path: Path) -> None:
     terminal = Terminal(*command(directory, long_job[0], tmp_path / "out.jsonl"))
     termios.tcsetwinsize(terminal.master, (24, 120))

@@ -87,6 +87,7 @@ def test_a_paste_of_several_lines_is_one_message(options: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("env", "coloured"), [({"NO_COLOR": ""}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)]
 )
+@pytest.mark.slow
 def test_asides_are_dim_unless_no_color_is_asked_for(
     options: list[str], tmp_path: Path, env: dict[str, str], coloured: bool
 ) -> None:
@@ -120,6 +121,7 @@ def test_through_a_pipe_nothing_is_decorated_or_remembered(
 
 
 @pytest.mark.parametrize("content", ["no JSON", '[1, "ok\\u0000", "\\ud800", "fine"]', None])
+@pytest.mark.slow
 def test_a_broken_or_unwritable_history_is_no_matter(options: list[str], tmp_path: Path, content: str | None) -> None:
     path = home(tmp_path) / ".cache" / "llama" / "chat_history.json"
     path.mkdir() if content is None else path.write_text(content)

@@ -81,6 +81,7 @@ def test_complete_prints_what_generate_returns(directory: str) -> None:
     assert run_program(*command, ranks=2).stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_an_empty_text_is_refused(directory: str) -> None:
     done = run_program("-m", "llama", "complete", "", *arguments(directory))
     assert done.returncode == 1
@@ -88,6 +89,7 @@ def test_an_empty_text_is_refused(directory: str) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "complete"])
+@pytest.mark.slow
 def test_bad_sampling_is_refused_at_once(command: str) -> None:
     text = ["hello"] if command == "complete" else []
     done = run_program("-m", "llama", command, *text, "--top_p", "5", input="hi\n")
@@ -95,6 +97,7 @@ def test_bad_sampling_is_refused_at_once(command: str) -> None:
     assert done.stderr == "error: top_p is 5.0, expected a number in (0, 1]\n"
 
 
+@pytest.mark.slow
 def test_a_text_that_leaves_no_room_is_refused() -> None:
     done = run_program("-m", "llama", "complete", "hello", "--max_seq_len", "2")
     assert done.returncode == 1
@@ -102,6 +105,7 @@ def test_a_text_that_leaves_no_room_is_refused() -> None:
 
 
 @pytest.mark.parametrize("redirection", [">&-", "<&-", "> /dev/full"])
+@pytest.mark.slow
 def test_closed_and_full_streams_are_no_crash(directory: str, redirection: str) -> None:
     command = f"{sys.executable} -m llama chat {' '.join(arguments(directory))} --max_gen_len 3 {redirection}"
     done = subprocess.run(["bash", "-c", command], input="hi\n", cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -109,6 +113,7 @@ def test_closed_and_full_streams_are_no_crash(directory: str, redirection: str) 
     assert len(done.stderr.splitlines()) <= 1
 
 
+@pytest.mark.slow
 def test_a_terminal_of_few_characters_gets_question_marks() -> None:
     program = "example_chat_completion.py --device cpu"
     done = subprocess.run(
@@ -118,6 +123,7 @@ def test_a_terminal_of_few_characters_gets_question_marks() -> None:
     assert b"> Assistant: ?" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_demos_programs_say_mistakes_in_a_line_too() -> None:
     done = run_program("-m", "demo.evaluate", "--ckpt_dir", "nope")
     assert done.returncode == 1
@@ -131,6 +137,7 @@ def test_no_command_and_unknown_options_show_the_usage() -> None:
         assert "usage: python -m llama" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_gone_is_no_crash(directory: str) -> None:
     text = f"{sys.executable} -m llama complete hello {' '.join(arguments(directory))} | true"
     done = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -206,6 +206,7 @@ def test_hidden_states_of_steps(pair: Pair) -> None:
     assert_all_close(hidden, tuple(h[rows, own][:, None] for h in pair.expected.hidden_states))
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_no_obstacle(made: "type[Pair]") -> None:
     """Those of heads that no kernel has: torch has compiled each layer's step."""
     pair = made("every head its own", "compiled")

@@ -304,16 +304,16 @@ def test_two_ranks_are_one(pool: RankPool, world: World) -> None:
     assert [asdict(mine)["tokens"] for mine in alone.score(PROMPTS)] == [theirs["tokens"] for theirs in one["scores"]]
 
 
-@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_terminal_shows_a_bar_once(world: World, tmp_path: Path, ranks: int) -> None:
     program = tmp_path / "bar.py"
     program.write_text(
         "import sys\n"
         "from llama import Llama\n"
-        "from llama.engine import scoring\n"
         "from llama._util import console\n"
-        "console.SECONDS_BEFORE_BAR = 0\n"
         "llama = Llama.build(sys.argv[1], device='cpu', max_batch_size=1)\n"
+        "console.SECONDS_BEFORE_BAR = 0\n"
         "llama.score(['a', 'bc', 'def'])\n"
         "llama.embed(['a', 'bc', 'def'])\n"
     )

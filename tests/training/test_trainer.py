@@ -365,6 +365,7 @@ def names_in(output: Path) -> set[str]:
     return {str(path.relative_to(output)) for path in output.rglob("*")}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_comes_to_the_same(pool: RankPool, ckpt: Path, files: dict, tmp_path: Path) -> None:
     """With the dropout of a new head and of an adapter."""
     evaluated = {"epochs": 3, "batch_size": 3, "learning_rate": 5e-3, "every": 2}
@@ -793,7 +794,7 @@ def test_the_command_says_what_it_does(ckpt: Path, files: dict, tmp_path: Path) 
     assert_near(weights(tmp_path / "out"), weights(tmp_path / "same"), 1e-5)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_mistake_is_told_in_one_line(ckpt: Path, spoiled: Path, tmp_path: Path, ranks: int) -> None:
     done = run_program(*command(ckpt, str(spoiled / "tag.jsonl"), tmp_path / "out"), ranks=ranks)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
