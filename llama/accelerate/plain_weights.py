@@ -74,9 +74,7 @@ class Watch:
 
     def make_room(self) -> None:
         """Let a reader of all weights hold few of them at a time."""
-        plain = [weight.plain for weight in self.handed_out.values() if weight.mapped is None]
-        unpacked = sum(parameter.nbytes for parameter in plain if parameter is not None)
-        if unpacked > MOST_UNPACKED:
+        if sum(weight.unpacked_nbytes() for weight in self.handed_out.values()) > MOST_UNPACKED:
             self.take_over()
 
 
@@ -109,6 +107,11 @@ class PackedWeight:
             if self.mapped is not None and (self.watch.is_lending() or not self.is_shared):
                 return torch.from_dlpack(self.mapped)
             return self.packed.unpack()  # type: ignore[union-attr]
+
+    def unpacked_nbytes(self) -> int:
+        """Bytes that the plain matrix takes, beside the file's mapped memory."""
+        is_own = self.plain is not None and (self.mapped is None or self.is_shared)
+        return self.plain.nbytes if is_own else 0  # type: ignore[union-attr]
 
     def replace(self, parameter: nn.Parameter) -> None:
         """Take somebody's own Parameter for the matrix."""

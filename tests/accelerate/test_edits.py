@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import assert_close
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from tiny import ARGS, write_checkpoint
 from torch import Tensor, nn
 
@@ -220,12 +221,16 @@ def test_reading_leaves_nothing_behind(checkpoints: dict[str, Path], reads: Edit
 
 
 def test_few_plain_weights_are_there_at_a_time(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While somebody reads all of them, of which none lies in a file."""
+    """While somebody looks at one after the other, of which none is the file's memory."""
     monkeypatch.setattr("llama.accelerate.plain_weights.MOST_UNPACKED", 1)
     model = copy.deepcopy(llama.model)
     model.refresh()
-    for _ in model.parameters():
-        assert len(fast(model).watch.handed_out) <= 3
+    seen = 0
+    for layer in model.modules():
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            seen += layer.weight.numel()
+            assert len(fast(model).watch.handed_out) <= 2
+    assert seen > 0
 
 
 def test_a_weight_is_the_files_own_memory(llama: Llama, checkpoints: dict[str, Path]) -> None:

@@ -158,8 +158,8 @@ def pack(weight: Tensor, packed: Tensor) -> None:
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:
-    """The first rows of the matrix that was packed, (rows, K)."""
-    return packed.transpose(1, 2).flatten(2).flatten(0, 1)[:rows]
+    """The first rows of the matrix that was packed, (rows, K), in memory of their own."""
+    return packed.transpose(1, 2).clone(memory_format=torch.contiguous_format).flatten(2).flatten(0, 1)[:rows]
 
 
 def lookup(packed: Tensor, rows: Tensor) -> Tensor:
