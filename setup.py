@@ -32,6 +32,7 @@ setup(
             "peft>=0.17",  # the independent implementation of low-rank adapters
             "matplotlib>=3.7",  # draws what `bench --plot` draws
             "torchmetrics>=1.4",
+            "gguf>=0.10",  # reads the file that is written for llama.cpp
             "import-linter>=2.1",  # which module may import which
             "ruff>=0.6",
             "mypy>=1.11",

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from conftest import CASES, Twin, assert_close
@@ -35,7 +36,7 @@ from llama.bench.subjects import (
     build_random_model,
     check_peers,
 )
-from llama.checkpoints.schema import part_sizes, tensor_shapes
+from llama.checkpoints.schema import is_multiplied, part_sizes, tensor_shapes
 from llama.parallel import Place
 from llama.rotary import RopeScaling
 
@@ -274,8 +275,40 @@ def test_llama_cpp_is_for_plain_llama(changes: dict[str, Any], quantization: Qua
         check_architecture(ModelArgs(48, 2, 4, **changes), quantization)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "quantization", "step"),
+    [
+        (torch.float32, None, 0.0),
+        (torch.bfloat16, None, 0.0),
+        (torch.bfloat16, "int8", 0.5 / 127 + 2**-11),  # scales are float16
+        (torch.bfloat16, "int4", 1 / 8),
+    ],
+)
+def test_gguf_reads_the_file_for_llama_cpp(
+    tmp_path: Path, place: Place, dtype: torch.dtype, quantization: Quantization | None, step: float
+) -> None:
+    """Sizes, and every number: as it is, or as far off as its group's scale allows, times the group's largest."""
+    args = replace(CASES["grouped"], max_seq_len=64, rope_scaling=RopeScaling("linear", 4))
+    weights = build_random_model(args, place).to(dtype).state_dict()
+    size = write_gguf(tmp_path / "model.gguf", args, dtype, quantization, in_file_order(args, weights))
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert size == sum(int(t.n_bytes) for t in reader.tensors if t.name != "token_embd.weight")
+    sizes = {"block_count": args.n_layers, "embedding_length": args.dim, "attention.head_count_kv": args.kv_heads}
+    for name, value in {**sizes, "rope.freq_base": args.rope_theta, "context_length": 64}.items():
+        field = reader.get_field(f"llama.{name}")
+        assert field is not None and field.contents() == pytest.approx(value)
+    get_name = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, args.n_layers).get_name
+    read = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    assert torch.equal(read.pop("rope_freqs.weight"), torch.full((args.head_size // 2,), 4.0))
+    for name, weight in weights.items():
+        numbers = read.pop(f"{get_name(name.removesuffix('.weight'))}.weight")
+        groups = weight.float().unflatten(-1, (-1, 32)) if is_multiplied(name, args) else weight.float()[..., None]
+        limit = step * groups.abs().amax(-1, keepdim=True) if is_multiplied(name, args) else 0.0
+        assert ((numbers.view_as(groups) - groups).abs() <= limit).all(), name
+    assert not read
+
+
 def test_a_full_disk_is_told_before_llama_cpps_file_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf", reason="gguf isn't here")
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**6))
     with pytest.raises(LlamaError, match=r"2\.47 GB are needed for llama\.cpp's file, and 0\.00 GB are free"):
         write_gguf(tmp_path / "model.gguf", SHAPES["1b"], torch.bfloat16, None, [])
