@@ -92,8 +92,8 @@ class Engine:
         def process(logprobs: Tensor, prompt: abc.Sequence[int], answer: abc.Sequence[int]) -> Tensor:
             return apply_logits_processors(logprobs, settings, Context(prompt, answer, stops))
 
-        self.runner.claim_cache()
         with settle(self.model, settings.logits_processor is not None):
+            self.runner.claim_cache()
             best = beam_search(
                 self.model,
                 prompt_tokens,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -105,6 +106,11 @@ def wrapped(model: Transformer) -> None:
     model.layers[0].attention.wk = Twice(model.layers[0].attention.wk)
 
 
+class Halved(Transformer):
+    def run(self, *rest: Any) -> Tensor:
+        return super().run(*rest) / 2
+
+
 EDITS: dict[str, Edit] = {
     "in place": lambda m: wo(m).weight.mul_(2),
     "data in place": lambda m: wo(m).weight.data.mul_(2),
@@ -120,6 +126,15 @@ EDITS: dict[str, Edit] = {
     "numpy": by_numpy,
     "a norm": lambda m: m.layers[0].ffn_norm.weight.mul_(2),
     "a norm replaced": lambda m: setattr(m.norm, "weight", nn.Parameter(2 * m.norm.weight)),
+    "a norm's columns": lambda m: setattr(
+        m.norm.weight, "data", torch.stack([2 * m.norm.weight, m.norm.weight], 1)[:, 0]
+    ),
+    "a norm of one number": lambda m: setattr(m.norm, "weight", nn.Parameter(torch.tensor(2.0))),
+    "output alone": lambda m: setattr(m.output, "weight", nn.Parameter(m.output.weight.flip(0))),
+    "the embedding alone": lambda m: setattr(m.tok_embeddings, "weight", nn.Parameter(2 * m.tok_embeddings.weight)),
+    "max_norm": lambda m: setattr(m.tok_embeddings, "max_norm", 0.1),
+    "a dict of modules": lambda m: setattr(m.layers, "_modules", {"0": m.layers[0]}),
+    "another class": lambda m: setattr(m, "__class__", Halved),
     "eps": lambda m: setattr(m.layers[0].ffn_norm, "eps", 3.0),
     "a bias": lambda m: m.layers[0].attention.wq.bias.add_(1),
     "output": lambda m: m.output.weight.mul_(2),
@@ -181,6 +196,107 @@ def test_what_is_held_may_be_edited_later(llama: Llama) -> None:
     texts.append(llama.generate(PROMPTS, 12, temperature=0)[0])
     assert texts[0] == texts[1] and all(a != b for a, b in pairwise(texts[1:]))
     assert wo(model).weight is parameter
+
+
+def hold_norm(model: Transformer) -> Callable[[], None]:
+    weight = model.layers[0].ffn_norm.weight
+    return lambda: setattr(weight, "data", -3 * weight.data)
+
+
+def hold_storage(model: Transformer) -> Callable[[], None]:
+    storage = model.layers[0].attention.wv.weight.untyped_storage()
+
+    def edit() -> None:
+        torch.empty(0).set_(storage, 0, (storage.nbytes() // 4,)).mul_(-2)
+
+    return edit
+
+
+def hold_hooks(model: Transformer) -> Callable[[], None]:
+    hooks = model.layers[0].attention._forward_hooks
+    return lambda: hooks.update({0: lambda layer, args, output: -9 * output})
+
+
+@pytest.mark.parametrize("hold", [hold_norm, hold_storage, hold_hooks])
+def test_what_is_held_of_a_layer_is_the_layers(
+    llama: Llama, checkpoints: dict[str, Path], hold: Callable[[Transformer], Callable[[], None]]
+) -> None:
+    model = plain(checkpoints["untied"])
+    edits = [hold(llama.model), hold(model)]
+    before = [llama.generate(PROMPTS, 12, temperature=0) for _ in range(3)]
+    for edit in edits:
+        edit()
+    after = llama.generate(PROMPTS, 12, temperature=0)
+    assert after == Llama(model, llama.tokenizer).generate(PROMPTS, 12, temperature=0) != before[-1]
+
+
+def test_hidden_states_and_logits_by_hand_have_the_edit(llama: Llama, checkpoints: dict[str, Path]) -> None:
+    llama.generate(PROMPTS, 4, temperature=0)
+    model, tokens = plain(checkpoints["untied"]), torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        for one in (llama.model, model):
+            one.layers[0].feed_forward.w2.weight.mul_(-3)
+        h = model.hidden_states(tokens)
+        assert_close(llama.model.hidden_states(tokens), h)
+        for one in (llama.model, model):
+            one.output.weight.mul_(-1)
+        assert_close(llama.model.logits(h), model.logits(h))
+
+
+def test_a_replaced_call_of_a_class_runs(llama: Llama, checkpoints: dict[str, Path]) -> None:
+    before = llama.generate(PROMPTS, 6, temperature=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeedForward, "__call__", lambda self, x: 0 * x)
+        text = llama.generate(PROMPTS, 6, temperature=0)
+        assert (
+            text == Llama(plain(checkpoints["untied"]), llama.tokenizer).generate(PROMPTS, 6, temperature=0) != before
+        )
+    assert llama.generate(PROMPTS, 6, temperature=0) == before
+
+
+def test_a_matrix_that_was_away_is_packed_again(checkpoints: dict[str, Path]) -> None:
+    llama = Llama.build(checkpoints["untied"], **OPTIONS, dtype="float32", quantization="int8")
+    model, nbytes = llama.model, llama.model.fast.weight_bytes
+    weight = wo(model).weight
+    with torch.no_grad():
+        tokens = torch.tensor([PROMPTS[0]])
+        torch.func.functional_call(model, {"layers.1.attention.wo.weight": 2 * weight}, (tokens,))
+    twice = nn.Parameter(2 * weight.detach())
+    del wo(model).weight
+    wo(model).weight = twice
+    del weight, twice
+    text = llama.generate(PROMPTS, 4, temperature=0)
+    model.refresh()
+    assert text == llama.generate(PROMPTS, 4, temperature=0)
+    assert (fast(model).weight_bytes, fast(model).usable) == (nbytes, True)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_edit_by_a_logits_processor_holds(llama: Llama, checkpoints: dict[str, Path], num_beams: int) -> None:
+    texts = []
+    for model in (llama.model, plain(checkpoints["untied"])):
+        calls: list[int] = []
+
+        def process(tokens: Any, logits: Tensor, model: Transformer = model, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            if len(calls) == 3:
+                model.layers[0].feed_forward.w2.weight.data.mul_(-30)
+            return logits
+
+        one = Llama(model, llama.tokenizer)
+        texts.append(one.generate(PROMPTS[:1], 12, temperature=0, num_beams=num_beams, logits_processor=process))
+    assert texts[0] == texts[1]
+
+
+def test_an_answer_looks_for_edits_once(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much of the model the caller holds."""
+    looks: list[int] = []
+    compare = FastModel._compare
+    monkeypatch.setattr(FastModel, "_compare", lambda self: looks.append(1) or compare(self))
+    state = llama.model.state_dict()
+    for num_beams in (1, 2):
+        llama.generate(PROMPTS[:1], 12, temperature=0, num_beams=num_beams)
+    assert state and len(looks) == 2
 
 
 @pytest.mark.parametrize("name", ["in place", "numpy", "parameter replaced", "a norm", "a hook", "a module around"])
@@ -291,6 +407,18 @@ def test_a_copy_is_edited_alone(llama: Llama) -> None:
             wo(twin.model).register_forward_hook(lambda *_: None)
         assert twin.generate(PROMPTS, 12, temperature=0) != before
         assert llama.generate(PROMPTS, 12, temperature=0) == before
+
+
+@pytest.mark.parametrize("name", ["a module around", "a norm of one number", "a hook", "a layer deleted"])
+def test_a_copy_may_be_edited_before_its_first_use(llama: Llama, checkpoints: dict[str, Path], name: str) -> None:
+    twin, expected = copy.deepcopy(llama.model), plain(checkpoints["untied"])
+    with torch.no_grad():
+        EDITS[name](twin), EDITS[name](expected)
+    texts = [Llama(m, llama.tokenizer).generate(PROMPTS, 12, temperature=0) for m in (twin, expected)]
+    assert texts[0] == texts[1]
+    tokens = torch.tensor([PROMPTS[0]])
+    assert_close(twin(tokens).detach(), expected(tokens).detach())
+    assert not torch.equal(twin(tokens), llama.model(tokens))
 
 
 def test_a_saved_model_is_a_plain_one(llama: Llama) -> None:
