@@ -227,7 +227,8 @@ def _merge(index: int, shared: Mapping[str, Any], row: Mapping[str, Any] | None)
     values = {**shared, **(row or {})}
     try:
         if unknown := sorted(map(str, values.keys() - NAMES)):
-            raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}")
+            others = "" if row else f"; calls also take {', '.join(sorted(Options.__annotations__.keys() - NAMES))}"
+            raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}{others}")
         return Settings(**values)
     except LlamaError as e:
         raise LlamaError(f"rows[{index}]: {e}") if row else e from None

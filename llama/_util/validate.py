@@ -4,7 +4,7 @@ Knows plain values; knows no sizes of a model, no tokens and no files.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -37,6 +37,15 @@ def check_seed(seed: object) -> None:
 def check_list(name: str, value: object) -> None:
     if not isinstance(value, list | tuple):
         raise LlamaError(f"{name} is a {type(value).__name__}, expected a list with an entry for each row of the batch")
+
+
+def check_dialogs(dialogs: Sequence) -> None:
+    """Check that there is a list of dialogs, and not one dialog, which is a list of messages."""
+    check_list("dialogs", dialogs)
+    if any(isinstance(dialog, Mapping) for dialog in dialogs):
+        raise LlamaError(
+            "dialogs is a list of messages, expected a list of dialogs: put the one dialog into a list, [dialog]"
+        )
 
 
 def check_texts(texts: Sequence[str], name: str = "prompt") -> None:
