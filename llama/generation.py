@@ -23,7 +23,7 @@ from .checkpoints.loader import fetch_checkpoint, prepare_model
 from .checkpoints.side_files import find_tokenizer
 from .engine.beam_search import Beams
 from .engine.engine import Engine
-from .engine.model_runner import OutputOptions
+from .engine.model_runner import OutputOptions, settle
 from .engine.outputs import (
     ChatPrediction,
     Completion,
@@ -247,7 +247,9 @@ class Llama:
             speculate_k=speculate_k,
             **shared,
         )
-        completions = drain_stream(stream, prompt_tokens, count, prompt_logprobs)
+        calls_back = any("logits_processor" in options for options in (shared, *(rows or [])) if options)
+        with settle(self.model, calls_back):
+            completions = drain_stream(stream, prompt_tokens, count, prompt_logprobs)
         if best_of is not None:
             completions = select_best(completions, best_of, n)
         return completions if logprobs else [replace(c, logprobs=None) for c in completions]

@@ -82,6 +82,7 @@ class FastForm(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    is_settled: bool  # whether `refresh` has nothing to do until this is False again
 
     def refresh(self, trains: bool = False) -> None: ...  # take over what was edited in the model since the last call
     def is_usable(self) -> bool: ...  # whether passes may run in the fast form now
@@ -319,12 +320,14 @@ class Transformer(nn.Module):
         lengths: (B), the tokens of each row without padding, or (B, T), how many there are up to each token; None: rows
         have no padding. Only `dynamic` rotary scaling uses it.
         """
+        self.refresh()
         with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
             one = self.prepare(tokens, start_pos, lengths)
             return self.fast.hidden_states(one) if self.fast is not None and self.fast.is_usable() else self.run(one)
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) -> float32 (..., vocab_size)."""
+        self.refresh()
         if self.fast is not None and self.fast.is_usable():
             return self.fast.logits(h)
         return self.output(h).float()

@@ -36,7 +36,9 @@ def check_seed(seed: object) -> None:
 
 def check_list(name: str, value: object) -> None:
     if not isinstance(value, list | tuple):
-        raise LlamaError(f"{name} is a {type(value).__name__}, expected a list with an entry for each row of the batch")
+        raise LlamaError(
+            f"{name} is a {type(value).__name__}, expected a list of entries, one for each row of the batch"
+        )
 
 
 def check_dialogs(dialogs: Sequence) -> None:

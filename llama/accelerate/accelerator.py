@@ -69,7 +69,7 @@ class Accelerator:
     def finish(self, model: Transformer) -> None:
         """Give the model its fast form, once all tensors are loaded. Called on all ranks."""
         model.eval()
-        norm = model.norm.weight
+        norm = model.norm.weight.detach()
         if dispatch.available(norm):
             dispatch.register()
         shared = share_memory() if norm.device.type == "cpu" else None

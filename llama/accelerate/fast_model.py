@@ -8,12 +8,15 @@ Knows the network and its packed weights; knows no files and no generation.
 """
 
 import copy
+import functools
+import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._util.device import DTYPES
 from ..kv_cache import Pass
@@ -39,18 +42,20 @@ class FastModel:
         watch: Watch,
         shared: SharedMemory | None,
         compile: bool,
-        untouched: Structure | None = None,
         choose_capture: ChooseCapture | None = None,
+        is_copy: bool = False,
     ):
-        """compile: see `Acceleration`. untouched: the structure of the model that `model` is a copy of."""
+        """compile: see `Acceleration`. is_copy: whether somebody may hold layers of the model already."""
         self.model, self.watch = model, watch
         self.usable = True  # whether the model's layers still are those that were packed
-        self._shared, self._compile, self._untouched = shared, compile, untouched
+        self.is_settled = False
+        self._shared, self._compile = shared, compile
         self._choose_capture = choose_capture or capture_of_device
         self.steps: DecodeSteps | None = None
         self._build()
         model._modules = NoticedModules(model._modules, watch)
-        self.structure = Structure(model, untouched)
+        self.structure = Structure(model, is_copy)
+        self.forms = read_forms(self._vectors())
         if compile and self.steps is not None:
             self.steps.warm_up(model.prepare)
 
@@ -60,8 +65,7 @@ class FastModel:
             self.steps.close()
         self.network = FastNetwork(self.model, self._shared)
         self.device, self.dtype = self.network.like.device, self.network.like.dtype
-        modules = chain.from_iterable(part.modules() for part in dict.values(self.model._modules) if part)
-        self._places = [(own, name) for m in modules for own in [m._parameters] for name in own]
+        self._places = list_places(self.model)
         self._parameters = self._plain_parameters()
         weights = self._weights()
         self._all_mapped = bool(weights) and all(weight.mapped is not None for weight in weights)
@@ -130,7 +134,9 @@ class FastModel:
 
         trains: whether the plain weights are to be trained.
         """
-        if not text_is_original() or "run" in vars(self.model):
+        if self.is_settled:
+            return
+        if not text_is_original() or type(self.model) is not Transformer or "run" in vars(self.model):
             self.usable, self.watch.reached = False, True
         elif trains or self.watch.reached:
             with self.watch.lock:
@@ -138,17 +144,17 @@ class FastModel:
 
     def _compare(self) -> None:
         """Look at what may have been edited, and make the fast form anew where it was."""
-        if self.structure.holds():
+        self.usable = self.structure.holds() and read_forms(self._vectors()) == self.forms
+        if self.usable:
             self.watch.take_over()
             self.usable = all(weight.packed is not None for weight in self._weights())
-            if self.usable and (self.watch.edited or self._plain_parameters() != self._parameters):
-                self._build()
-            elif self.usable and self.steps is not None:
-                self.steps.forget_other_caches()
-            self.watch.edited = self.watch.edited and not self.usable
-            self.watch.reached = not self.usable or bool(self.watch.handed_out) or self.structure.is_held()
-        else:
-            self.usable = False
+        if self.usable and (self.watch.edited or self._plain_parameters() != self._parameters):
+            self._build()
+            self.watch.edited = False
+        elif self.usable and self.steps is not None:
+            self.steps.forget_other_caches()
+        is_held = bool(self.watch.handed_out) or self.structure.is_held() or self._vectors_are_held()
+        self.watch.reached = not self.usable or is_held
 
     def _unpack_for_training(self) -> None:
         """Keep the plain weights alone, which are trained; they are packed when the fast form is next to run."""
@@ -157,13 +163,28 @@ class FastModel:
         self.usable, self.watch.reached = False, True
 
     def _weights(self) -> list[PackedWeight]:
-        linears = [self.network.output, *(linear for _, linear in self.network.linears)]
-        return [linear.weight for linear in linears if linear.weight is not None]
+        values = [dict.get(own, name) for own, name in self._places]
+        return list({id(value): value for value in values if isinstance(value, PackedWeight)}.values())
+
+    def _vectors(self) -> list[Tensor]:
+        """The parameters that the fast form reads as they are."""
+        values = [dict.get(own, name) for own, name in self._places]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    def _vectors_are_held(self) -> bool:
+        """Whether somebody outside of the model may hold one of them, and give it other memory."""
+        vectors = self._vectors()
+        places = Counter(map(id, vectors))
+        distinct = {id(vector): vector for vector in vectors}
+        del vectors
+        return any(
+            holders != count_own_holders() + places[id(vector)] - 1
+            for vector, holders in zip(distinct.values(), map(sys.getrefcount, distinct.values()), strict=True)
+        )
 
     def _plain_parameters(self) -> list[tuple[int, int]]:
-        """The parameters that the fast form reads as they are: which they are, and where they lie."""
-        values = [dict.get(own, name) for own, name in self._places]
-        return [(id(value), value.data_ptr()) for value in values if isinstance(value, Tensor)]
+        """Which those parameters are, and where they lie."""
+        return [(id(value), value.data_ptr()) for value in self._vectors()]
 
     # --- copies -------------------------------------------------------------------------------------------------------
 
@@ -184,11 +205,16 @@ class PendingCopy:
     def __init__(self, model: Transformer, watch: Watch, original: FastModel):
         self.model, self.watch = model, watch
         self.device, self.dtype = original.device, original.dtype
-        self._rest = original._shared, original._compile, original.structure, original._choose_capture
+        self.is_settled = False
+        self._original, self._rest = original, (original._shared, original._compile, original._choose_capture, True)
 
     def refresh(self, trains: bool = False) -> None:
-        fast = FastModel(self.model, self.watch, *self._rest)
-        self.model.fast = fast
+        original, places = self._original, list_places(self.model)
+        vectors = [value for own, name in places if isinstance(value := dict.get(own, name), Tensor)]
+        if not original.structure.is_alike(self.model) or read_forms(vectors) != original.forms:
+            self.model.fast = None  # it was edited in a way that no fast form has
+            return
+        self.model.fast = fast = FastModel(self.model, self.watch, *self._rest)
         self.watch.reached = True
         fast.refresh(trains)
 
@@ -208,6 +234,25 @@ def capture_of_device(device: torch.device, attends: bool) -> CaptureFunction | 
     if device.type == "cuda":
         return GraphCapture(device)
     return capture_calls if device.type == "cpu" and attends else None
+
+
+@functools.cache
+def count_own_holders() -> int:
+    """What `sys.getrefcount` counts in a dict of vectors that stand in one place each."""
+    own = {"weight": nn.Parameter(torch.empty(1))}
+    distinct = {0: own["weight"]}
+    return next(iter(zip(distinct.values(), map(sys.getrefcount, distinct.values()), strict=True)))[1]
+
+
+def list_places(model: Transformer) -> list[tuple[dict[str, Any], str]]:
+    """Where the model's parameters stand, without a look at them."""
+    modules = chain.from_iterable(part.modules() for part in dict.values(model._modules) if part)
+    return [(own, name) for m in modules for own in [m._parameters] for name in own]
+
+
+def read_forms(tensors: list[Tensor]) -> list[Any]:
+    """What kernels take for granted of each."""
+    return [(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors]
 
 
 def is_vector(value: object) -> bool:

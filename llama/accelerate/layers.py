@@ -31,6 +31,12 @@ def packed_weight(layer: nn.Module) -> PackedWeight | None:
     return parameters.packed("weight") if isinstance(parameters, LazyParameters) else None
 
 
+def own_memory(layer: nn.Module, name: str) -> Tensor | None:
+    """The parameter's memory. The Parameter is held by its layer alone, so that other holders can be counted."""
+    value = layer._parameters[name]
+    return None if value is None else value.detach()
+
+
 class FastLinear:
     """x W^T + b by this rank's part of W; then the exchange between ranks that the model's layer makes."""
 
@@ -39,8 +45,8 @@ class FastLinear:
         self.gathers = isinstance(layer, ColumnParallelLinear) and layer.gather_output
         self.alone = get_model_parallel_world_size() == 1
         self.weight = packed_weight(layer)
-        self.plain: Tensor | None = layer._parameters["weight"] if self.weight is None else None
-        self.bias = cast(Tensor | None, layer._parameters["bias"])
+        self.plain: Tensor | None = own_memory(layer, "weight") if self.weight is None else None
+        self.bias = own_memory(layer, "bias")
         self.shared = shared
 
     @property
@@ -71,7 +77,7 @@ class FastEmbedding:
         self.first, self.rows = layer.vocab_start_index, layer.vocab_end_index - layer.vocab_start_index
         self.alone = get_model_parallel_world_size() == 1
         self.weight = packed_weight(layer)
-        self.plain: Tensor | None = layer._parameters["weight"] if self.weight is None else None
+        self.plain: Tensor | None = own_memory(layer, "weight") if self.weight is None else None
         self.shared = shared
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -93,7 +99,7 @@ class FastNorm:
     def __init__(self, layer: nn.Module, kernels: bool):
         self.layer: Any = layer
         self.kernels = kernels and isinstance(layer, RMSNorm)
-        self.weight = cast(Tensor, layer._parameters["weight"]) if self.kernels else None
+        self.weight = own_memory(layer, "weight") if self.kernels else None
         self.eps = cast(float, layer.eps) if self.kernels else 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -157,7 +163,7 @@ class FastNetwork:
 
     def __init__(self, model: Transformer, shared: SharedMemory | None):
         modules: dict[str, Any] = dict(dict.items(model._modules))
-        self.like: Tensor = modules["norm"]._parameters["weight"]  # of the model's dtype and device
+        self.like = cast(Tensor, own_memory(modules["norm"], "weight"))  # of the model's dtype and device
         self.kernels = dispatch.available(self.like)
         self.embed = FastEmbedding(modules["tok_embeddings"], shared)
         self.blocks = [FastBlock(layer, self.kernels, shared) for layer in modules["layers"]]

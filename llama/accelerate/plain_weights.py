@@ -88,6 +88,7 @@ class PackedWeight:
         self.mapped = mapped  # the matrix in a file's mapped memory, if it lies there as it is
         self.is_shared = False  # whether a copy of the model reads that memory too, so that nobody may write to it
         self.shape = None if packed is None else packed.shape
+        self.places = 0  # the layers in which it stands: 2 where an embedding is tied
         self.requires_grad = True
         self.plain: nn.Parameter | None = None  # while somebody may hold it
         self._own: int | None = None  # the address of the memory that was handed out
@@ -158,14 +159,14 @@ class PackedWeight:
         return twin
 
 
-def count_uses(weight: Any) -> tuple[int, int]:
-    """How many hold `weight.plain`, and how many its memory."""
+def count_uses(weight: Any) -> tuple[int, int, int]:
+    """How many hold `weight.plain`, how many its memory, and how many that as torch's storage."""
     storage = weight.plain.untyped_storage()
-    return sys.getrefcount(weight.plain), torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(weight.plain), torch._C._storage_Use_Count(storage._cdata), sys.getrefcount(storage)
 
 
 @functools.cache
-def count_free_uses() -> tuple[int, int]:
+def count_free_uses() -> tuple[int, int, int]:
     """`count_uses` of a parameter that nobody else holds."""
     return count_uses(SimpleNamespace(plain=nn.Parameter(torch.empty(1))))
 
@@ -173,20 +174,39 @@ def count_free_uses() -> tuple[int, int]:
 class LazyParameters(dict[str, Any]):
     """A layer's `_parameters`, in which a PackedWeight stands for its plain matrix, which whoever reads it gets."""
 
+    def __init__(self, parameters: dict[str, Any]):
+        super().__init__(parameters)
+        self._packed: dict[str, PackedWeight] = {}  # by name; kept while another tensor stands in its place
+
     def packed(self, name: str) -> PackedWeight | None:
         weight = super().get(name)
         return weight if isinstance(weight, PackedWeight) else None
+
+    def lay(self, name: str, weight: PackedWeight) -> None:
+        """Let `weight` stand for the parameter of this name."""
+        self._packed[name] = weight
+        weight.places += 1
+        super().__setitem__(name, weight)
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
         return value.hand_out() if isinstance(value, PackedWeight) else value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        weight = self.packed(name)
-        if weight is not None and isinstance(value, nn.Parameter):
-            weight.replace(value)
-        else:
+        weight = self._packed.get(name)
+        if weight is None or not isinstance(value, nn.Parameter):
             super().__setitem__(name, value)
+        elif value is weight.plain:
+            super().__setitem__(name, weight)
+        elif weight.places == 1:
+            weight.replace(value)
+            super().__setitem__(name, weight)
+        else:  # tied to another layer, which keeps its own
+            weight.places -= 1
+            twin = PackedWeight(None, weight.pack, weight.watch)
+            twin.shape = weight.shape
+            twin.replace(value)
+            self.lay(name, twin)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if dict.__contains__(self, name) else default
@@ -205,9 +225,13 @@ class LazyParameters(dict[str, Any]):
         return dict(self.items())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LazyParameters":
-        twin = LazyParameters()
+        twin = LazyParameters({})
         for name in self:
-            dict.__setitem__(twin, name, copy.deepcopy(dict.__getitem__(self, name), memo))
+            value = copy.deepcopy(dict.__getitem__(self, name), memo)
+            if isinstance(value, PackedWeight):
+                twin.lay(name, value)
+            else:
+                dict.__setitem__(twin, name, value)
         return twin
 
     def __reduce__(self) -> Any:
@@ -230,5 +254,5 @@ class _Values(ValuesView[Any]):
 def lazy(module: nn.Module, name: str, weight: PackedWeight) -> None:
     """Let `weight` stand for the parameter of this name."""
     parameters = LazyParameters(module._parameters)
-    dict.__setitem__(parameters, name, weight)
+    parameters.lay(name, weight)
     module._parameters = parameters

@@ -14,8 +14,10 @@ from typing import Any
 
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
+from .. import model
 from ..model import Attention, FeedForward, RMSNorm, Transformer, TransformerBlock
 from .plain_weights import Watch
 
@@ -24,7 +26,12 @@ CLASSES = (
     *(Attention, FeedForward, RMSNorm, Transformer, TransformerBlock),
 )
 METHODS = ("__call__", "forward", "_norm", "caches", "attend", "weigh", "run", "prepare")
-TEXT = [(vars(cls), name, vars(cls)[name]) for cls in CLASSES for name in METHODS if name in vars(cls)]
+FUNCTIONS = (
+    *((vars(model), name) for name in ("apply_rotary_emb", "repeat_kv")),
+    *((vars(F), name) for name in ("linear", "silu", "embedding", "scaled_dot_product_attention")),
+)
+PLACES = [*((vars(cls), name) for cls in CLASSES for name in (*METHODS, "_call_impl")), *FUNCTIONS]
+TEXT = [(names, name, names.get(name)) for names, name in PLACES]
 # Whether these were replaced before this file was imported.
 IS_FIRST = all(
     vars(cls)[name].__qualname__ == f"{cls.__qualname__}.{name}"
@@ -33,10 +40,12 @@ IS_FIRST = all(
     if cls is not nn.Module and name in vars(cls)
 )
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+INNER = (*HOOKS, "_modules", "_parameters")  # the dicts of a module
 # What a layer computes by, beside its parts and parameters.
 SETTINGS = (
     *("eps", "window", "head_dim", "n_local_heads", "n_local_kv_heads", "n_rep"),
-    *("gather_output", "input_is_parallel", "vocab_start_index", "vocab_end_index"),
+    *("gather_output", "input_is_parallel", "vocab_start_index", "vocab_end_index", "max_norm", "padding_idx"),
 )
 
 
@@ -87,30 +96,51 @@ def text_is_original() -> bool:
 class Structure:
     """The modules inside a model, what they are made of, and how many hold them."""
 
-    def __init__(self, model: nn.Module, untouched: "Structure | None" = None):
-        """untouched: that of the model that this one is a copy of."""
-        inner = list(chain.from_iterable(child.modules() for child in dict.values(model._modules) if child))
-        self._modules = inner
-        self._names = [vars(module) for module in inner]
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        self._hooks = [names[kind] for names in self._names for kind in hooks]
-        self._parents = [model._modules, *(module._modules for module in inner if module._modules)]
+    def __init__(self, model: nn.Module, is_copy: bool = False):
+        """is_copy: whether somebody may hold modules of the model already."""
+        self._modules = list_modules(model)
+        self._names = [vars(module) for module in self._modules]
+        self._inner = [names[kind] for names in self._names for kind in INNER]
+        self._hooks = [names[kind] for names in self._names for kind in HOOKS]
+        self._parents = [model._modules, *(module._modules for module in self._modules if module._modules)]
         self._children = [*chain.from_iterable(map(dict.values, self._parents))]
-        self._settings = [(names, name) for names in self._names for name in SETTINGS if name in names]
-        self._expected: tuple[Any, ...] = self._read() if untouched is None else untouched._expected
-        self._holders = [*map(sys.getrefcount, inner)] if untouched is None else None
+        self._expected = read_modules(self._modules)
+        self._holders = None if is_copy else self._count_holders()
 
-    def _read(self) -> tuple[Any, ...]:
-        """How many attributes each module has, what class it is, and the settings."""
-        values = [names.get(name) for names, name in self._settings]
-        return [*map(len, self._names)], [*map(type, self._modules)], values
+    def _count_holders(self) -> list[int]:
+        return [*map(sys.getrefcount, self._modules), *map(sys.getrefcount, self._inner)]
 
     def holds(self) -> bool:
         """Whether every layer still is what it was, without hooks, and computes by the same text."""
+        inner = [names.get(kind) for names in self._names for kind in INNER]
         children = [*chain.from_iterable(map(dict.values, self._parents))]
-        same_children = len(children) == len(self._children) and all(map(operator.is_, children, self._children))
-        return same_children and not any(self._hooks) and self._read() == self._expected
+        return (
+            are_same(inner, self._inner)
+            and are_same(children, self._children)
+            and not any(self._hooks)
+            and read_modules(self._modules) == self._expected
+        )
+
+    def is_alike(self, model: nn.Module) -> bool:
+        """Whether the modules inside this model are of the same kinds, without hooks."""
+        modules = list_modules(model)
+        hooks = [vars(module)[kind] for module in modules for kind in HOOKS]
+        return not any(hooks) and read_modules(modules) == self._expected
 
     def is_held(self) -> bool:
-        """Whether somebody outside of the model may hold one of its layers."""
-        return self._holders is None or [*map(sys.getrefcount, self._modules)] != self._holders
+        """Whether somebody outside of the model may hold one of its layers, or what a layer consists of."""
+        return self._holders is None or self._count_holders() != self._holders
+
+
+def list_modules(model: nn.Module) -> list[nn.Module]:
+    """Those inside the model, without a look at them that `NoticedModules` would tell."""
+    return list(chain.from_iterable(child.modules() for child in dict.values(model._modules) if child))
+
+
+def read_modules(modules: list[nn.Module]) -> list[Any]:
+    """The class of each module, the names of its attributes, and the settings."""
+    return [(type(m), tuple(names), [names.get(name) for name in SETTINGS]) for m in modules for names in [vars(m)]]
+
+
+def are_same(actual: list[Any], expected: list[Any]) -> bool:
+    return len(actual) == len(expected) and all(map(operator.is_, actual, expected))

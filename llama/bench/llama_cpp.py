@@ -185,7 +185,7 @@ def write_gguf(
         types[name] = gguf_type = gguf.GGMLQuantizationType[choose_gguf_type(name, args, dtype, quantization)]
         byte_shape = gguf.quant_shape_to_byte_shape(shape, gguf_type)
         sizes[name] = math.prod(byte_shape)
-        gguf_name = get_gguf_name(name, (".weight",))
+        gguf_name = str(get_gguf_name(name, (".weight",)))
         writer.add_tensor_info(gguf_name, byte_shape, numpy.dtype("uint8"), sizes[name], gguf_type)
     needed, free = sum(sizes.values()), shutil.disk_usage(path.parent).free
     if needed > free:

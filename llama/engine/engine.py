@@ -17,7 +17,7 @@ from ..sampling import Context, apply_logits_processors
 from ..settings import Settings, settings_of_rows
 from ..tokenization.protocol import AnyTokenizer
 from .beam_search import Beams, beam_search
-from .model_runner import ModelRunner, OutputOptions
+from .model_runner import ModelRunner, OutputOptions, settle
 from .outputs import Completion
 from .request_checks import check_prompts, check_speculation, check_token_ids
 from .seeds import SequenceSeeds
@@ -93,15 +93,16 @@ class Engine:
             return apply_logits_processors(logprobs, settings, Context(prompt, answer, stops))
 
         self.runner.claim_cache()
-        best = beam_search(
-            self.model,
-            prompt_tokens,
-            beams,
-            settings.max_gen_len or self.model.params.max_seq_len,
-            stops,
-            process if settings.changes_logits else None,
-            self.prefill_chunk,
-        )
+        with settle(self.model, settings.logits_processor is not None):
+            best = beam_search(
+                self.model,
+                prompt_tokens,
+                beams,
+                settings.max_gen_len or self.model.params.max_seq_len,
+                stops,
+                process if settings.changes_logits else None,
+                self.prefill_chunk,
+            )
         return [
             Completion(list(prompt), b.tokens, self.tokenizer.decode(b.tokens), b.finish_reason, b.stop, score=b.score)
             for prompt, prompt_beams in zip(prompt_tokens, best, strict=True)

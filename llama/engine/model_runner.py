@@ -32,6 +32,21 @@ class OutputOptions:
     top: int = 0  # how many of the likeliest tokens
 
 
+@contextlib.contextmanager
+def settle(model: Transformer, calls_back: bool) -> Iterator[None]:
+    """Look for edits of the model once, and not at each step, unless a caller's function is called in between."""
+    model.refresh()
+    if model.fast is None or calls_back:
+        yield
+        return
+    model.fast.is_settled = True
+    try:
+        yield
+    finally:
+        if model.fast is not None:
+            model.fast.is_settled = False
+
+
 class ModelRunner:
     """Runs sequences through a model. It has one KV cache, so one stream at a time: a newer one ends an older one."""
 
@@ -98,7 +113,6 @@ class ModelRunner:
         """
         if self.cache_owner is not ticket:
             raise LlamaError("this stream was ended by a newer call on the same Llama: use one at a time")
-        self.model.refresh()
 
     def accept(self, sequence: Sequence, choice: abc.Sequence[float], output: OutputOptions) -> Step:
         """The step that a choice makes, a column of `describe_choices`. Raises LlamaError where there is no token."""

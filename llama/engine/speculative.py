@@ -117,7 +117,6 @@ class DraftProposer:
         self._cached: list[list[int]] = [[] for _ in range(model.params.max_batch_size)]  # the tokens of each slot
 
     def __call__(self, sequences: list[Sequence], limits: list[int]) -> list[list[int]]:
-        self._model.refresh()
         proposals: list[list[int]] = [[] for _ in sequences]
         for _ in range(max(limits)):
             tokens_so_far = [s.prompt + s.answer + p for s, p in zip(sequences, proposals, strict=True)]
