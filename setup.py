@@ -12,7 +12,7 @@ REQUIREMENTS = [
 setup(
     name="llama-reference",
     version="0.1.0",
-    description="A Llama inference reference: readable, right, and the same on a laptop and on 8 GPUs",
+    description="A readable Llama inference reference, with the same commands on a laptop's CPU and on several GPUs",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

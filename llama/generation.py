@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from ._util.validate import check_count, check_list, check_seed, check_texts
+from ._util.validate import check_count, check_dialogs, check_seed, check_texts
 from .accelerate.accelerator import Acceleration
 from .accelerate.quantization import Quantization, bits_of
 from .checkpoints.fit import check_draft, check_memory, check_vocabulary
@@ -295,7 +295,7 @@ class Llama:
         With logprobs, "tokens" and "logprobs" are there too.
         """
         with parallel.raise_together(parallel.group()):
-            check_list("dialogs", dialogs)
+            check_dialogs(dialogs)
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         completions = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **options)
         return [

@@ -1,6 +1,6 @@
 """The KV cache: where a pass stands in it, what its queries see, how keys and values are written, how slots are copied.
 
-A layer's caches are (slots, S, KV, D) each, for keys and values; row b of a batch uses slot b. Knows no layer, no text.
+A layer's caches are (slots, S, KV, D) each, in memory (slots, KV, S, D); row b uses slot b. Knows no layer, no text.
 """
 
 from collections.abc import Iterable

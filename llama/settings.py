@@ -211,13 +211,10 @@ def settings_of_rows(
 
     Raises LlamaError.
     """
-    if rows is None:
-        rows = [None] * count
+    rows = [None] * count if rows is None else rows
     if not isinstance(rows, list | tuple) or len(rows) != count:
         content = f"{len(rows)} entries" if isinstance(rows, list | tuple) else f"a {type(rows).__name__}"
-        raise LlamaError(
-            f"rows has {content}, expected a list of {count}: a dict of settings, or None, for each prompt"
-        )
+        raise LlamaError(f"rows has {content}, expected a list of {count}: a dict of settings or None for each prompt")
     return [_merge(i, shared, row) for i, row in enumerate(rows)]
 
 
@@ -227,7 +224,8 @@ def _merge(index: int, shared: Mapping[str, Any], row: Mapping[str, Any] | None)
     values = {**shared, **(row or {})}
     try:
         if unknown := sorted(map(str, values.keys() - NAMES)):
-            raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}")
+            others = "" if row else f"; calls also take {', '.join(sorted(Options.__annotations__.keys() - NAMES))}"
+            raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}{others}")
         return Settings(**values)
     except LlamaError as e:
         raise LlamaError(f"rows[{index}]: {e}") if row else e from None

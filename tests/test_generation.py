@@ -291,9 +291,12 @@ def test_bad_arguments_are_refused_before_any_forward_pass(
 
 def test_bad_tokens_and_dialogs_are_refused(llama: Llama) -> None:
     for flat in ([1, 2, 3], torch.tensor([[1, 2]]), None):
-        with pytest.raises(LlamaError, match="expected a list of"):
+        with pytest.raises(LlamaError, match=r"expected a list (of|with)"):
             llama.generate(flat, 3)  # type: ignore[arg-type]
-    for dialogs in (None, {"role": "user", "content": "hi"}, "hi"):
+    message = {"role": "user", "content": "hi"}
+    with pytest.raises(LlamaError, match=r"list of messages, expected a list of dialogs: put .* into a list"):
+        llama.chat_completion([message])  # type: ignore[list-item]
+    for dialogs in (None, message, "hi"):
         with pytest.raises(LlamaError, match=r"dialogs is a .*, expected a list"):
             llama.chat_completion(dialogs)  # type: ignore[arg-type]
     for prompt, message in (([512], "token 512"), ([-1], "token -1"), (["a"], "token 'a'"), ([], "prompt 0 is empty")):

@@ -188,6 +188,7 @@ def test_what_cannot_be_is_refused(given: dict, message: str) -> None:
     with pytest.raises(LlamaError) as error:
         settings_of_rows(1, given, None)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert ("num_beams" in str(error.value)) == ("heat" in given)  # what the calls take beside settings is named too
     with pytest.raises(LlamaError) as error:
         settings_of_rows(2, {}, [None, given])
     assert str(error.value).startswith("rows[1]: ") and message in str(error.value)

@@ -4,7 +4,7 @@ Knows plain values; knows no sizes of a model, no tokens and no files.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -38,6 +38,15 @@ def check_list(name: str, value: object) -> None:
     if not isinstance(value, list | tuple):
         raise LlamaError(
             f"{name} is a {type(value).__name__}, expected a list of entries, one for each row of the batch"
+        )
+
+
+def check_dialogs(dialogs: Sequence) -> None:
+    """Check that there is a list of dialogs, and not one dialog, which is a list of messages."""
+    check_list("dialogs", dialogs)
+    if any(isinstance(dialog, Mapping) for dialog in dialogs):
+        raise LlamaError(
+            "dialogs is a list of messages, expected a list of dialogs: put the one dialog into a list, [dialog]"
         )
 
 

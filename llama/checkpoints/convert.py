@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from .._util.device import choose_dtype
 from .._util.files import make_unfinished_directory, read_json, write_json
 from ..accelerate.quantization import BITS, Quantization, bits_of
 from ..errors import LlamaError, to_one_line
@@ -34,14 +35,14 @@ def convert(
     dst: str | os.PathLike,
     to: str,
     mp_size: int = 1,
-    dtype: torch.dtype | None = None,
+    dtype: str | torch.dtype | None = None,
     force: bool = False,
     quantization: Quantization | None = None,
 ) -> None:
     """Write the checkpoint in `src` to the directory `dst`.
 
     to: the format, a name in FORMATS: "meta" (mp_size shards) or "hf".
-    dtype: None keeps each tensor's own; that of quantized matrices is the embedding's.
+    dtype: a name or torch's object; None keeps each tensor's own; that of quantized matrices is the embedding's.
     quantization: "int8" or "int4" stores the matrices of layers quantized, from numbers of that dtype, as
     `compressed_tensors` describes; only in the format "hf".
     force: replace the checkpoint in `dst`.
@@ -50,7 +51,8 @@ def convert(
     written last, so a failure leaves no checkpoint behind. Raises LlamaError for a checkpoint that can't be read, or
     can't be written in this form, and where `dst` holds files, unless `force` is set.
     """
-    write(open_checkpoint(src), as_local_path(dst), to, mp_size, dtype, force, quantization)
+    chosen = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
+    write(open_checkpoint(src), as_local_path(dst), to, mp_size, chosen, force, quantization)
 
 
 def as_local_path(directory: str | os.PathLike) -> Path:
@@ -151,7 +153,9 @@ def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
     if (target.exists() or target.is_symlink()) and not target.is_dir():
         raise LlamaError(f"{target} is a file or a broken link: expected a directory, or nothing, there")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise LlamaError(f"{target} isn't empty: choose another directory, or replace its checkpoint with --force")
+        raise LlamaError(
+            f"{target} isn't empty: choose another directory, or replace its checkpoint with --force (force=True)"
+        )
 
 
 def file_bytes(export: Export) -> dict[str, int]:

@@ -17,7 +17,7 @@ def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
     if len(prompt_tokens) >= max_seq_len:
         raise LlamaError(
             f"the text has {len(prompt_tokens)} tokens, which leaves no room for an answer within {max_seq_len}: "
-            "shorten it, or start with a larger --max_seq_len"
+            "shorten it, or build with a larger max_seq_len (--max_seq_len)"
         )
 
 

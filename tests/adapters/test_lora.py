@@ -79,7 +79,7 @@ def save(theirs: Any, directory: Path) -> Path:
     return directory
 
 
-def opened(peft: Any, base: Any, directory: Path) -> Any:
+def open_adapter(peft: Any, base: Any, directory: Path) -> Any:
     """Loaded by peft without a warning, which it gives for missing and for surplus tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -302,7 +302,7 @@ def test_a_model_with_a_fast_form_takes_an_adapter(twin: Twin, place: Place, tmp
 def test_peft_reads_what_is_saved(twin: Twin, peft: Any, tmp_path: Path, targets: tuple[str, ...]) -> None:
     model, tokens = adapted(twin, *targets, dropout=0.1).eval(), twin.tokens(2, 9)
     save_adapter(model, tmp_path, "some/model")
-    theirs = opened(peft, copy.deepcopy(twin.theirs), tmp_path)
+    theirs = open_adapter(peft, copy.deepcopy(twin.theirs), tmp_path)
     assert_close(logits_of(theirs, tokens), logits_of(model, tokens), 1e-5)
     config = theirs.peft_config["default"]
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 12, 0.1)
@@ -342,7 +342,7 @@ def test_what_peft_saves_is_read_and_saved_again(twin: Twin, peft: Any, tmp_path
     expected = logits_of(theirs, tokens)
     assert_close(logits_of(ours, tokens), expected, 1e-5)
     save_adapter(ours, tmp_path / "ours")
-    again = opened(peft, copy.deepcopy(twin.theirs), tmp_path / "ours")
+    again = open_adapter(peft, copy.deepcopy(twin.theirs), tmp_path / "ours")
     assert_close(logits_of(again, tokens), expected, 1e-5)
     assert load_file(tmp_path / "ours" / TENSORS).keys() == load_file(tmp_path / "theirs" / TENSORS).keys()
 
@@ -371,7 +371,7 @@ def test_heads_come_along(twin: Twin, peft: Any, tmp_path: Path, task: str) -> N
     config.num_labels, config.pad_token_id = shapes[next(iter(shapes))][0], 0
     base = getattr(transformers, class_name)(config).eval()
     getattr(base, prefix).load_state_dict(twin.theirs.model.state_dict())
-    theirs = opened(peft, base, tmp_path / "ours")
+    theirs = open_adapter(peft, base, tmp_path / "ours")
     with torch.no_grad():
         answer = theirs(input_ids=tokens, use_cache=False) if task != "SEQ_CLS" else theirs(input_ids=tokens)
         weight, bias = (extra.get(f"{next(iter(shapes)).split('.')[0]}.{kind}") for kind in ("weight", "bias"))

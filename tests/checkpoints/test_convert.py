@@ -201,10 +201,10 @@ def test_tensors_over_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same(read_shard(tmp_path / "back" / "consolidated.00.pth"), read_shard(source / "consolidated.00.pth"))
 
 
-@pytest.mark.parametrize("to", ["meta", "hf"])
-def test_dtype_is_converted_as_asked(tmp_path: Path, to: str) -> None:
+@pytest.mark.parametrize(("to", "dtype"), [("meta", torch.bfloat16), ("hf", "bfloat16")])
+def test_dtype_is_converted_as_asked(tmp_path: Path, to: str, dtype: str | torch.dtype) -> None:
     source = write_checkpoint(tmp_path / "meta")
-    convert(source, tmp_path / "half", to, dtype=torch.bfloat16)  # type: ignore[arg-type]
+    convert(source, tmp_path / "half", to, dtype=dtype)  # type: ignore[arg-type]
     checkpoint = open_checkpoint(tmp_path / "half")
     expected = read_shard(source / "consolidated.00.pth")
     for name, stored in checkpoint.tensors.items():
@@ -222,6 +222,7 @@ def refusal(*arguments: object, **options: object) -> str:
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "meta")
     assert "mp_size is 3" in refusal(source, tmp_path / "x", "meta", 3)
+    assert "dtype 'int3' is not known: expected bfloat16" in refusal(source, tmp_path / "x", "hf", dtype="int3")
     assert "can be divided over 1, 2, 4, 8 ranks" in refusal(source, tmp_path / "x", "meta", 3)
     assert "isn't divided over ranks" in refusal(source, tmp_path / "x", "hf", 2)
     assert "lie in each other" in refusal(source, source, "hf", force=True)
