@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import sys
 from dataclasses import fields
 from typing import Any, get_args
 
@@ -71,7 +72,7 @@ def test_the_range_that_is_documented_is_the_one_that_is_enforced(name: str, val
     description = SETTINGS[name].values.description
     whole, least, excluded, most = documented(description)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    inside = is_number and (isinstance(value, int) if whole else value == value and abs(value) < 10**308)
+    inside = is_number and (isinstance(value, int) if whole else value == value and abs(value) <= sys.float_info.max)
     inside = inside and (least < value if excluded else least <= value) and value <= most
     if inside:
         assert getattr(Settings(**{name: value}), name) == value

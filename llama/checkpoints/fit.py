@@ -93,6 +93,7 @@ def check_fits(needed: int, place: Place, what: str, advice: str) -> None:
     available = available_memory(place.device)
     if ranks * needed > available:
         raise LlamaError(
-            f"{what}{f', for each of {ranks} ranks' * (ranks > 1)} = {ranks * needed / 1e9:.2f} GB do not fit the "
-            f"{available / 1e9:.2f} GB of {place.device}: {advice}, or use more ranks"
+            f"{what}, {ranks} x on {place.device} = {ranks * needed / 1e9:.2f} GB do not fit its "
+            f"{available / 1e9:.2f} GB: "
+            f"{advice}, or use more ranks"
         )

@@ -312,7 +312,7 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(made: Path, monkeypatc
     numbers = sum(parameter.numel() for parameter in model.parameters())
     monkeypatch.setattr("llama.tasks.model.load_model", None)
     monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 4 * numbers - 1)
-    with pytest.raises(LlamaError, match=r"of 4 bytes each = .* do not fit the .* GB of cpu: choose a smaller dtype"):
+    with pytest.raises(LlamaError, match=r"of 4 bytes each, 1 x on cpu = .* do not fit its .*: choose a smaller dtype"):
         TaskModel.build(made / "tag", **OPTIONS)
 
 
