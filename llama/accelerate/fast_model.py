@@ -1,6 +1,6 @@
 """The fast form of a built model: where it is entered, and how it takes over what was edited in the model.
 
-`Transformer.fast` is one. The model stays what it is: its layers compute by the text of model.py when they are called
+`Transformer.fast` is one. The model stays what it is: its layers compute by the code of model.py when they are called
 by hand, hooked or replaced, and whoever reads a packed weight gets the plain one. After somebody has reached inside,
 the model is compared with what was packed when a public method or a stream begins, and at each forward by hand.
 
@@ -12,7 +12,6 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -28,9 +27,10 @@ from .layers import FastNetwork
 from .plain_weights import PackedWeight, Watch
 from .quantization import PackedMatrix
 from .shared_memory import SharedMemory
-from .structure import NoticedModules, Structure, text_is_original
+from .structure import NoticedModules, Structure, has_hooks, list_modules, read_modules, text_is_original
 
 ChooseCapture = Callable[[torch.device, bool], CaptureFunction | None]  # by device, and whether attention is a kernel
+Place = tuple[dict[str, Any], str]  # a layer's `_parameters`, and a name in it
 
 
 class FastModel:
@@ -93,7 +93,7 @@ class FastModel:
         return self.usable and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type)
 
     def forward(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
-        """Logits. Of several tokens by the plain text, to its last bit, where that takes no memory.
+        """Logits. Of several tokens by the model's own code, to its last bit, where that takes no memory.
 
         hidden: as in `Transformer.run`.
         """
@@ -122,9 +122,7 @@ class FastModel:
     def weight_bytes(self) -> int:
         """Bytes of weights that a decode step reads on this rank: matrices, norms and biases."""
         linears = [self.network.output, *(linear for _, linear in self.network.linears)]
-        vectors = {
-            id(v): v.nbytes for own, name in self._places if (v := dict.get(own, name)) is not None and is_vector(v)
-        }
+        vectors = {id(vector): vector.nbytes for vector in self._vectors() if vector.ndim == 1}
         return sum(linear.nbytes for linear in linears) + sum(vectors.values())
 
     # --- what was edited ----------------------------------------------------------------------------------------------
@@ -168,19 +166,13 @@ class FastModel:
 
     def _vectors(self) -> list[Tensor]:
         """The parameters that the fast form reads as they are."""
-        values = [dict.get(own, name) for own, name in self._places]
-        return [value for value in values if isinstance(value, Tensor)]
+        return read_vectors(self._places)
 
     def _vectors_are_held(self) -> bool:
         """Whether somebody outside of the model may hold one of them, and give it other memory."""
-        vectors = self._vectors()
-        places = Counter(map(id, vectors))
-        distinct = {id(vector): vector for vector in vectors}
-        del vectors
-        return any(
-            holders != count_own_holders() + places[id(vector)] - 1
-            for vector, holders in zip(distinct.values(), map(sys.getrefcount, distinct.values()), strict=True)
-        )
+        places = Counter(map(id, self._vectors()))
+        vectors = {id(vector): vector for vector in self._vectors()}
+        return count_holders(vectors) != [count_own_holders() + places[key] - 1 for key in vectors]
 
     def _plain_parameters(self) -> list[tuple[int, int]]:
         """Which those parameters are, and where they lie."""
@@ -206,12 +198,12 @@ class PendingCopy:
         self.model, self.watch = model, watch
         self.device, self.dtype = original.device, original.dtype
         self.is_settled = False
-        self._original, self._rest = original, (original._shared, original._compile, original._choose_capture, True)
+        self._modules, self._forms = original.structure.expected, original.forms  # and not the original's weights
+        self._rest = original._shared, original._compile, original._choose_capture, True
 
     def refresh(self, trains: bool = False) -> None:
-        original, places = self._original, list_places(self.model)
-        vectors = [value for own, name in places if isinstance(value := dict.get(own, name), Tensor)]
-        if not original.structure.is_alike(self.model) or read_forms(vectors) != original.forms:
+        modules, vectors = list_modules(self.model), read_vectors(list_places(self.model))
+        if has_hooks(modules) or read_modules(modules) != self._modules or read_forms(vectors) != self._forms:
             self.model.fast = None  # it was edited in a way that no fast form has
             return
         self.model.fast = fast = FastModel(self.model, self.watch, *self._rest)
@@ -236,27 +228,31 @@ def capture_of_device(device: torch.device, attends: bool) -> CaptureFunction | 
     return capture_calls if device.type == "cpu" and attends else None
 
 
+def count_holders(vectors: dict[int, Tensor]) -> list[int]:
+    return [*map(sys.getrefcount, vectors.values())]
+
+
 @functools.cache
 def count_own_holders() -> int:
-    """What `sys.getrefcount` counts in a dict of vectors that stand in one place each."""
+    """`count_holders` of a vector that stands in one place, and that nobody else holds."""
     own = {"weight": nn.Parameter(torch.empty(1))}
-    distinct = {0: own["weight"]}
-    return next(iter(zip(distinct.values(), map(sys.getrefcount, distinct.values()), strict=True)))[1]
+    return count_holders({0: own["weight"]})[0]
 
 
-def list_places(model: Transformer) -> list[tuple[dict[str, Any], str]]:
+def list_places(model: Transformer) -> list[Place]:
     """Where the model's parameters stand, without a look at them."""
-    modules = chain.from_iterable(part.modules() for part in dict.values(model._modules) if part)
-    return [(own, name) for m in modules for own in [m._parameters] for name in own]
+    return [(own, name) for module in list_modules(model) for own in [module._parameters] for name in own]
+
+
+def read_vectors(places: list[Place]) -> list[Tensor]:
+    """The parameters there that aren't packed."""
+    values = [dict.get(own, name) for own, name in places]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def read_forms(tensors: list[Tensor]) -> list[Any]:
     """What kernels take for granted of each."""
     return [(tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()) for tensor in tensors]
-
-
-def is_vector(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 1
 
 
 def no_fast_form() -> None:

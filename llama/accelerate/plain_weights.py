@@ -35,7 +35,7 @@ class Watch:
         self.edited = False  # a weight was packed again
         self.handed_out: dict[int, PackedWeight] = {}
         self.lock = threading.RLock()  # held while weights are compared or lent
-        self._lent: list[PackedWeight] | None = None  # to the fast form itself, while it runs the plain text ...
+        self._lent: list[PackedWeight] | None = None  # to the fast form itself, while it runs the model's own code ...
         self._lent_to = 0  # ... in this thread
 
     def notice(self, weight: "PackedWeight | None" = None) -> None:

@@ -1,6 +1,6 @@
 """The layers of a model as they were when its fast form was made, and whether they still are.
 
-A model whose layers were replaced, hooked, or given another forward runs its plain text. Looking is cheap, and is done
+A model whose layers were replaced, hooked, or given another forward runs its own code. Looking is cheap, and is done
 only after somebody reached inside.
 
 Knows modules; knows no weights and no kernels.
@@ -25,18 +25,23 @@ CLASSES = (
     *(nn.Module, nn.Identity, nn.ModuleList, ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding),
     *(Attention, FeedForward, RMSNorm, Transformer, TransformerBlock),
 )
-METHODS = ("__call__", "forward", "_norm", "caches", "attend", "weigh", "run", "prepare")
+CALLED = ("__call__", "_call_impl", "forward")  # of every module, by whichever class has them
+METHODS = ("_norm", "caches", "attend", "weigh", "run", "prepare")
 FUNCTIONS = (
     *((vars(model), name) for name in ("apply_rotary_emb", "repeat_kv")),
     *((vars(F), name) for name in ("linear", "silu", "embedding", "scaled_dot_product_attention")),
 )
-PLACES = [*((vars(cls), name) for cls in CLASSES for name in (*METHODS, "_call_impl")), *FUNCTIONS]
-TEXT = [(names, name, names.get(name)) for names, name in PLACES]
+PLACES = [
+    *((vars(cls), name) for cls in CLASSES for name in (*CALLED, *METHODS) if name in CALLED or name in vars(cls)),
+    *FUNCTIONS,
+]
+GETTERS = [(names.get, name) for names, name in PLACES]  # looked at in every step of a stream
+TEXT = [get(name) for get, name in GETTERS]
 # Whether these were replaced before this file was imported.
 IS_FIRST = all(
     vars(cls)[name].__qualname__ == f"{cls.__qualname__}.{name}"
     for cls in CLASSES
-    for name in METHODS[1:]
+    for name in ("forward", *METHODS)
     if cls is not nn.Module and name in vars(cls)
 )
 GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
@@ -90,7 +95,7 @@ class NoticedModules(dict[str, Any]):
 
 def text_is_original() -> bool:
     """Whether no forward of the network's classes was replaced, and no hook is on all modules there are."""
-    return IS_FIRST and not any(GLOBAL_HOOKS) and all(names.get(name) is value for names, name, value in TEXT)
+    return IS_FIRST and not any(GLOBAL_HOOKS) and are_same([get(name) for get, name in GETTERS], TEXT)
 
 
 class Structure:
@@ -101,10 +106,9 @@ class Structure:
         self._modules = list_modules(model)
         self._names = [vars(module) for module in self._modules]
         self._inner = [names[kind] for names in self._names for kind in INNER]
-        self._hooks = [names[kind] for names in self._names for kind in HOOKS]
         self._parents = [model._modules, *(module._modules for module in self._modules if module._modules)]
         self._children = [*chain.from_iterable(map(dict.values, self._parents))]
-        self._expected = read_modules(self._modules)
+        self.expected = read_modules(self._modules)
         self._holders = None if is_copy else self._count_holders()
 
     def _count_holders(self) -> list[int]:
@@ -117,15 +121,9 @@ class Structure:
         return (
             are_same(inner, self._inner)
             and are_same(children, self._children)
-            and not any(self._hooks)
-            and read_modules(self._modules) == self._expected
+            and not has_hooks(self._modules)
+            and read_modules(self._modules) == self.expected
         )
-
-    def is_alike(self, model: nn.Module) -> bool:
-        """Whether the modules inside this model are of the same kinds, without hooks."""
-        modules = list_modules(model)
-        hooks = [vars(module)[kind] for module in modules for kind in HOOKS]
-        return not any(hooks) and read_modules(modules) == self._expected
 
     def is_held(self) -> bool:
         """Whether somebody outside of the model may hold one of its layers, or what a layer consists of."""
@@ -135,6 +133,10 @@ class Structure:
 def list_modules(model: nn.Module) -> list[nn.Module]:
     """Those inside the model, without a look at them that `NoticedModules` would tell."""
     return list(chain.from_iterable(child.modules() for child in dict.values(model._modules) if child))
+
+
+def has_hooks(modules: list[nn.Module]) -> bool:
+    return any(vars(module)[kind] for module in modules for kind in HOOKS)
 
 
 def read_modules(modules: list[nn.Module]) -> list[Any]:

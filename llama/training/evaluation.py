@@ -77,14 +77,16 @@ def predict(model: TaskModel, records: Sequence[Record]) -> list[Any]:
     Called only for tasks that have a predictor.
     """
     get_input, predict_inputs = TRAINING_TASKS[model.task].get_input, TASKS[model.task].predict
-    assert get_input is not None and predict_inputs is not None
+    if get_input is None or predict_inputs is None:
+        raise LlamaError(f"the task {model.task} has no predictor: its record needs get_input and predict")
     return predict_inputs(model, [get_input(record) for record in records])
 
 
 def measure(task: TaskName, predictions: Sequence[Any], records: Sequence[Record]) -> dict[str, float]:
     """The task's metrics of predictions against what the records say. Called only for tasks that have a predictor."""
     get_expected, compare = TRAINING_TASKS[task].get_expected, TASKS[task].measure
-    assert get_expected is not None and compare is not None
+    if get_expected is None or compare is None:
+        raise LlamaError(f"the task {task} has no metrics: its record needs get_expected and measure")
     return compare(predictions, [get_expected(record) for record in records])
 
 
