@@ -9,12 +9,13 @@ Knows no tensors, no model and no sampling.
 import codecs
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from typing import ClassVar, Literal, TypedDict, get_args
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from typing import Any, ClassVar, Literal, TypedDict, get_args
 
 import tiktoken
 
 from ._util.special_names import check_special, find_names
+from ._util.validate import check_dialog, refuse_options
 from ._util.vocabulary_file import read_vocabulary
 from .errors import LlamaError, describe, shorten
 
@@ -37,21 +38,18 @@ MAX_TEXT_CHARS = 400_000
 MAX_RUN_CHARS = 25_000
 _RUN = re.compile(r"\s+|\S+")
 END_OF_TURN = "<|eot_id|>"  # the control token after each message of a dialog
+END_OF_MESSAGE = "<|eom_id|>"  # Llama 3.1: after a message that calls a tool, whose answer the same turn waits for
+# The names of control tokens by their place; the other places are reserved. Llama 3.1 and later name three more.
+_NAMES = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 9: END_OF_TURN}
+_NAMES |= {6: "<|start_header_id|>", 7: "<|end_header_id|>"}
+_STOPS = ("<|end_of_text|>", END_OF_TURN, END_OF_MESSAGE)
+_NAMES_3_1 = _NAMES | {4: "<|finetune_right_pad_id|>", 8: END_OF_MESSAGE, 10: "<|python_tag|>"}
 
 
-def _special_names(count: int) -> list[str]:
-    """The names of the `count` control tokens in the order of their ids, unused ones included."""
-    reserved = [f"<|reserved_special_token_{i}|>" for i in range(count - 5)]
-    return [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        *reserved[:4],
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        reserved[4],
-        END_OF_TURN,
-        *reserved[5:],
-    ]
+def _special_names(count: int, names: Mapping[int, str]) -> list[str]:
+    """The names of the `count` control tokens in the order of their ids, reserved ones included."""
+    reserved = (f"<|reserved_special_token_{i}|>" for i in range(count))
+    return [names.get(i) or next(reserved) for i in range(count)]
 
 
 class Tokenizer:
@@ -64,21 +62,23 @@ class Tokenizer:
     eos_id: int  # of <|end_of_text|>
     pad_id: int  # -1, which is no token
     stop_tokens: set[int]  # the ids that end a generation
+    is_llama_3_1: bool  # of Llama 3.1 or later, which has control tokens for calls of tools
     num_reserved_special_tokens: ClassVar[int] = 256
     pat_str: ClassVar[str] = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
-    def __init__(self, model_path: str | os.PathLike[str]) -> None:
-        """Read the vocabulary at `model_path`, a local path or an object store's URL.
+    def __init__(self, model_path: str | os.PathLike[str], *, is_llama_3_1: bool = False) -> None:
+        """Read the vocabulary at `model_path`, a local path or an object store's URL. The file is Llama 3.1's too.
 
         Raises:
             LlamaError: the file can't be read, or isn't such a vocabulary.
         """
         path = os.fspath(model_path)
         ranks = read_vocabulary(path)
-        names = _special_names(self.num_reserved_special_tokens)
+        self.is_llama_3_1 = is_llama_3_1
+        names = _special_names(self.num_reserved_special_tokens, _NAMES_3_1 if is_llama_3_1 else _NAMES)
         self.special_tokens = {name: len(ranks) + i for i, name in enumerate(names)}
         self.model = tiktoken.Encoding(
             name=os.path.basename(path),
@@ -90,7 +90,7 @@ class Tokenizer:
         self.bos_id = self.special_tokens["<|begin_of_text|>"]
         self.eos_id = self.special_tokens["<|end_of_text|>"]
         self.pad_id = -1
-        self.stop_tokens = {self.eos_id, self.special_tokens[END_OF_TURN]}
+        self.stop_tokens = {token for name, token in self.special_tokens.items() if name in _STOPS}
 
     def encode(
         self,
@@ -184,8 +184,9 @@ class ChatFormat:
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     )
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, extension: Callable[..., list[int] | None] = refuse_options) -> None:
+        """extension: gets each dialog first, and what is asked for it; returns None for what is written here."""
+        self.tokenizer, self._extension = tokenizer, extension
 
     @property
     def end_of_turn(self) -> int:
@@ -197,13 +198,8 @@ class ChatFormat:
         role = get_field(message, "role")
         if role not in ROLES:
             raise LlamaError(f"unknown role {shorten(role)}; known roles are {', '.join(ROLES)}")
-        special = self.tokenizer.special_tokens
-        return [
-            special["<|start_header_id|>"],
-            *self.tokenizer.encode(role, bos=False, eos=False),
-            special["<|end_header_id|>"],
-            *self.tokenizer.encode("\n\n", bos=False, eos=False),
-        ]
+        header = f"<|start_header_id|>{role}<|end_header_id|>\n\n"  # the role is one of those that are known
+        return self.tokenizer.encode(header, bos=False, eos=False, allowed_special="all")
 
     def encode_message(self, message: Message) -> list[int]:
         """The ids of `message`, from header to <|eot_id|>, without white space around the content.
@@ -217,14 +213,14 @@ class ChatFormat:
             self.end_of_turn,
         ]
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    def encode_dialog_prompt(self, dialog: Dialog, **options: Any) -> list[int]:
         """The ids of `dialog`, from <|begin_of_text|> to the header of the assistant's answer.
 
-        Raises:
-            LlamaError: the dialog is empty, or a message is refused by `encode_message`; it says which.
+        options: for the extension. Raises LlamaError for an empty dialog, and which message `encode_message` refuses.
         """
-        if not dialog:
-            raise LlamaError("the dialog is empty; expected at least one message")
+        check_dialog(dialog)
+        if (extended := self._extension(dialog, **options)) is not None:
+            return extended
         tokens = [self.tokenizer.bos_id]
         for number, message in enumerate(dialog, start=1):
             try:

@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 
 from .._util.files import write_json, write_whole
 from ..tokenizer import ChatFormat, Tokenizer
-from .hf_tokenizer import byte_letters
+from .pieces import byte_letters
 
 
 def write_tokenizer_json(tokenizer: Tokenizer, directory: Path) -> None:

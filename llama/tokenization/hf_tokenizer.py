@@ -7,103 +7,143 @@ Knows no tensors and no model, and renders no chat template.
 """
 
 import codecs
-import json
 import os
 import re
-import secrets
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence, Set
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
 import tokenizers
 
-from .._util.files import read_json
+from .._util.console import print_note
+from .._util.files import check_expanded, open_file, read_json
+from .._util.ranks import is_main_process
 from .._util.special_names import check_special
-from ..errors import LlamaError, describe, shorten, to_one_line
+from .._util.urls import check_url
+from ..errors import LlamaError, shorten
+from ..model import ModelArgs
 from ..tokenizer import Tokenizer
-from .hf_settings import read_chat_template, read_named_tokens, read_optional_json, read_stop_ids
+from .control_names import ControlNames
+from .hf_settings import (
+    CONFIG,
+    list_added_tokens,
+    read_chat_templates,
+    read_config,
+    read_named_tokens,
+    read_split,
+    read_stop_ids,
+)
+from .pieces import BYTE, Pieces, strip_lead
+from .surroundings import Surroundings, find_surroundings
+from .tokenizer_classes import apply_class
+from .tokenizer_json import check_ids, load_backend, make_alias, read_added_tokens, refuse_failures
+from .versions import is_llama_3_1
 
-_EXPECTED = "expected the tokenizer.json that comes with a model"
-_SIBLINGS = "tokenizer_config.json", "generation_config.json", "config.json", "chat_template.jinja"
+_SIBLINGS = CONFIG, "generation_config.json", "config.json"
 _BRACKETED = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # the token of a byte, for characters that are no tokens
-_ALIAS_CHARS = [chr(code) for code in range(0xE000, 0xF900)]  # Unicode's private use: no normalizer touches them
 
 
 class HFTokenizer:
     """A tokenizer.json, with the settings in the files beside it.
 
-    Those files are tokenizer_config.json, chat_template.jinja, generation_config.json and config.json. Any of them may
-    be missing.
+    Those files are tokenizer_config.json, special_tokens_map.json, added_tokens.json, chat_template.jinja,
+    generation_config.json and config.json. Any of them may be missing.
 
-    Control tokens are the added tokens flagged special, and those named by a word in angle or square brackets. All
-    other added tokens are words.
+    Control tokens are the added tokens flagged special, those that a setting names (bos_token and so on), and those
+    named by a word in angle or square brackets. All other added tokens are words.
     """
 
     n_words: int  # how many ids there are: 0 .. n_words - 1. The model may have more, as padding
+    n_vocabulary: int  # those of them that aren't added tokens: 0 .. n_vocabulary - 1
     special_tokens: dict[str, int]  # name -> id of each control token
     flagged_special: Set[str]  # the names of those that are flagged special
+    template_names: Set[str]  # the names that a chat template makes control tokens of; most often all
     named_tokens: dict[str, str]  # bos_token, eos_token and so on of tokenizer_config.json -> name
     bos_id: int  # of the token before a text; -1: the model has none
     eos_id: int  # of the token after a text; -1: the model has none
     pad_id: int  # -1, which is no token
     stop_tokens: set[int]  # the ids that end a generation
+    around_text: Surroundings  # what the tokenizer.json puts around a text
+    around_pair: Surroundings | None  # what it puts around and between two texts; None: it changes their order
     chat_template: str | None  # the source of the Jinja template that writes a dialog as text
+    tool_template: str | None  # of one for dialogs with tools, where the model has two
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], vocab_size: int | None = None) -> None:
         """Read the tokenizer.json at `path`, and the files beside it.
+
+        vocab_size: of the model. Added tokens that it doesn't know, with ids from that on, are refused in every text.
 
         Raises:
             LlamaError: a file can't be read or isn't what its name says, or two of them disagree.
         """
         path = Path(path)
         source = read_json(path, "a tokenizer")
-        added = _added_tokens(path, source)
-        byte_names = {token["content"] for token in added if _BYTE.fullmatch(token["content"])}
+        in_file = read_added_tokens(path, source)
+        config = read_config(path.parent)
+        source = apply_class(source, path, config)
+        more = list_added_tokens(path.parent, config, in_file)
+        added = in_file + more
+        byte_names = {token["content"] for token in added if BYTE.fullmatch(token["content"])}
         self.flagged_special = {token["content"] for token in added if token["special"]} - byte_names
         controls = {token["content"] for token in added if _BRACKETED.fullmatch(token["content"])} - byte_names
         # The library gets control tokens under random names, so that their true names are plain text to it. A text with
         # control tokens is still encoded in one call, since how a word is split depends on what comes before it.
-        aliases = {name: _new_alias() for name in controls | self.flagged_special}
-        self._backend = _load(path, source, aliases)
+        aliases = {name: make_alias(name) for name in controls | self.flagged_special}
+        self._backend = load_backend(path, source, more, aliases)
 
         ids = self._backend.get_vocab(with_added_tokens=True)
         self.n_words = max(ids.values()) + 1
+        self._usable = range(self.n_words if vocab_size is None else vocab_size)
+        added_names = {aliases.get(token["content"], token["content"]) for token in added}
+        self.n_vocabulary = max((token for word, token in ids.items() if word not in added_names), default=-1) + 1
         self.special_tokens = {
             token["content"]: ids[aliases[token["content"]]] for token in added if token["content"] in aliases
         }
+        check_ids(path, in_file, ids, aliases)
         self._names = {token: name for name, token in self.special_tokens.items()}
         self._aliases = {token: aliases[name] for token, name in self._names.items()}
-        _check_ids(path, added, ids, aliases)
+        flags = self._backend.get_added_tokens_decoder()
+        self._flags = {name: flags[token] for token, name in self._names.items()}
         model = source["model"]
         self._unknown = ids.get(aliases.get(model["unk_token"], "")) if model.get("unk_token") else model.get("unk_id")
-        self._pieces = _Pieces(path, source.get("decoder"))
+        self._pieces = Pieces(path, source.get("decoder"))
 
-        probe = self._backend.encode(next(iter(aliases.values()), "a"), add_special_tokens=True)
-        self._prefix = probe.ids[: probe.sequence_ids.index(0)] if 0 in probe.sequence_ids else []
+        probe = next(iter(aliases.values()), make_alias("<>"))  # any token; a vocabulary may have no other sure text
+        with refuse_failures(f"{path}: its 'post_processor' fails"):
+            self._backend.add_tokens([] if aliases else [probe])
+            self.around_text = find_surroundings(self._backend.encode(probe)) or Surroundings()
+            self.around_pair = find_surroundings(self._backend.encode(probe, probe))
         self._backend.post_processor = None  # some of them trim white space off the offsets
-        self._read_siblings(path.parent)
+        self._read_siblings(path.parent, config)
 
-    def _read_siblings(self, folder: Path) -> None:
-        config_path, generation_path, model_path, template_path = (folder / name for name in _SIBLINGS)
-        config = read_optional_json(config_path, "a tokenizer's settings")
+    def _read_siblings(self, folder: Path, config: dict[str, Any]) -> None:
+        config_path, generation_path, model_path = (folder / name for name in _SIBLINGS)
         self.named_tokens = read_named_tokens(config_path, config)
-        self.chat_template = read_chat_template(template_path, config_path, config)
+        templates = read_chat_templates(folder, config_path, config)
+        self.chat_template, self.tool_template = templates.get("default"), templates.get("tool_use")
+        is_split = read_split(config_path, config)
+        self.template_names = self.special_tokens.keys() - (self.flagged_special if is_split else frozenset())
+        if is_split and templates and is_main_process():
+            print_note(
+                f"({config_path}: split_special_tokens is true, so special tokens in dialogs are plain text, as in "
+                "transformers)"
+            )
         stops = read_stop_ids(generation_path, self.n_words) or read_stop_ids(model_path, self.n_words)
         bos = self._named_id(config_path, "bos_token")
         eos = self._named_id(config_path, "eos_token")
         if bos is None:
-            bos = self._prefix[0] if len(self._prefix) == 1 else -1
+            bos = self.around_text.before[0] if len(self.around_text.before) == 1 else -1
         if eos is None:
             eos = stops[0] if stops else -1
         self.bos_id = bos
         self.eos_id = eos
         self.pad_id = -1
-        self.stop_tokens = set(stops or [eos]) - {-1}
+        self.stop_tokens = {token for token in stops or [eos] if token in self._usable}
 
     def _named_id(self, config_path: Path, key: str) -> int | None:
-        name = self.named_tokens.get(key)
+        name = self.named_tokens.get(key) or None
         if name is not None and name not in self.special_tokens:
             raise LlamaError(f"{config_path}: {key} is {shorten(name)}, no control token of the tokenizer.json by it")
         return None if name is None else self.special_tokens[name]
@@ -132,13 +172,24 @@ class HFTokenizer:
         allowed = check_special(s, self.special_tokens.keys(), allowed_special, disallowed_special)
         if eos and self.eos_id < 0:
             raise LlamaError("the model has no token for the end of a text; encode with eos=False")
-        tokens = self._prefix if bos else []
-        return tokens + self.encode_parts(self.split(s, allowed)) + ([self.eos_id] if eos else [])
+        tokens = [*self.around_text.before] if bos else []
+        end = [self.check_usable(self.eos_id)] if eos else []
+        return tokens + self.encode_parts(self.split(s, allowed)) + end
 
     def split(self, text: str, names: Set[str]) -> list[str | int]:
         """`text` in parts: the ids of the control tokens that are in it and in `names`, and the text between them."""
-        parts = names_pattern(names).split(text) if names else [text]
-        return [self.special_tokens[part] if i % 2 else part for i, part in enumerate(parts)]
+        if not names:
+            return [text]
+        parts: list[str | int] = []
+        place, text = 0, replace_surrogates(text)
+        for start, end, token in self.find_controls(names).find(text):
+            parts += [text[place:start], token]
+            place = end
+        return [*parts, text[place:]]
+
+    def find_controls(self, names: Set[str]) -> ControlNames:
+        """What finds these control tokens in texts."""
+        return ControlNames(self.special_tokens, names, self._flags, self._backend.normalizer)
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """Encode parts as one text: an int is a control token, a str is plain text, even where it has a token's name.
@@ -146,28 +197,63 @@ class HFTokenizer:
         Nothing is put before or after.
 
         Raises:
-            LlamaError: the tokenizer can't encode this text, or finds other control tokens in it than the ints.
+            LlamaError: the tokenizer can't encode this text, or makes control tokens of it that the ints don't have.
         """
         return self.encoding(parts).ids
 
     def encoding(self, parts: Iterable[str | int]) -> tokenizers.Encoding:
-        """As `encode_parts`, with the library's offsets, in characters; a pair of surrogates is one character."""
-        parts = list(parts)
-        text = "".join(self._aliases[part] if isinstance(part, int) else replace_surrogates(part) for part in parts)
-        try:
-            encoding = self._backend.encode(text, add_special_tokens=False)
-        except Exception as error:  # the library has no narrower one
-            raise LlamaError(f"the tokenizer can't encode the text ({to_one_line(error)})") from None
+        """As `encode_parts`, with the library's offsets, in characters; a pair of surrogates is one character.
+
+        Where the library doesn't find a control token in its place, the token's name is text there, as in transformers:
+        one marked "single_word" beside a letter, or "normalized" where the normalizer changes what is around it.
+        """
+        parts = [part if isinstance(part, int) else replace_surrogates(part) for part in parts]
+        while True:
+            texts = [self._aliases[part] if isinstance(part, int) else part for part in parts]
+            with refuse_failures("the tokenizer can't encode the text"):
+                encoding = self._backend.encode("".join(texts), add_special_tokens=False)
+            missing = self._find_missing(parts, texts, encoding)
+            if not missing:
+                self.check_usable(*encoding.ids)
+                return encoding
+            parts = [self._names[int(part)] if i in missing else part for i, part in enumerate(parts)]
+
+    def check_usable(self, *tokens: int) -> int:
+        """The last of `tokens`. Raises LlamaError if the model doesn't know one of them."""
+        if tokens and (largest := max(tokens)) not in self._usable:
+            raise LlamaError(
+                f"the text has the token {self.decode([largest])!r}, whose id {largest} the model of vocab_size "
+                f"{len(self._usable)} doesn't know: leave it out"
+            )
+        return tokens[-1] if tokens else -1
+
+    def _find_missing(
+        self, parts: Sequence[str | int], texts: Sequence[str], encoding: tokenizers.Encoding
+    ) -> set[int]:
+        """The places among `parts` of the control tokens that the encoding of `texts` hasn't.
+
+        Raises:
+            LlamaError: the encoding has other control tokens.
+        """
         expected = Counter(part for part in parts if isinstance(part, int))
         encoded = Counter(token for token in encoding.ids if token in self._names)
         # The unknown token isn't counted: it stands for any character without a token.
-        for token in (expected | encoded).keys() - {self._unknown}:
-            if expected[token] != encoded[token]:
+        differing = {t for t in expected | encoded if expected[t] != encoded[t]} - {self._unknown}
+        for token in differing:
+            if encoded[token] > expected[token]:
                 raise LlamaError(
                     f"the tokenizer finds the control token {self._names[token]!r} {encoded[token]} times in a text "
-                    f"that has it {expected[token]} times; set its 'normalized' to false in tokenizer.json"
+                    f"that has it {expected[token]} times: its tokenizer.json makes this token out of text"
                 )
-        return encoding
+        if not differing:
+            return set()
+        starts = list(accumulate(map(len, texts), initial=0))
+        found = [(t, *span) for t, span in zip(encoding.ids, encoding.offsets, strict=True) if t in differing]
+        return {
+            i
+            for i, part in enumerate(parts)
+            if part in differing and not any(t == part and a < starts[i + 1] and b > starts[i] for t, a, b in found)
+        }
 
     def decode(self, t: Sequence[int]) -> str:
         """The text of the ids `t`: control tokens as their names, bytes that aren't UTF-8 as U+FFFD.
@@ -180,15 +266,18 @@ class HFTokenizer:
         for position, token in enumerate(t):
             if token < 0:
                 raise LlamaError(f"token id {token} at position {position} is negative; expected ids from 0 up")
-        text = b"".join(map(self.decode_bytes, t)).decode("utf-8", errors="replace")
-        return _strip_lead(text, self._pieces.lead)[0]
+        return self.strip_lead(b"".join(map(self.decode_bytes, t)).decode("utf-8", errors="replace"))
+
+    def strip_lead(self, text: str) -> str:
+        """`text` without the spaces that the tokenizer put before it."""
+        return strip_lead(text, self._pieces.lead)[0]
 
     def decode_bytes(self, token: int) -> bytes:
         """The bytes of one id inside a text, which needn't be whole UTF-8 characters. Raises LlamaError if negative."""
         if token < 0:
             raise LlamaError(f"token id {token} is negative; expected ids from 0 up")
         if name := self._names.get(token):
-            return name.encode()
+            return self._pieces.before + name.encode()
         piece = self._backend.id_to_token(token) if token < self.n_words else None
         return b"" if piece is None else self._pieces.decode(piece)
 
@@ -213,7 +302,7 @@ class HFStreamDecoder:
     def push(self, token: int) -> str:
         """The text that `token` completes, which may be none. Raises LlamaError if it is negative."""
         text = self._utf8.decode(self.tokenizer.decode_bytes(token))
-        text, self._lead_left = _strip_lead(text, self._lead_left)
+        text, self._lead_left = strip_lead(text, self._lead_left)
         return text
 
     def flush(self) -> str:
@@ -222,173 +311,28 @@ class HFStreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-class _Pieces:
-    """The bytes of the vocabulary's pieces, which are in one of two notations.
-
-    GPT-2's has a letter for each byte ("ByteLevel"). SentencePiece's has "▁" for a space, and names such as <0x0A> for
-    single bytes; and it puts a space before every text, or several (`lead` of them).
-    """
-
-    def __init__(self, path: Path, decoder: Any) -> None:
-        """Read the "decoder" of a tokenizer.json. Raises LlamaError if it is neither notation."""
-        self.lead = 0
-        self._letters: dict[str, int] | None = None
-        self._replaced: list[tuple[str, str]] = []
-        for step in _steps(decoder):
-            match step:
-                case {"type": "ByteLevel"}:
-                    self._letters = byte_letters()
-                case {"type": "Replace", "pattern": {"String": str(old)}, "content": str(new)}:
-                    self._replaced.append((old, new))
-                case {"type": "Metaspace", "replacement": str(old)}:
-                    self._replaced.append((old, " "))
-                    self.lead += step.get("prepend_scheme") != "never"
-                case {"type": "Strip", "content": " ", "start": int(start), "stop": 0}:
-                    self.lead += start
-                case {"type": "ByteFallback" | "Fuse"}:  # `decode` does both for any vocabulary
-                    pass
-                case _:
-                    raise LlamaError(
-                        f"{path}: 'decoder' has the step {shorten(step)}; expected GPT-2's ByteLevel, or "
-                        "SentencePiece's Replace, ByteFallback, Fuse, Strip and Metaspace"
-                    )
-
-    def decode(self, piece: str) -> bytes:
-        if self._letters is not None:
-            codes = [self._letters[letter] for letter in piece if letter in self._letters]
-            return bytes(codes) if len(codes) == len(piece) else piece.encode()
-        if _BYTE.fullmatch(piece):
-            return bytes([int(piece[3:5], base=16)])
-        for old, new in self._replaced:
-            piece = piece.replace(old, new)
-        return piece.encode()
-
-
-def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | HFTokenizer:
+def open_tokenizer(path: str | os.PathLike[str], args: ModelArgs | None = None) -> Tokenizer | HFTokenizer:
     """The tokenizer in the file at `path`: a tokenizer.json if it is a JSON object, else Llama 3's tokenizer.model.
+
+    args: the model's sizes, which show whether a tokenizer.model is Llama 3.1's. None: it is Llama 3's.
 
     Raises:
         LlamaError: the file is neither; it says what was found.
     """
+    is_new = args is not None and is_llama_3_1(args)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(256)
     except (OSError, ValueError):
-        return Tokenizer(path)  # it reads URLs too, and says why a file can't be read
+        check_url(os.fspath(path))
+        check_expanded(path)
+        return Tokenizer(path, is_llama_3_1=is_new)  # it reads URLs too, and says why a file can't be read
     is_object = start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
-    return HFTokenizer(path) if is_object or os.fspath(path).endswith(".json") else Tokenizer(path)
-
-
-def names_pattern(names: Set[str]) -> re.Pattern[str]:
-    """A pattern of any of `names`, the longest of those that match; its one group makes `split` keep them."""
-    return re.compile("(" + "|".join(map(re.escape, sorted(names, key=lambda name: (-len(name), name)))) + ")")
-
-
-def byte_letters() -> dict[str, int]:
-    """GPT-2's letter -> byte: visible letters of Latin-1 stand for themselves, those from U+0100 on for other bytes."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
+    if is_object or os.fspath(path).endswith(".json"):
+        return HFTokenizer(path, args.vocab_size if args is not None and args.vocab_size > 0 else None)
+    return Tokenizer(path, is_llama_3_1=is_new)
 
 
 def replace_surrogates(text: str) -> str:
     """Replace pairs of surrogates by their character, and lone ones by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _strip_lead(text: str, lead: int) -> tuple[str, int]:
-    """Strip up to `lead` spaces off the start; returns the rest, and how many may be stripped off what follows."""
-    kept = text.removeprefix(" ") if lead else text
-    if not lead or kept == text:
-        return text, 0 if text else lead
-    return _strip_lead(kept, lead - 1)
-
-
-def _new_alias() -> str:
-    return "".join(secrets.choice(_ALIAS_CHARS) for _ in range(12))  # 6400 ** 12 are 151 bits
-
-
-def _added_tokens(path: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
-    """The entries of "added_tokens", whose "content", "special" and "id" are checked.
-
-    Raises:
-        LlamaError: `source` isn't the content of a tokenizer.json.
-    """
-    if not isinstance(source.get("model"), dict):
-        raise LlamaError(f"{path}: found JSON without a 'model', only {shorten(sorted(source))}; {_EXPECTED}")
-    added = source.get("added_tokens", [])
-    if not isinstance(added, list):
-        raise LlamaError(f"{path}: 'added_tokens' is {describe(added)}; expected a list")
-    for token in added:
-        match token:
-            case {"content": str(content), "special": bool(), "id": int()} if content:
-                pass
-            case _:
-                raise LlamaError(
-                    f"{path}: 'added_tokens' has {describe(token)}; expected 'id', 'content' and 'special'"
-                )
-    return added
-
-
-def _load(path: Path, source: dict[str, Any], aliases: dict[str, str]) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(_rename_controls(source, aliases)))
-    except Exception as error:  # the library has no narrower one, and values may be of any type
-        raise LlamaError(f"{path}: no tokenizer could be made of it ({to_one_line(error)}); {_EXPECTED}") from None
-    if backend.get_vocab_size(with_added_tokens=True) == 0:
-        raise LlamaError(f"{path}: the vocabulary is empty; {_EXPECTED}")
-    return backend
-
-
-def _rename_controls(source: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
-    """A tokenizer.json with the control tokens under their aliases, in the vocabulary too, where they keep their ids.
-
-    Merges that would make a control token from text are left out; so are truncation and padding.
-    """
-
-    def new(name: str) -> str:
-        return aliases.get(name, name)
-
-    def makes_words(merge: str | list[str]) -> bool:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        return aliases.keys().isdisjoint((left, right, left + right))
-
-    model = dict(source["model"])
-    vocab = model["vocab"]
-    if isinstance(vocab, dict):
-        model["vocab"] = {new(name): token for name, token in vocab.items()}
-    else:  # Unigram's, a list
-        model["vocab"] = [[new(name), score] for name, score in vocab]
-    if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if makes_words(merge)]
-    if "unk_token" in model:
-        model["unk_token"] = new(model["unk_token"])
-    added = [token | {"content": new(token["content"])} for token in source.get("added_tokens", [])]
-    return source | {"model": model, "added_tokens": added, "truncation": None, "padding": None}
-
-
-def _check_ids(path: Path, added: list[dict[str, Any]], ids: dict[str, int], aliases: dict[str, str]) -> None:
-    """Raise LlamaError if a control token shares its id with a word, or an added token hasn't the stated id."""
-    for token in added:
-        name = token["content"]
-        if (actual := ids.get(aliases.get(name, name))) != token["id"]:
-            raise LlamaError(
-                f"{path}: 'added_tokens' gives {shorten(name)} the id {token['id']}, but by its place it has "
-                f"{actual}; expected the ids that follow the vocabulary's: get the file anew"
-            )
-    controls = {ids[alias]: name for name, alias in aliases.items()}
-    alias_names = set(aliases.values())
-    for word, shared in ids.items():
-        if shared in controls and word not in alias_names:
-            raise LlamaError(
-                f"{path}: {shorten(word)} has the id {shared} of the control token {shorten(controls[shared])}; "
-                "expected one id for each: get the file anew"
-            )
-
-
-def _steps(decoder: Any) -> list[Any]:
-    match decoder:
-        case {"type": "Sequence", "decoders": list(steps)}:
-            return [inner for step in steps for inner in _steps(step)]
-        case _:
-            return [decoder]

@@ -4,9 +4,11 @@
 """
 
 from collections.abc import Collection, Sequence, Set
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal, Protocol, Unpack
 
 from ..tokenizer import Dialog
+from .messages import DialogOptions
 
 
 class AnyStreamDecoder(Protocol):
@@ -57,5 +59,13 @@ class AnyChatFormat(Protocol):
     def end_of_turn(self) -> int:
         """The id that ends a message."""
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
+    def encode_dialog_prompt(self, dialog: Dialog, **options: Unpack[DialogOptions]) -> list[int]:
         """The ids of a dialog, up to where the assistant's answer begins."""
+
+
+@dataclass(frozen=True)
+class DialogRow:
+    """A dialog to train on, or a part of one that ends with an answer."""
+
+    tokens: list[int]
+    learnt: list[bool]  # of each token: whether it is to be learnt

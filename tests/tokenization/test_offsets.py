@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_hf_tokenizer import (
+from published_tokenizers import (
     BEGIN,
     CUT,
     FAMILIES,
@@ -16,13 +16,12 @@ from test_hf_tokenizer import (
     byte_level,
     save,
     snippets,
-    some,
     special,
     words,
 )
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, processors
-from vocabulary import texts
+from vocabulary import some, texts
 
 from llama.tokenization.export import write_tokenizer_json
 from llama.tokenization.hf_tokenizer import HFTokenizer
