@@ -1,110 +1,39 @@
-"""Low-rank adapters against the peft library, in memory and on disk, on several ranks; and bad directories."""
+"""Low-rank adapters in memory against the peft library, alone and on several ranks."""
 
 import copy
-import json
-import re
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lora_program
 import pytest
+import tiny_adapters
 import torch
-from conftest import Twin, assert_close, make_twin, neighbours, next_token_loss
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from conftest import Twin, assert_close, next_token_loss
 from rank_pool import RankPool
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from tiny_adapters import (
+    ARGS,
+    CONFIG,
+    NAMES,
+    TENSORS,
+    adapted,
+    hf_key,
+    in_our_order,
+    logits_of,
+    randomized,
+    save,
+    wrapped,
+)
 
 from llama import LlamaError, ModelArgs, Transformer
 from llama.accelerate.accelerator import Accelerator
-from llama.adapters import peft as adapter
-from llama.adapters.lora import TARGETS, Lora, LoraLinear, add_lora, lora_parameters, merge_lora
+from llama.adapters.lora import TARGETS, Lora, add_lora, lora_parameters, merge_lora
 from llama.adapters.peft import load_adapter, save_adapter
 from llama.checkpoints.loader import load_model, open_checkpoint
 from llama.checkpoints.meta import save_checkpoint
 from llama.parallel import Place
 
-ARGS = ModelArgs(64, 2, 8, 2, 128, 32)
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj", "lm_head"]
-NAMES = dict(zip(TARGETS, PROJECTIONS, strict=True))
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
-ROOT = "base_model.model.model.layers"
+twin, model, peft = tiny_adapters.twin, tiny_adapters.model, tiny_adapters.peft
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # what peft asks of models
-
-
-@pytest.fixture(scope="module")
-def twin(place: Place) -> Twin:
-    return make_twin(ARGS)
-
-
-@pytest.fixture
-def model(twin: Twin) -> Transformer:
-    return copy.deepcopy(twin.ours)
-
-
-@pytest.fixture(scope="module")
-def peft() -> Any:
-    return pytest.importorskip("peft")
-
-
-def randomized(parameters: dict[str, Tensor]) -> None:
-    """Random numbers for A and B, large enough that a wrong one shows."""
-    generator = torch.Generator().manual_seed(11)
-    for name in sorted(parameters):
-        parameters[name].data.normal_(std=0.2, generator=generator)
-
-
-def adapted(twin: Twin, *targets: str, **options: Any) -> Transformer:
-    model = copy.deepcopy(twin.ours)
-    add_lora(model, Lora(4, 12, targets or TARGETS, **options), seed=1)
-    randomized(lora_parameters(model))
-    return model
-
-
-def wrapped(peft: Any, twin: Twin, *targets: str, **options: Any) -> Any:
-    """The same adapter put on by peft."""
-    config = {"r": 4, "lora_alpha": 12, "task_type": "CAUSAL_LM", "target_modules": [*targets], **options}
-    theirs = peft.get_peft_model(copy.deepcopy(twin.theirs), peft.LoraConfig(**config)).eval()
-    randomized({name: p for name, p in theirs.named_parameters() if "lora_" in name})
-    return theirs
-
-
-def save(theirs: Any, directory: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the output layer's own matrix is written too
-        theirs.save_pretrained(directory)
-    return directory
-
-
-def open_adapter(peft: Any, base: Any, directory: Path) -> Any:
-    """Loaded by peft without a warning, which it gives for missing and for surplus tensors."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, on what peft calls
-        return peft.PeftModel.from_pretrained(base, directory).eval()
-
-
-def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(tokens) if isinstance(model, Transformer) else model(input_ids=tokens, use_cache=False).logits
-
-
-def hf_key(name: str, suffix: str = "") -> str:
-    """Our name of an adapter's parameter -> peft's."""
-    *place, layer, kind = name.split(".")
-    if not place:
-        return f"base_model.model.lm_head.{kind}{suffix}.weight"
-    part = "self_attn" if place[-1] == "attention" else "mlp"
-    return f"{ROOT}.{place[1]}.{part}.{NAMES[layer]}.{kind}{suffix}.weight"
-
-
-def in_our_order(name: str, tensor: Tensor) -> Tensor:
-    heads = {"wq.lora_B": ARGS.n_heads, "wk.lora_B": ARGS.n_kv_heads}.get(".".join(name.split(".")[-2:]))
-    return tensor if heads is None else neighbours(tensor, heads)
-
 
 # --- in memory ------------------------------------------------------------------------------------------------------
 
@@ -293,272 +222,6 @@ def test_a_model_with_a_fast_form_takes_an_adapter(twin: Twin, place: Place, tmp
     merge_lora(fast), merge_lora(plain)
     assert_close(fast(tokens, 0), plain(tokens, 0))
     assert float((fast(tokens, 0) - before).abs().max()) > 1e-2
-
-
-# --- on disk --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("targets", [("wq", "wv"), ("wk", "w3"), ("output",), TARGETS], ids=" ".join)
-def test_peft_reads_what_is_saved(twin: Twin, peft: Any, tmp_path: Path, targets: tuple[str, ...]) -> None:
-    model, tokens = adapted(twin, *targets, dropout=0.1).eval(), twin.tokens(2, 9)
-    save_adapter(model, tmp_path, "some/model")
-    theirs = open_adapter(peft, copy.deepcopy(twin.theirs), tmp_path)
-    assert_close(logits_of(theirs, tokens), logits_of(model, tokens), 1e-5)
-    config = theirs.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 12, 0.1)
-    assert (config.task_type, config.base_model_name_or_path) == ("CAUSAL_LM", "some/model")
-    assert set(config.target_modules) == {NAMES[target] for target in targets}
-    assert sorted(p.name for p in tmp_path.iterdir()) == [CONFIG, TENSORS]
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "rank-stabilized": {"target_modules": ["q_proj", "o_proj"], "use_rslora": True},
-    "a pattern": {"target_modules": r".*\.1\.self_attn\.(q|k)_proj"},
-    "all-linear": {"target_modules": "all-linear"},
-    "some layers": {"target_modules": ["k_proj", "down_proj"], "layers_to_transform": 0},
-    "all but": {"target_modules": ["k_proj", "up_proj"], "exclude_modules": ["layers.0.self_attn.k_proj"]},
-    "whole names": {"target_modules": ["model.layers.1.self_attn.q_proj", "layers.0.mlp.up_proj"]},
-    "sizes of their own": {
-        "target_modules": ["q_proj", "k_proj", "v_proj"],
-        "rank_pattern": {"k_proj": 2, "^model.layers.0.self_attn.q_proj": 8},
-        "alpha_pattern": {"layers.1.self_attn.v_proj": 40, "q_proj": 6.5},
-    },
-    "in bfloat16": {"target_modules": ["q_proj", "down_proj"]},
-}
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_peft_saves_is_read_and_saved_again(twin: Twin, peft: Any, tmp_path: Path, variant: str) -> None:
-    theirs, ours, tokens = wrapped(peft, twin, **VARIANTS[variant]), copy.deepcopy(twin.ours), twin.tokens(2, 9)
-    if variant == "in bfloat16":
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.bfloat16().float()
-    save(theirs, tmp_path / "theirs")
-    if variant == "in bfloat16":
-        tensors = load_file(tmp_path / "theirs" / TENSORS)
-        save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "theirs" / TENSORS)
-    assert load_adapter(ours, tmp_path / "theirs") == {}
-    expected = logits_of(theirs, tokens)
-    assert_close(logits_of(ours, tokens), expected, 1e-5)
-    save_adapter(ours, tmp_path / "ours")
-    again = open_adapter(peft, copy.deepcopy(twin.theirs), tmp_path / "ours")
-    assert_close(logits_of(again, tokens), expected, 1e-5)
-    assert load_file(tmp_path / "ours" / TENSORS).keys() == load_file(tmp_path / "theirs" / TENSORS).keys()
-
-
-HEADS = {
-    "SEQ_CLS": ("LlamaForSequenceClassification", "model", {"score.weight": (3, 64)}),
-    "TOKEN_CLS": ("LlamaForTokenClassification", "model", {"score.weight": (3, 64), "score.bias": (3,)}),
-    "QUESTION_ANS": (
-        "LlamaForQuestionAnswering",
-        "transformer",
-        {"qa_outputs.weight": (2, 64), "qa_outputs.bias": (2,)},
-    ),
-}
-
-
-@pytest.mark.parametrize("task", HEADS)
-def test_heads_come_along(twin: Twin, peft: Any, tmp_path: Path, task: str) -> None:
-    """Files that we write give peft's model our hidden states and head, and the other way round."""
-    import transformers
-
-    class_name, prefix, shapes = HEADS[task]
-    extra = {name: torch.randn(shape) for name, shape in shapes.items()}
-    model, tokens = adapted(twin, "wq", "w2"), twin.tokens(1, 9)
-    save_adapter(model, tmp_path / "ours", extra=extra, task_type=task, prefix=prefix)  # type: ignore[arg-type]
-    config = copy.deepcopy(twin.theirs.config)
-    config.num_labels, config.pad_token_id = shapes[next(iter(shapes))][0], 0
-    base = getattr(transformers, class_name)(config).eval()
-    getattr(base, prefix).load_state_dict(twin.theirs.model.state_dict())
-    theirs = open_adapter(peft, base, tmp_path / "ours")
-    with torch.no_grad():
-        answer = theirs(input_ids=tokens, use_cache=False) if task != "SEQ_CLS" else theirs(input_ids=tokens)
-        weight, bias = (extra.get(f"{next(iter(shapes)).split('.')[0]}.{kind}") for kind in ("weight", "bias"))
-        expected = nn.functional.linear(model.hidden_states(tokens), weight, bias)
-    if task == "QUESTION_ANS":
-        assert_close(torch.stack([answer.start_logits, answer.end_logits], -1), expected, 1e-5)
-    else:
-        assert_close(answer.logits, expected[:, -1] if task == "SEQ_CLS" else expected, 1e-5)
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = copy.deepcopy(twin.ours)
-    actual = load_adapter(again, tmp_path / "theirs")
-    assert actual.keys() == extra.keys() and all(torch.equal(actual[name], extra[name]) for name in extra)
-    assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
-
-
-def test_a_base_that_was_trained_is_refused(twin: Twin, peft: Any, tmp_path: Path) -> None:
-    """peft also writes the matrix of an adapted output layer. If it isn't this model's, nothing is loaded."""
-    theirs = wrapped(peft, twin, "q_proj", "lm_head")
-    theirs.base_model.model.lm_head.base_layer.weight.data[5, 6] += 1
-    save(theirs, tmp_path)
-    with pytest.raises(LlamaError, match=r"lm_head.*merge_and_unload"):
-        load_adapter(copy.deepcopy(twin.ours), tmp_path)
-    trained = wrapped(peft, twin, "q_proj", modules_to_save=["embed_tokens"])
-    trained.base_model.model.model.embed_tokens.modules_to_save.default.weight.data[5, 6] += 1
-    with pytest.raises(LlamaError, match=r"embed_tokens.*merge_and_unload"):
-        load_adapter(copy.deepcopy(twin.ours), save(trained, tmp_path / "embedding"))
-
-
-def test_a_write_that_fails_leaves_the_adapter_of_before(
-    twin: Twin, model: Transformer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = adapted(twin, "wq")
-    save_adapter(before, tmp_path / "kept")
-
-    def full(*args: object, **options: object) -> None:
-        raise RuntimeError("No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(adapter, "save_file", full)
-        for name in ("kept", "new"):
-            with pytest.raises(LlamaError, match=f"{name} can't be written.*No space"):
-                save_adapter(adapted(twin, "wk"), tmp_path / name)
-    assert not (tmp_path / "new").exists()
-    load_adapter(model, tmp_path / "kept")
-    assert torch.equal(logits_of(model, twin.tokens(1, 5)), logits_of(before, twin.tokens(1, 5)))
-    save_adapter(adapted(twin, "wk"), tmp_path / "kept")
-    assert sorted(p.name for p in (tmp_path / "kept").iterdir()) == [CONFIG, TENSORS]
-    (tmp_path / "file").touch()
-    with pytest.raises(LlamaError, match="file can't be written"):
-        save_adapter(before, tmp_path / "file")
-    for wrong in ({"task_type": "CHAT"}, {"prefix": "bert"}, {"extra": {"score": torch.ones(2)}}):
-        with pytest.raises(LlamaError, match=next(iter(wrong))):
-            save_adapter(before, tmp_path / "wrong", **wrong)  # type: ignore[arg-type]
-    assert not (tmp_path / "wrong").exists()
-
-
-# --- directories that are bad ----------------------------------------------------------------------------------------
-
-Tensors, Config = dict[str, Tensor], dict[str, Any]
-
-
-def changed(**keys: Any) -> Callable[[Tensors, Config], None]:
-    return lambda tensors, config: config.update(keys)
-
-
-def renamed(old: str, new: str) -> Callable[[Tensors, Config], None]:
-    def edit(tensors: Tensors, config: Config) -> None:
-        tensors[new] = tensors.pop(old)
-
-    return edit
-
-
-def put(key: str, tensor: Tensor) -> Callable[[Tensors, Config], None]:
-    return lambda tensors, config: tensors.update({key: tensor})
-
-
-A, B = (f"{ROOT}.1.self_attn.q_proj.lora_{x}.weight" for x in "AB")
-BAD: list[tuple[Callable[[Tensors, Config], None], str]] = [
-    (lambda tensors, config: tensors.pop(B), f"{TENSORS}.*missing {B}"),
-    (lambda tensors, config: [tensors.pop(key) for key in (A, B)], f"missing {A}; missing {B}"),
-    (lambda tensors, config: (tensors.clear(), config.update(target_modules=".*"))[0], "no layer has an adapter"),
-    (put(A, torch.ones(3, 64)), rf"{A} of shape \(3, 64\), expected \(4, 64\)"),
-    (put(B, torch.ones(32, 4)), rf"{B} of shape \(32, 4\), expected \(64, 4\)"),
-    (put(A, torch.ones(())), rf"{A} of shape \(\), expected \(4, 64\)"),
-    (put(A, torch.ones(4, 64, dtype=torch.int8)), f"{A} of torch.int8"),
-    (put(A.replace(".1.", ".2."), torch.ones(4, 64)), r"surplus .*layers\.2\.self_attn"),
-    (put("base_model.model.score.weight", torch.ones(2, 64)), "surplus .*score"),
-    (renamed(A, A.removeprefix("base_model.model.")), "surplus .*missing"),
-    (renamed(A, A.replace("q_proj", "c_attn")), "surplus .*c_attn.*missing"),
-    (put(A.replace("lora_A", "lora_magnitude_vector"), torch.ones(64)), "surplus .*magnitude"),
-    (changed(peft_type="IA3"), f"{CONFIG}: peft_type is 'IA3', expected 'LORA'"),
-    (changed(peft_type=None), "peft_type is None"),
-    (changed(use_dora=True), "use_dora.*plain LoRA"),
-    (changed(fan_in_fan_out=True), "fan_in_fan_out.*plain LoRA"),
-    (changed(a_feature_to_come={"x": 1}), "a_feature_to_come.*plain LoRA"),
-    (changed(bias="all"), "bias is 'all', expected 'none'"),
-    (changed(init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
-    (changed(r=8), r"of shape \(4, 64\), expected \(8, 64\)"),
-    (changed(r="4"), "r is '4', expected a whole number"),
-    (changed(r=None), "r is None"),
-    (changed(lora_alpha=0), "lora_alpha is 0"),
-    (changed(lora_alpha=None), "lora_alpha is None"),
-    (changed(lora_dropout=1.0), "lora_dropout is 1.0"),
-    (changed(target_modules=["query"]), "target_modules has 'query', expected names such as .*q_proj"),
-    (changed(target_modules=["q_proj", "v_proj", "k_proj"]), "missing .*k_proj"),
-    (changed(target_modules="all-linear"), "missing .*; and [0-9]+ more problems"),
-    (changed(target_modules=[3]), "target_modules has 3"),
-    (changed(target_modules=None), "target_modules is None"),
-    (changed(rank_pattern={"(a+)+$": 4}), "rank_pattern has '.a"),
-    (changed(rank_pattern={"q_proj": 0}), "r is 0"),
-    (changed(rank_pattern={"q_proj": 10**400}, use_rslora=True), "r is 1000"),
-    (changed(rank_pattern=[4]), "rank_pattern is .4., expected a dict"),
-    (changed(modules_to_save="score"), "modules_to_save is 'score', expected a list"),
-]
-
-
-@pytest.fixture(scope="module")
-def good(twin: Twin, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tensors, Config]:
-    directory = tmp_path_factory.mktemp("good")
-    save_adapter(adapted(twin, "wq", "wv"), directory)
-    return load_file(directory / TENSORS), json.loads((directory / CONFIG).read_text())
-
-
-def write(directory: Path, tensors: Tensors, config: object) -> Path:
-    save_file(tensors, directory / TENSORS)
-    (directory / CONFIG).write_text(json.dumps(config))
-    return directory
-
-
-@pytest.mark.parametrize("case", range(len(BAD)))
-def test_bad_adapters(twin: Twin, good: tuple[Tensors, Config], tmp_path: Path, case: int) -> None:
-    """Refused in one line that names what was found and expected. The model stays as it was."""
-    (edit, message), (tensors, config) = BAD[case], copy.deepcopy(good)
-    edit(tensors, config)
-    assert_refused(twin, write(tmp_path, tensors, config), message)
-
-
-def assert_refused(twin: Twin, directory: Path, message: str) -> None:
-    model = copy.deepcopy(twin.ours)
-    with pytest.raises(LlamaError, match=message) as caught:
-        load_adapter(model, directory)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1500
-    assert not any(isinstance(module, LoraLinear) for module in model.modules())
-    assert all(p.requires_grad for p in model.parameters()) and model.training
-
-
-def test_bad_files(twin: Twin, good: tuple[Tensors, Config], tmp_path: Path) -> None:
-    assert_refused(twin, tmp_path / "nowhere", f"{CONFIG} is missing")
-    write(tmp_path, *good)
-    whole = (tmp_path / TENSORS).read_bytes()
-    (tmp_path / TENSORS).write_bytes(whole[:-100])
-    assert_refused(twin, tmp_path, f"{TENSORS} is truncated")
-    (tmp_path / TENSORS).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert_refused(twin, tmp_path, "git lfs pull")
-    (tmp_path / TENSORS).rename(tmp_path / "adapter_model.bin")
-    assert_refused(twin, tmp_path, f"{TENSORS} is missing.*adapter_model.bin is the older form")
-    (tmp_path / TENSORS).write_bytes(whole)
-    for text in ("", "[]", "{", '{"peft_type": "LORA"}'):
-        (tmp_path / CONFIG).write_text(text)
-        assert_refused(twin, tmp_path, CONFIG)
-
-
-def test_another_models_adapter(place: Place, good: tuple[Tensors, Config], tmp_path: Path) -> None:
-    wider = Twin(Transformer(ModelArgs(96, 2, 8, 2, 128, 32)), None)  # type: ignore[arg-type]
-    assert_refused(wider, write(tmp_path, *good), r"lora_A.weight of shape \(4, 64\), expected \(4, 96\)")
-    deeper = Twin(Transformer(ModelArgs(64, 3, 8, 2, 128, 32)), None)  # type: ignore[arg-type]
-    assert_refused(deeper, tmp_path, re.escape(f"missing {ROOT}.2.self_attn.q_proj.lora_A.weight"))
-
-
-VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-VALUES |= st.lists(VALUES, max_size=2) | st.dictionaries(st.text(max_size=5), VALUES, max_size=2)
-KEYS = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "modules_to_save", "bias"]
-KEYS += ["rank_pattern", "alpha_pattern", "init_lora_weights", "task_type", "layers_to_transform", "use_dora", "other"]
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(values=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3))
-def test_any_configuration_is_read_or_refused(
-    good: tuple[Tensors, Config], tmp_path: Path, values: dict[str, Any]
-) -> None:
-    tensors, config = good
-    try:
-        actual = adapter.read_adapter(write(tmp_path, tensors, {**config, **values}), ARGS)
-    except LlamaError:
-        return
-    assert actual.sizes.keys() == {f"layers.{i}.attention.{name}" for i in range(2) for name in ("wq", "wv")}
-    assert all(stored.shape in ((4, 64), (64, 4), (16, 4)) for stored in actual.tensors.values())
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
