@@ -35,13 +35,17 @@ class Checkpoint:
     family: Family | None = None  # that of config.json; None where the format doesn't say
     task: TaskName = "language"  # what the model was trained for
     head: HeadConfig | None = None  # None for the task "language"
+    has_output: bool = True  # False: neither an output layer nor a head, and `args` count as tied
     quantization: Quantization | None = None  # how the matrices of layers are quantized in the files; None: not at all
     files: list[Path] = field(default_factory=list)  # those with tensors
     tensors: dict[str, Stored] = field(default_factory=dict)  # by Meta's names, as `file_shapes` lists them
     head_tensors: dict[str, Tensor] = field(default_factory=dict)  # by the names in the files
+    file_names: dict[str, str] = field(default_factory=dict)  # of tensors that files name without the usual prefix
+    notes: list[str] = field(default_factory=list)  # what was taken where files leave it open, for people
     problems: list[str] = field(default_factory=list)  # what is wrong with files
     faults: dict[Path, str] = field(default_factory=dict)  # those of `problems` that a single file has
     misfits: list[str] = field(default_factory=list)  # what is wrong with the tensors of files that are whole
+    adapter: Path | None = None  # the directory of an adapter, with which `args` and `tensors` are
 
     def blame(self, path: Path, problem: str) -> None:
         """Note what is wrong with a file."""
@@ -90,7 +94,7 @@ class Checkpoint:
         return 1 if self.quantization is None else GROUP[BITS[self.quantization]]
 
     def is_quantized(self, name: str) -> bool:
-        return self.quantization is not None and is_linear(name)
+        return self.quantization is not None and is_linear(name) and name not in self.tensors
 
     def quantized_part(
         self, name: str, mp_rank: int, mp_size: int, dtype: torch.dtype, device: torch.device | None = None

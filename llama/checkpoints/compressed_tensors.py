@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._util.device import DTYPES
 from ..accelerate.quantization import BITS, GROUP, Quantization, QuantizedMatrix, slabs
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..model import ModelArgs
 from .schema import New, Shapes, Stored, is_linear, tensor_shapes
 
@@ -83,7 +83,8 @@ def check_groups(args: ModelArgs, quantization: Quantization | None) -> None:
         if is_linear(name) and shape[1] % group:
             raise LlamaError(
                 f"{name} has rows of {shape[1]}, but {quantization} is stored in groups of {group}: convert without "
-                f"--quantization, and build with quantization={quantization!r}, which quantizes any rows"
+                f"quantization, and build with quantization={quantization!r} (--quantization {quantization}), which "
+                "quantizes any rows"
             )
 
 
@@ -136,8 +137,8 @@ def quantization_of(config: Any, tied: bool, path: Path) -> Quantization | None:
             differing = [(key, actual.get(key), expected.get(key)) for key in keys]
     key, value, expected_value = differing[0]
     raise LlamaError(
-        f"{path}: the weights are quantized, and quantization_config has {key} {value!r}, expected "
-        f"{expected_value!r}; the only quantized files that are read are those that convert --quantization "
-        f"{' or '.join(BITS)} writes: compressed-tensors, pack-quantized, symmetric groups. Use the checkpoint that it "
-        "was made of"
+        f"{path}: the weights are quantized, and quantization_config has {key} {shorten(value)}, expected "
+        f"{shorten(expected_value)}; the only quantized files that are read are those that convert writes with "
+        f"quantization ({' or '.join(BITS)}): compressed-tensors, pack-quantized, symmetric groups. Use the checkpoint "
+        "that it was made of"
     )

@@ -10,28 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from .._util.device import choose_dtype
-from .._util.files import make_unfinished_directory, read_json, write_json
+from .._util.files import check_file, make_unfinished_directory, read_json, refuse_unwritable, write_json
+from .._util.urls import is_url
 from ..accelerate.quantization import BITS, Quantization, bits_of
-from ..errors import LlamaError, to_one_line
+from ..errors import LlamaError, shorten
 from .checkpoint import Checkpoint, CheckpointFormat, Export
 from .compressed_tensors import check_groups
-from .download import is_url
 from .formats import FORMATS
 from .loader import open_checkpoint
 from .schema import is_linear, mp_sizes, tensor_shapes
-from .side_files import find_side_files
-
-SETTINGS = (
-    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
-)
+from .side_files import SETTINGS, TOKENIZER_SETTINGS, find_side_files, find_tokenizer_files
 
 
 def convert(
-    src: str | os.PathLike,
+    src: str | os.PathLike | Checkpoint,
     dst: str | os.PathLike,
     to: str,
     mp_size: int = 1,
@@ -39,7 +33,7 @@ def convert(
     force: bool = False,
     quantization: Quantization | None = None,
 ) -> None:
-    """Write the checkpoint in `src` to the directory `dst`.
+    """Write the checkpoint in `src` to the directory `dst`. src: its directory, or a Checkpoint that is open.
 
     to: the format, a name in FORMATS: "meta" (mp_size shards) or "hf".
     dtype: a name or torch's object; None keeps each tensor's own; that of quantized matrices is the embedding's.
@@ -52,7 +46,8 @@ def convert(
     can't be written in this form, and where `dst` holds files, unless `force` is set.
     """
     chosen = None if dtype is None else choose_dtype(dtype, torch.device("cpu"))
-    write(open_checkpoint(src), as_local_path(dst), to, mp_size, chosen, force, quantization)
+    checkpoint = src if isinstance(src, Checkpoint) else open_checkpoint(src, argument="src")
+    write(checkpoint, as_local_path(dst), to, mp_size, chosen, force, quantization)
 
 
 def as_local_path(directory: str | os.PathLike) -> Path:
@@ -77,14 +72,11 @@ def write(
     export = Export(checkpoint, mp_size, dtype, quantization, read_source_config(checkpoint))
     config = format.make_config(export)
     check_target(checkpoint, target, force)
-    with make_unfinished_directory(target) as unfinished:
+    with refuse_unwritable(target), make_unfinished_directory(target) as unfinished:
         sizes = file_bytes(export)
         total = sum(sizes.values())
         check_space(total + format.largest_file(total, mp_size), unfinished)
-        try:
-            format.write(export, config, sizes, unfinished)
-        except (RuntimeError, SafetensorError) as e:  # torch's and safetensors' words for a disk that is full
-            raise LlamaError(f"{target} can't be written ({to_one_line(e)})") from e
+        format.write(export, config, sizes, unfinished)
         copy_settings(checkpoint, unfinished)
         publish(unfinished, target)
         write_json(target / format.config, config)
@@ -92,7 +84,7 @@ def write(
 
 def find_format(name: str) -> CheckpointFormat:
     if name not in FORMATS:
-        raise LlamaError(f"the format to write is {name!r}, expected one of {', '.join(FORMATS)}")
+        raise LlamaError(f"the format to write is {shorten(name)}, expected one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
@@ -113,10 +105,11 @@ def check_format(
     format: CheckpointFormat, checkpoint: Checkpoint, mp_size: int, quantization: Quantization | None
 ) -> None:
     """Raise LlamaError for what the format has no place for, and for what can't be made of this checkpoint."""
-    if checkpoint.head is not None and not format.holds_heads:
+    if (checkpoint.head is not None or not checkpoint.has_output) and not format.holds_heads:
+        what = "a task head" if checkpoint.has_output else "no output layer"
         raise LlamaError(
-            f"{checkpoint.directory} has a task head, for which {format.label}'s layout has no place: use "
-            + " or ".join(f"--to {other.name}" for other in FORMATS.values() if other.holds_heads)
+            f"{checkpoint.directory} has {what}, for which {format.label}'s layout has no place: use "
+            + " or ".join(f"--to {other.name} (to={other.name!r})" for other in FORMATS.values() if other.holds_heads)
         )
     if mp_size != 1 and not format.holds_shards:
         raise LlamaError(f"mp_size is {mp_size}, but {format.label}'s layout isn't divided over ranks: leave it out")
@@ -129,27 +122,31 @@ def check_format(
 
 def check_quantization(format: CheckpointFormat, checkpoint: Checkpoint, quantization: Quantization) -> None:
     if quantization not in BITS:
-        raise LlamaError(f"quantization is {quantization!r}, expected None or one of {', '.join(BITS)}")
+        raise LlamaError(f"quantization is {shorten(quantization)}, expected None or one of {', '.join(BITS)}")
     if not format.holds_quantized:
-        others = " or ".join(f"--to {other.name}" for other in FORMATS.values() if other.holds_quantized)
+        others = " or ".join(f"--to {o.name} (to={o.name!r})" for o in FORMATS.values() if o.holds_quantized)
         raise LlamaError(
-            f"{format.label}'s layout has no place for quantized matrices: use {others}, or leave out --quantization"
+            f"{format.label}'s layout has no place for quantized matrices: use {others}, or leave out quantization"
         )
     if checkpoint.head is not None:
-        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't quantized: leave out --quantization")
+        raise LlamaError(f"{checkpoint.directory} has a task head, which isn't quantized: leave out quantization")
     if checkpoint.quantization is not None:
         raise LlamaError(
             f"{checkpoint.directory} holds matrices quantized to {checkpoint.quantization} already: take the "
-            "checkpoint that it was made of, or leave out --quantization to write the numbers that they stand for"
+            "checkpoint that it was made of, or leave out quantization to write the numbers that they stand for"
         )
     check_groups(checkpoint.sizes, quantization)
 
 
 def check_target(checkpoint: Checkpoint, target: Path, force: bool) -> None:
     """Raise LlamaError if `target` can't be written to, or holds files that `force` doesn't allow to be replaced."""
-    source, resolved = checkpoint.directory.resolve(), target.resolve()
-    if source == resolved or source in resolved.parents or resolved in source.parents:
-        raise LlamaError(f"{target} and the source {checkpoint.directory} lie in each other: choose another directory")
+    resolved = target.resolve()
+    for directory in filter(None, (checkpoint.directory, checkpoint.adapter)):
+        source = directory.resolve()
+        if source == resolved:
+            raise LlamaError(f"{target} is the source itself, which isn't written over: choose another directory")
+        if source in resolved.parents or resolved in source.parents:
+            raise LlamaError(f"{target} and the source {directory} lie in each other: choose another directory")
     if (target.exists() or target.is_symlink()) and not target.is_dir():
         raise LlamaError(f"{target} is a file or a broken link: expected a directory, or nothing, there")
     if target.is_dir() and any(target.iterdir()) and not force:
@@ -182,7 +179,9 @@ def check_space(needed: int, directory: Path) -> None:
 def copy_settings(checkpoint: Checkpoint, unfinished: Path) -> None:
     """Copy the tokenizer's files and the settings of generation. They replace files that `write` made from others."""
     for name in SETTINGS:
-        for path in find_side_files(checkpoint, name)[:1]:
+        find = find_tokenizer_files if name in TOKENIZER_SETTINGS else find_side_files
+        for path in find(checkpoint, name)[:1]:
+            check_file(path)
             shutil.copyfile(path, unfinished / name)
 
 

@@ -9,7 +9,7 @@ Knows names and sizes; knows no files and no tensors.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ..model import ModelArgs
@@ -36,8 +36,9 @@ class Family:
     mlp_bias: bool | str = False
     qk_norm: bool | str = False
 
-    # None: queries see all positions. "all layers": `sliding_window` positions, null means all. "some layers": the same
-    # in the layers of `layer_types`, or in those from `max_window_layers` on; but only if `use_sliding_window` is set.
+    # None: queries see all positions. "all layers": `sliding_window` positions, null means all; in the layers of
+    # `layer_types`, or without that key in all. "some layers": the same in the layers of `layer_types`, or without that
+    # key in those from `max_window_layers` on; but only if `use_sliding_window` is set.
     window: Literal["all layers", "some layers"] | None = None
 
     # Whether a model of these sizes looks like one of this family, where no config.json names the family.
@@ -101,6 +102,10 @@ MISTRAL = Family(
     window="all layers",
     resembles=lambda args: args.sliding_window is not None,
 )
+# What transformers takes a `mistral` with `layer_types` for. Here both are read by the same rule.
+MINISTRAL = replace(
+    MISTRAL, model_type="ministral", class_stem="Ministral", label="Ministral", resembles=lambda args: False
+)
 QWEN2 = Family(
     "qwen2",
     "Qwen2",
@@ -122,7 +127,7 @@ QWEN3 = Family(
     resembles=lambda args: args.qk_norm,
 )
 # By model_type. A model without one is written as the first family that can hold it, so plainer families come first.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MINISTRAL)}
 
 
 def label_of(args: ModelArgs, family: Family | None) -> str:

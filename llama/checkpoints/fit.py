@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .._util.device import available_memory
 from ..accelerate.quantization import Quantization
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..model import ModelArgs
 from ..parallel import Place
 from ..tokenization.hf_tokenizer import HFTokenizer
@@ -16,9 +16,16 @@ from .schema import memory_needed, mp_sizes, part_sizes
 
 
 def check_vocabulary(args: ModelArgs, tokenizer: AnyTokenizer) -> None:
-    """Check that the tokenizer is this model's. A model of Hugging Face's may have more words than it, as padding."""
-    padded = isinstance(tokenizer, HFTokenizer) and args.vocab_size > tokenizer.n_words
-    if args.vocab_size != tokenizer.n_words and not padded:
+    """Check that the tokenizer is this model's.
+
+    A model of Hugging Face's may have more words than it, as padding. Its tokenizer may have more added tokens than the
+    model knows: whoever uses one is refused by the tokenizer. What it puts before every text can't be such a token.
+    """
+    fits = args.vocab_size == tokenizer.n_words
+    if isinstance(tokenizer, HFTokenizer):
+        used = max(tokenizer.n_vocabulary - 1, *tokenizer.around_text.before, *tokenizer.around_text.after, 0)
+        fits = used < args.vocab_size
+    if not fits:
         raise LlamaError(
             f"the model has vocab_size {args.vocab_size} and the tokenizer {tokenizer.n_words} words: "
             "is its file whole? Otherwise pass the tokenizer_path that belongs to this checkpoint"
@@ -54,26 +61,29 @@ def choose_quantization(
     """How matrices are quantized in memory: as in the files, or else as requested."""
     if stored is not None and requested not in (None, stored):
         raise LlamaError(
-            f"{directory} holds matrices quantized to {stored}, but quantization is {requested!r}: leave it out, or "
-            "take the checkpoint that this one was made of"
+            f"{directory} holds matrices quantized to {stored}, but quantization is {shorten(requested)}: leave it "
+            "out, or take the checkpoint that this one was made of"
         )
     return stored or requested
 
 
-def check_memory(args: ModelArgs, place: Place, bits: float | None = None, draft_bytes: int = 0) -> None:
+def check_memory(
+    args: ModelArgs, place: Place, bits: float | None = None, draft_bytes: int = 0, cache_bytes: int | None = None
+) -> None:
     """Check that weights and KV cache fit: on a GPU those of one rank, on the CPU those of all ranks together.
 
     bits: per number of a quantized matrix, with its share of the scales; None: matrices aren't quantized.
-    draft_bytes: what a draft model takes.
+    draft_bytes: what a draft model takes. cache_bytes: of the KV cache; None: room for all rows at full length.
     """
     weights, cache = memory_needed(args, place.mp_size, place.dtype, bits)
+    full = f"max_batch_size={args.max_batch_size} x max_seq_len={args.max_seq_len}"
+    cache, size = (cache, full) if cache_bytes is None else (cache_bytes, "kv_cache_gb")
     draft = f" + {draft_bytes / 1e9:.2f} GB of the draft model" if draft_bytes else ""
     check_fits(
         weights + cache + draft_bytes,
         place,
-        f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache (max_batch_size={args.max_batch_size} x "
-        f"max_seq_len={args.max_seq_len}){draft} in {place.dtype}",
-        "lower max_seq_len or max_batch_size",
+        f"{weights / 1e9:.2f} GB of weights + {cache / 1e9:.2f} GB of KV cache ({size}){draft} in {place.dtype}",
+        "lower max_seq_len or max_batch_size" if cache_bytes is None else "lower kv_cache_gb",
     )
 
 

@@ -14,13 +14,19 @@ from .families import Family
 from .task_spec import SPECS, Body, HeadConfig, TaskName
 
 MOST_LABELS = 1_000_000
+BACKBONE = "Model"  # how the class of a network without an output layer ends
 # The keys of config.json that describe a head.
 HEAD_KEYS = {"id2label", "label2id", "num_labels", "problem_type", "classifier_dropout", "hidden_dropout"}
 
 
-def architecture(family: Family, task: TaskName) -> str:
-    """The class of transformers, such as LlamaForCausalLM."""
-    return family.class_stem + SPECS[task].suffix
+def architecture(family: Family, task: TaskName, has_output: bool = True) -> str:
+    """The class of transformers: LlamaForCausalLM, or LlamaModel without an output layer."""
+    return family.class_stem + (SPECS[task].suffix if has_output else BACKBONE)
+
+
+def has_backbone_class(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration names the class of the network without an output layer and without a head."""
+    return class_name(values).endswith(BACKBONE)
 
 
 def body_name(family: Family, task: TaskName) -> Body:
@@ -28,11 +34,15 @@ def body_name(family: Family, task: TaskName) -> Body:
     return family.body or SPECS[task].body
 
 
+def class_name(values: Mapping[str, Any]) -> str:
+    """The first of a configuration's `architectures`; "" where that is no text."""
+    names = values.get("architectures")
+    return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+
+
 def task_of(values: Mapping[str, Any]) -> TaskName:
     """The task of a configuration, by its `architectures`; "language" where they name no other task."""
-    names = values.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    return next((spec.name for spec in SPECS.values() if name.endswith(spec.suffix)), "language")
+    return next((spec.name for spec in SPECS.values() if class_name(values).endswith(spec.suffix)), "language")
 
 
 def split_head(tensors: Mapping[str, Tensor], task: TaskName) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -5,18 +5,20 @@ Knows no other format. Nothing in a file is executed.
 
 import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
 
 from .._util.console import progress_bar
-from .._util.files import describe_content, read_json, unreadable_error, write_json, write_whole
-from ..errors import LlamaError
+from .._util.files import describe_content, open_file, read_json, unreadable_error, write_json, write_whole
+from ..errors import LlamaError, shorten
 from ..model import ModelArgs
 from ..rotary import LARGEST, RopeScaling
 from .checkpoint import Checkpoint, CheckpointFormat, Contents, Export
@@ -50,7 +52,7 @@ def check_shards(directory: Path, shards: list[Path]) -> None:
 
 def read_params(path: Path) -> dict[str, Any]:
     """The fields of ModelArgs that `params.json` sets, checked by name and type."""
-    if not path.is_file():
+    if not path.exists():
         raise LlamaError(f"{path} is missing: it comes with the checkpoint, put it beside consolidated.00.pth")
     params = read_json(path, "model sizes")
     scaling = pop_rope_scaling(path, params)
@@ -61,7 +63,7 @@ def read_params(path: Path) -> dict[str, Any]:
         raise LlamaError(f"{path}: missing key {', '.join(missing)}; expected at least {', '.join(REQUIRED)}")
     for key, value in params.items():
         if not (value is None and defaults[key] is None) and (expected := check_param(key, value)):
-            raise LlamaError(f"{path}: {key} is {value!r}, expected {expected}")
+            raise LlamaError(f"{path}: {key} is {shorten(value)}, expected {expected}")
     if params.get("sliding_layers") is not None:
         params["sliding_layers"] = tuple(params["sliding_layers"])
     return {**params, "rope_scaling": scaling}
@@ -87,13 +89,14 @@ def pop_rope_scaling(path: Path, params: dict[str, Any]) -> RopeScaling | None:
     """
     scaled, factor, all_fields = (params.pop(key, None) for key in SCALING_KEYS)
     if scaled is not None and not isinstance(scaled, bool):
-        raise LlamaError(f"{path}: use_scaled_rope is {scaled!r}, expected true or false")
+        raise LlamaError(f"{path}: use_scaled_rope is {shorten(scaled)}, expected true or false")
     try:
         if all_fields is not None:
             names = asdict(RopeScaling("linear", 1)).keys()
-            if not isinstance(all_fields, dict) or (unknown := all_fields.keys() - names):
-                more = f", which has {unknown}" * isinstance(all_fields, dict)
-                raise LlamaError(f"rope_scaling is {all_fields!r}{more}")
+            if not isinstance(all_fields, dict):
+                raise LlamaError(f"rope_scaling is {shorten(all_fields)}, expected a JSON object")
+            if unknown := sorted(all_fields.keys() - names):
+                raise LlamaError(f"rope_scaling has {shorten(unknown[0])}; known are {', '.join(names)}")
             return RopeScaling(**all_fields)
         if scaled:
             return RopeScaling("llama3", scaled_rope_factor(params.get("dim")) if factor is None else factor)
@@ -113,12 +116,13 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     Raises LlamaError for all but a whole file of plain tensors. Code in the pickle is refused, not run.
     """
     try:
-        with path.open("rb") as f:
+        with open_file(path) as f:
             is_zip = f.read(4) == b"PK\x03\x04"
     except OSError as e:
         raise unreadable_error(path, e) from e
     if not is_zip:
         raise LlamaError(f"{path}: expected a file written by torch.save; {describe_content(path)}")
+    check_members(path)
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError:
@@ -139,9 +143,24 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in tensors.items() if name not in IGNORED}
 
 
+def check_members(path: Path) -> None:
+    """Raise LlamaError for a compressed member of the archive: a few bytes may stand for more than all memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
+        return  # torch.load says what is wrong
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise LlamaError(
+                f"{path}: {shorten(member.filename)} is compressed, {member.compress_size} bytes that stand for "
+                f"{member.file_size}; expected a file as torch.save writes it, without compression"
+            )
+
+
 def check_end(path: Path) -> None:
     """Raise LlamaError if bytes follow the archive; torch.load doesn't notice a few."""
-    with path.open("rb") as f:
+    with open_file(path) as f:
         f.seek(-min(path.stat().st_size, END_OF_ZIP_SIZE + 0x10000), os.SEEK_END)
         _, signature, rest = f.read().rpartition(END_OF_ZIP)
     if surplus := len(signature + rest) - END_OF_ZIP_SIZE:
@@ -270,7 +289,8 @@ def write_shards(export: Export, config: Mapping[str, Any], sizes: Mapping[str, 
                 bar.update()
             if args.tied_embeddings:  # in both places, as Meta has it; stored once
                 tensors["output.weight"] = tensors["tok_embeddings.weight"]
-            torch.save(tensors, directory / f"consolidated.{rank:02d}.pth")
+            with open_file(directory / f"consolidated.{rank:02d}.pth", "wb") as f:  # whose errors say what is wrong
+                torch.save(tensors, cast(IO[bytes], f))
     if export.source_config:
         write_json(directory / "config.json", dict(export.source_config))
 

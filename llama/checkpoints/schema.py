@@ -20,7 +20,7 @@ New = Callable[[Sequence[int], torch.dtype], Tensor]  # allocates a tensor, for 
 # The dimension along which fairscale divides each matrix over ranks. Tensors that aren't here are whole on every rank.
 SPLIT_DIM = {"tok_embeddings": 0, "output": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 # Other tensors of those modules: each is whole on every rank if the matrix is divided along this dimension.
-WHOLE = {"bias": 1, "lora_A": 0, "lora_B": 1}
+WHOLE = {"bias": 1, "lora_A": 0, "lora_B": 1, "lora_magnitude": 1, "lora_bias": 1}
 COMPARED_ROWS = 1024  # rows of two matrices that are compared at a time
 SAMPLED_ROWS = 64  # rows that are compared at all, where a sample is enough
 MOST_LAYERS, MOST_HEADS = 10_000, 100_000  # more is a wrong configuration, whose sizes would take hours to compute

@@ -215,7 +215,9 @@ def refusal(*arguments: object, **options: object) -> str:
 
 def test_what_is_not_stored_so(source: Path, stored: Path, quantization: str, tmp_path: Path) -> None:
     target, other = tmp_path / "x", {"int8": "int4", "int4": "int8"}[quantization]
-    assert "use --to hf, or leave out --quantization" in refusal(source, target, "meta", quantization=quantization)
+    assert "use --to hf (to='hf'), or leave out quantization" in refusal(
+        source, target, "meta", quantization=quantization
+    )
     assert "expected None or one of int8, int4" in refusal(source, target, "hf", quantization="int3")
     for asked in QUANTIZATIONS:
         assert f"quantized to {quantization} already" in refusal(stored, target, "hf", quantization=asked)

@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tiny import ARGS, PROMPTS, greedy_by_hand, run_program, split_checkpoint, w
 from llama import Llama, LlamaError
 from llama.checkpoints import huggingface
 from llama.checkpoints.convert import convert
-from llama.checkpoints.hf_config import is_same_model
+from llama.checkpoints.hf_config_writing import is_same_model
 from llama.checkpoints.loader import open_checkpoint
 from llama.checkpoints.meta import read_shard
 from llama.tokenizer import ChatFormat, Tokenizer
@@ -225,7 +226,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     assert "dtype 'int3' is not known: expected bfloat16" in refusal(source, tmp_path / "x", "hf", dtype="int3")
     assert "can be divided over 1, 2, 4, 8 ranks" in refusal(source, tmp_path / "x", "meta", 3)
     assert "isn't divided over ranks" in refusal(source, tmp_path / "x", "hf", 2)
-    assert "lie in each other" in refusal(source, source, "hf", force=True)
+    assert "meta is the source itself, which isn't written over" in refusal(source, source, "hf", force=True)
+    assert "is the source itself" in refusal(source, tmp_path / "x" / ".." / "meta", "hf")
     assert "lie in each other" in refusal(source, source / "hf", "hf")
     assert "lie in each other" in refusal(source, tmp_path, "hf", force=True)
     (tmp_path / "file").touch()
@@ -234,8 +236,8 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
     (source / "params.json").write_text(json.dumps({**params, "sliding_window": 8}))
     convert(source, tmp_path / "mistral", "hf")
     assert json.loads((tmp_path / "mistral" / "config.json").read_text())["model_type"] == "mistral"
-    (source / "params.json").write_text(json.dumps({**params, "sliding_window": 8, "sliding_layers": [0]}))
-    assert "no family of Hugging Face's" in refusal(source, tmp_path / "x", "hf")
+    biased = write_checkpoint(tmp_path / "biased", replace(ARGS, mlp_bias=True, sliding_window=8))
+    assert "no family of Hugging Face's" in refusal(biased, tmp_path / "x", "hf")
     assert not (tmp_path / "x").exists()
 
 
@@ -257,7 +259,7 @@ def test_nothing_is_overwritten_unless_forced(tmp_path: Path) -> None:
 @pytest.fixture
 def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
     """Raise KeyboardInterrupt after so many files were moved to a directory."""
-    replace = os.replace
+    move = os.replace
 
     def interrupt(target: Path, moved: int) -> None:
         left = iter(range(moved))
@@ -265,7 +267,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, int], None]:
         def interrupted(a: object, b: object) -> None:
             if Path(str(b)).parent == target and next(left, None) is None:
                 raise KeyboardInterrupt
-            replace(a, b)  # type: ignore[arg-type]
+            move(a, b)  # type: ignore[arg-type]
 
         monkeypatch.setattr(os, "replace", interrupted)
 
@@ -317,7 +319,7 @@ def test_a_failure_in_a_new_directory_leaves_none(tmp_path: Path, monkeypatch: p
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(LlamaError, match="No space left"):
         convert(source, tmp_path / "out", "meta")
     assert not (tmp_path / "out").exists()
 

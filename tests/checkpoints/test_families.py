@@ -18,8 +18,9 @@ import torch
 from conftest import assert_close, hidden_size, neighbours, to_meta
 from family_program import LENGTH, PROMPTS, SHORT, SIZES, STEPS, compute
 from rank_pool import RankPool
+from tiny_families import SWITCH, WINDOW, make_model, rope
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llama.checkpoints.convert import convert
 from llama.checkpoints.loader import open_checkpoint
@@ -27,7 +28,6 @@ from llama.checkpoints.schema import memory_needed, permute_rotary, tensor_shape
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Place
 
-SWITCH = 8  # the length past which scaled rotary embeddings may change: SHORT and the first prompt end below it
 WAYS = ("whole", "whole through the cache", "token by token", "ragged rows")
 CONVERTED_WAYS = ["whole", "token by token"]
 FAST_WAYS = {1: WAYS, 2: WAYS[-1:]}  # in which the fast form is compared too, on so many ranks
@@ -47,11 +47,6 @@ class Kind:
     max_shard_size: str = "1GB"
 
 
-def rope(kind: str, theta: float = 100.0, **keys: Any) -> dict[str, Any]:
-    """With this base, all that distinguishes the types of scaling happens within a short text."""
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **keys}, "max_position_embeddings": SWITCH}
-
-
 ORIGINAL = {"original_max_position_embeddings": SWITCH}
 LONGER = {"max_position_embeddings": 4 * SWITCH}
 ROPES = {
@@ -64,7 +59,6 @@ ROPES = {
     "yarn mscale": rope("yarn", factor=4.0, mscale=1.0, mscale_all_dim=0.4, **ORIGINAL),
     "yarn attention": rope("yarn", factor=4.0, attention_factor=1.7, beta_fast=3, **ORIGINAL),
 }
-WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 KINDS = {
     "llama MHA": Kind(config={"num_key_value_heads": 8, "rms_norm_eps": 0.1}),
     "llama GQA": Kind(config={"num_key_value_heads": 4}),
@@ -100,24 +94,6 @@ KINDS = {
     "qwen3 attention bias": Kind("qwen3", {"head_dim": 12, "attention_bias": True, **WINDOW}, older=True),
     "qwen3 tied yarn": Kind("qwen3", {"head_dim": 16, "tie_word_embeddings": True, **ROPES["yarn"]}, older=True),
 }
-
-
-def make_model(family: str, config: dict[str, Any], seed: int) -> PreTrainedModel:
-    """Random weights, large enough for attention to have preferences; norms and biases are random too.
-
-    Heads have 16 numbers unless `config` says otherwise: the fast form has a kernel for some sizes only.
-    """
-    sizes = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 2}
-    made = AutoConfig.for_model(family, **{**sizes, **copy.deepcopy(config)})
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator)
-        if weight.ndim == 2:
-            noise *= 1 if "embed" in name else 2 / weight.shape[1] ** 0.5
-        weight.data.copy_(noise if weight.ndim == 2 or name.endswith("bias") else 1 + 0.3 * noise)
-    return model
 
 
 def write_hf(directory: Path, kind: Kind, seed: int) -> None:

@@ -1,6 +1,6 @@
 """Hugging Face's directories: what a configuration means, what is harmless in one, and what is refused, by name.
 
-tests/checkpoints/test_families.py compares logits; tests/checkpoints/test_inspect.py has the broken files.
+tests/checkpoints/test_families.py compares logits; tests/checkpoints/test_inspect_faults.py has the broken files.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import ARGS, run_program, split_checkpoint, write_checkpoint, write_tokenizer
+from tiny import ARGS, run_program, split_checkpoint, write_checkpoint, write_hf_checkpoint, write_tokenizer
 
 from llama import Llama, LlamaError
 from llama.checkpoints.convert import convert
@@ -26,8 +26,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    convert(write_checkpoint(tmp_path / "meta"), tmp_path / "hf", "hf")
-    return tmp_path / "hf"
+    return write_hf_checkpoint(tmp_path)
 
 
 def change_config(directory: Path, **changes: Any) -> None:
@@ -55,7 +54,7 @@ def refusal(directory: Path) -> str:
     [
         ({"model_type": "gemma"}, "model_type is 'gemma', expected one of llama, mistral, qwen2, qwen3"),
         ({"model_type": []}, "model_type is [], expected one of"),
-        ({"model_type": "drop"}, "model_type is None"),
+        ({"model_type": "drop", "architectures": "drop"}, "model_type is None"),
         ({"quantization_config": {"quant_method": "awq"}}, "the weights are quantized"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
         ({"hidden_size": "drop"}, "missing key hidden_size"),

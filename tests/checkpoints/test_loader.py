@@ -68,7 +68,7 @@ def test_dtype_is_converted_as_asked(directory: Path, name: object, dtype: torch
     llama = build(directory, dtype=name)
     assert {p.dtype for p in llama.model.parameters()} == {dtype}
     llama.text_completion(["hello"], max_gen_len=2)
-    assert llama.model.layers[0].attention.cache_k.dtype == dtype
+    assert llama.model.kv_cache.caches(llama.model.layers[0].attention, torch.empty(0))[0].dtype == dtype
     assert llama.model.freqs_cis is not None and llama.model.freqs_cis.dtype == torch.complex64
 
 

@@ -14,7 +14,7 @@ from tiny import run_program
 from llama.accelerate.kernels import cpu
 from llama.accelerate.memory_pages import mapped_ranges, release
 from llama.bench.measure import status_bytes
-from llama.checkpoints.hf_config import config_of
+from llama.checkpoints.hf_config_writing import config_of
 from llama.checkpoints.huggingface import hf_name
 from llama.checkpoints.loader import open_checkpoint
 from llama.checkpoints.meta import params_of
