@@ -89,7 +89,7 @@ class Padding:
         return x[torch.arange(len(x), device=x.device), self.starts + self.lengths - 1]
 
 
-def compute_states(model: Transformer, tokens: Tensor, padding: Padding) -> Tensor:
+def compute_padded_states(model: Transformer, tokens: Tensor, padding: Padding) -> Tensor:
     """Normed hidden states (B, T, dim) of tokens (B, T); those at padding mean nothing.
 
     Rows that are padded on the left are moved to the left first, so that causal attention sees no padding.
@@ -142,7 +142,7 @@ class CausalLM(nn.Module):
 
         Logits aren't returned: `losses.language_loss` holds those of a few positions at a time. `model` computes them.
         """
-        h = compute_states(self.model, tokens, Padding.find(tokens, lengths, attention_mask))
+        h = compute_padded_states(self.model, tokens, Padding.find(tokens, lengths, attention_mask))
         output = self.model.output
         return language_loss(h, output.compute_weight() if isinstance(output, LoraLinear) else output.weight, labels)
 
@@ -168,7 +168,7 @@ class SequenceClassifier(Head):
         regression.
         """
         padding = Padding.find(tokens, lengths, attention_mask)
-        h = padding.select_last(compute_states(self.model, tokens, padding))  # (B, dim)
+        h = padding.select_last(compute_padded_states(self.model, tokens, padding))  # (B, dim)
         logits = self.score(h).float()  # (B, labels)
         return Output(logits, None if labels is None else self.compute_loss(logits, labels))
 
@@ -198,7 +198,7 @@ class TokenClassifier(Head):
         labels: Tensor | None = None,
     ) -> Output:
         """logits (B, T, labels) of tokens (B, T). labels: (B, T), -100 where there is nothing to learn."""
-        h = compute_states(self.model, tokens, Padding.find(tokens, lengths, attention_mask))
+        h = compute_padded_states(self.model, tokens, Padding.find(tokens, lengths, attention_mask))
         logits = self.score(apply_dropout(h, self.config.dropout * self.training)).float()  # (B, T, labels)
         return Output(logits, None if labels is None else class_loss(logits, labels))
 
@@ -226,7 +226,7 @@ class QuestionAnswerer(Head):
         """
         padding = Padding.find(tokens, lengths, attention_mask)
         is_token = padding.mask_tokens(tokens.shape[1])
-        logits = self.qa_outputs(compute_states(self.model, tokens, padding)).float()  # (B, T, 2)
+        logits = self.qa_outputs(compute_padded_states(self.model, tokens, padding)).float()  # (B, T, 2)
         starts, ends = logits.masked_fill(~is_token[..., None], -math.inf).unbind(dim=-1)  # (B, T) each
         if start_positions is None and end_positions is None:
             return SpanOutput(starts, ends)

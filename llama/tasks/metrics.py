@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._util.packages import missing_error
 from ..errors import LlamaError
 
 Labels = str | Collection[str]
@@ -30,7 +31,7 @@ def classification_metrics(predicted: Sequence[Labels], expected: Sequence[Label
     try:
         from torchmetrics.functional.classification import multilabel_f1_score
     except ImportError:
-        raise not_installed_error() from None
+        raise missing_error("measuring", "torchmetrics") from None
     predicted_rows, expected_rows = (
         torch.tensor([[int(label in text) for label in labels] for text in texts]) for texts in (guesses, truths)
     )  # (texts, labels) each
@@ -49,7 +50,7 @@ def answer_metrics(predicted: Sequence[str], expected: Sequence[Collection[str]]
     try:
         from torchmetrics.functional.text import squad
     except ImportError:
-        raise not_installed_error() from None
+        raise missing_error("measuring", "torchmetrics") from None
     guesses: list[dict[str, str]] = [{"id": str(i), "prediction_text": text} for i, text in enumerate(predicted)]
     truths: list[dict[str, Any]] = [
         {"id": str(i), "answers": {"text": list(texts) or [""], "answer_start": [0] * max(len(texts), 1)}}
@@ -81,7 +82,3 @@ def measure_perplexity(loss: float) -> dict[str, float]:
 def check_pairs(predicted: Sized, expected: Sized) -> None:
     if not len(predicted) == len(expected) > 0:
         raise LlamaError(f"{len(predicted)} were predicted and {len(expected)} expected: give as many, at least one")
-
-
-def not_installed_error() -> LlamaError:
-    return LlamaError("torchmetrics isn't installed: pip install 'llama-reference[finetune]'")

@@ -5,8 +5,9 @@ Knows files and ranks; the network is in `heads`, the predictions in `predict`, 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, cast
 
 import torch
 import torch.distributed as dist
@@ -15,20 +16,25 @@ from torch import Tensor, nn
 from .. import parallel
 from .._util.device import choose_dtype
 from .._util.files import make_unfinished_directory, refuse_unwritable
+from .._util.ranks import long_timeout_group
 from .._util.validate import check_count
 from ..adapters.lora import LoraLinear
-from ..adapters.peft import load_adapter
+from ..adapters.merging import adapt
+from ..adapters.opening import find_base
+from ..adapters.peft import attach
+from ..adapters.reading import read_adapter
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.convert import as_local_path, check_target, write
 from ..checkpoints.fit import check_vocabulary, check_weights
 from ..checkpoints.loader import fetch_checkpoint, load_model, open_checkpoint, resolve_sizes
 from ..checkpoints.schema import Stored, ranks_per_part, split_dim, tensor_shapes
-from ..checkpoints.side_files import find_tokenizer
 from ..checkpoints.task_spec import SPECS, HeadConfig, ProblemType, TaskName
+from ..checkpoints.tokenizer_of import open_tokenizer_of
 from ..checkpoints.writing import allocate_on_disk
 from ..errors import LlamaError, shorten
 from ..model import Transformer
-from ..tokenization.hf_tokenizer import open_tokenizer
+from ..tokenization.chat_template import make_formatter
+from ..tokenization.inputs import Text, TextOptions
 from ..tokenization.protocol import AnyTokenizer
 from .heads import CausalLM, Head
 from .predict import Answer, AnswerOptions, Label, answer, answer_all, classify, tag
@@ -65,33 +71,49 @@ class TaskModel:
         has to be trained; "language" has no head.
         labels: the names of the classes, to "classify" or "tag". problem_type: to "classify"; None keeps the
         checkpoint's.
-        adapter_dir: an adapter as peft writes it, with the head that it was trained with. It is kept apart from the
-        weights, and merged in what `save` writes.
+        adapter_dir: an adapter as peft writes it, with the head that it was trained with. A and B are kept apart from
+        the weights, and merged in what `save` writes. Its directory may be ckpt_dir too, with the base that it names.
         Raises LlamaError, on every rank, for whatever can't work.
         """
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
-        directory = fetch_checkpoint(ckpt_dir)
+        ckpt_dir, adapter_dir = fetch_checkpoint(ckpt_dir), fetch_checkpoint(adapter_dir)
+        today = parallel.broadcast_object(datetime.now())
         with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
-            checkpoint = set_task(open_checkpoint(directory), task, labels, problem_type)
+            ckpt_dir, adapter_dir = find_base(ckpt_dir, adapter_dir)
+            checkpoint = source = set_task(open_checkpoint(ckpt_dir), task, labels, problem_type)
+            if adapter_dir is not None:
+                adapter = read_adapter(adapter_dir, checkpoint.sizes, checkpoint.family)
+                checkpoint = adapt(checkpoint, adapter, merge=False)
+                source = adapt(source, adapter, merge=False, dtype=None if dtype == "auto" else place.dtype)
             args, place = resolve_sizes(checkpoint, place, max_seq_len, max_batch_size, dtype == "auto")
-            tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(checkpoint))
+            tokenizer = open_tokenizer_of(checkpoint, tokenizer_path)
             check_vocabulary(args, tokenizer)
             check_weights(args, place, place.dtype.itemsize, "choose a smaller dtype")
-        model = load_model(checkpoint, args, place)
+        model = load_model(source, args, place)
         create_head = find_task(checkpoint.task).head
         head = create_head(model) if checkpoint.head is None else create_head(model, checkpoint.head)
         tensors = checkpoint.head_tensors
         if adapter_dir is not None:
-            tensors = {**tensors, **load_adapter(model, adapter_dir)}
+            attach(model, adapter)
+            tensors = {**tensors, **adapter.extra}
         with parallel.raise_together():
             load_head(head, tensors, SPECS[checkpoint.task].tensors, adapter_dir or checkpoint.directory)
-        return TaskModel(head.eval(), tokenizer, checkpoint)
+        return TaskModel(head.eval(), tokenizer, checkpoint, today=today)
 
-    def __init__(self, head: Head | CausalLM, tokenizer: AnyTokenizer, checkpoint: Checkpoint):
+    def __init__(
+        self,
+        head: Head | CausalLM,
+        tokenizer: AnyTokenizer,
+        checkpoint: Checkpoint,
+        *,
+        today: datetime | None = None,
+    ):
+        """today: the date that chat templates may write, the same on all ranks. None: now."""
         self.head = head
         self.tokenizer = tokenizer
+        self.formatter = make_formatter(tokenizer, today or datetime.now())
         self.checkpoint = checkpoint
 
     @property
@@ -107,9 +129,9 @@ class TaskModel:
         """(max_seq_len, max_batch_size)"""
         return self.model.params.max_seq_len, self.model.params.max_batch_size
 
-    def classify(self, texts: Sequence[str]) -> list[list[Label]]:
-        """The labels of each text: see `predict.classify`."""
-        return classify(self._get_head("classify"), self.tokenizer, texts, *self._sizes)
+    def classify(self, texts: Sequence[Text], **options: Unpack[TextOptions]) -> list[list[Label]]:
+        """The labels of each text or dialog: see `predict.classify`."""
+        return classify(self._get_head("classify"), self.tokenizer, texts, *self._sizes, self.formatter, **options)
 
     def tag(self, texts: Sequence[str], *, whole_words: bool = True) -> list[list[Span]]:
         """The spans in each text: see `predict.tag`."""
@@ -135,7 +157,7 @@ class TaskModel:
         dtype: of the tensors; None: the checkpoint's. force: replace a checkpoint in `directory`. Raises LlamaError, on
         all ranks, for what can't be written, and for a directory that holds files unless `force` is on.
         """
-        with parallel.long_timeout_group() as ranks:
+        with long_timeout_group() as ranks:
             with parallel.raise_together(ranks), refuse_unwritable(directory):
                 saved_dtype = choose_dtype(dtype or self.checkpoint.dtype, torch.device("cpu"))
                 target = as_local_path(directory)
@@ -200,10 +222,14 @@ def set_task(
     if labels is not None and (spec.outputs is not None or not isinstance(labels, list | tuple)):
         raise LlamaError(f"labels is {shorten(labels)}, expected a list of names to classify or tag by, or None")
     if problem_type is not None and not spec.has_problem_type:
-        raise LlamaError(f"problem_type is {problem_type!r}, expected None: the task is {task}, and not classify")
+        raise LlamaError(
+            f"problem_type is {shorten(problem_type)}, expected None: the task is {task}, and not classify"
+        )
     if not spec.tensors:
         if checkpoint.head is not None:
             raise LlamaError(f"{checkpoint.directory} has no output layer: it was made to {checkpoint.task} texts")
+        if not checkpoint.has_output:
+            raise LlamaError(f"{checkpoint.directory} has no output layer: it was saved to embed texts")
         return checkpoint
     head = checkpoint.head if checkpoint.task == task else None
     if head is not None and (labels is None or tuple(labels) == head.labels):
@@ -226,10 +252,11 @@ def gather_tensors(model: Transformer, buffers: dict[str, list[Tensor]]) -> dict
         return {}  # a data-parallel copy of the model
     for name in tensor_shapes(model.params):
         layer, dim = model.get_submodule(name.rpartition(".")[0]), split_dim(name)
-        if isinstance(layer, LoraLinear) and name.endswith(".weight"):
-            part = layer.compute_weight().detach().cpu()
+        if isinstance(layer, LoraLinear):
+            merged = layer.compute_weight() if name.endswith(".weight") else layer.compute_bias()
         else:
-            part = model.get_parameter(name).detach().cpu()
+            merged = model.get_parameter(name)
+        part = cast(Tensor, merged).detach().cpu()
         if ranks.size() == 1 or dim is None:
             tensors[name] = Stored(name, (part,))
             continue

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import parallel
+from .._util.console import progress_bar
 from .._util.validate import check_count, check_list, check_texts, is_integer
-from ..engine.scoring import batch_by_length, check_lengths, encode_texts, not_finite_error
-from ..errors import LlamaError
+from ..engine.not_finite import not_finite_error
+from ..engine.scoring import check_lengths
+from ..errors import LlamaError, shorten
+from ..tokenization.inputs import Text, TextOptions, around_pair, around_text, encode_inputs
 from ..tokenization.offsets import Offsets, encode_with_offsets
-from ..tokenization.protocol import AnyTokenizer
+from ..tokenization.protocol import AnyChatFormat, AnyTokenizer
 from .spans import (
     Candidate,
     Span,
@@ -72,23 +75,33 @@ class ContextWindow:
     text: int  # the index of the text
     start: int  # the window's first token of the text
     end: int  # exclusive
-    tokens: list[int]  # of the whole row: what comes before the window, and the window
+    tokens: list[int]  # of the whole row: what comes before the window, the window, and what comes after it
+    first: int  # the place of the window's first token in the row
 
 
 @torch.no_grad()
 def classify(
-    head: "SequenceClassifier", tokenizer: AnyTokenizer, texts: Sequence[str], max_seq_len: int, max_batch_size: int
+    head: "SequenceClassifier",
+    tokenizer: AnyTokenizer,
+    texts: Sequence[Text],
+    max_seq_len: int,
+    max_batch_size: int,
+    formatter: AnyChatFormat | None = None,
+    **options: Unpack[TextOptions],
 ) -> list[list[Label]]:
     """The labels of each text, in the order of the texts.
 
+    A text has the tokens that its tokenizer puts around it. Instead of a text there may be a dialog, which `formatter`
+    writes, up to its last message. allowed_special: names of control tokens that become tokens in texts.
+
     The head's problem type decides which: the likeliest label (softmax); all labels with a probability of at least 0.5,
     maybe none, in the order of the head's labels (sigmoid); or every number of a regression.
-    Raises LlamaError, before any forward pass, unless `texts` is a list of texts of at least one character and at most
-    max_seq_len tokens each; and after a pass for logits that aren't finite.
+    Raises LlamaError, before any forward pass, unless `texts` is a list of dialogs, and of texts of at least one
+    character, of at most max_seq_len tokens each; and after a pass for logits that aren't finite.
     """
     with parallel.raise_together(parallel.group()):
         check_sizes(max_seq_len, max_batch_size)
-        rows = encode_texts(tokenizer, texts)
+        rows = encode_inputs(tokenizer, formatter, texts, **options)
         check_lengths(rows, max_seq_len)
     labels: list[list[Label]] = [[] for _ in rows]
     for batch, output in run_batches(head, rows, max_batch_size, "classifying"):
@@ -121,10 +134,10 @@ def tag(
         check_sizes(max_seq_len, max_batch_size)
         check_texts(texts, "text")
         encodings = [encode_with_offsets(tokenizer, text, bos=False) for text in texts]
-        prefix = tokenizer.encode("", bos=True, eos=False)
-        room = count_room(prefix, max_seq_len, "what stands before every text")
+        around = around_text(tokenizer)
+        room = count_room([*around.before, *around.after], max_seq_len, "what stands around every text")
         windows = [
-            ContextWindow(i, start, end, prefix + ids[start:end])
+            make_window(i, start, end, [*around.before], ids, around.after)
             for i, (ids, _) in enumerate(encodings)
             for start, end in split_windows(len(ids), room, room // 2)
         ]
@@ -133,7 +146,7 @@ def tag(
     predictions: list[tuple[ContextWindow, Tensor]] = []
     for batch, output in run_batches(head, [window.tokens for window in windows], max_batch_size, "tagging"):
         for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            logits = logits[len(prefix) : len(windows[i].tokens)]  # (T, labels)
+            logits = logits[windows[i].first :][: windows[i].end - windows[i].start]  # (T, labels)
             check_finite(logits, windows[i].text, head)
             predictions.append((windows[i], logits.softmax(-1)))
     for window, probabilities in sorted(predictions, key=lambda pair: -pair[0].start):  # earlier windows overwrite
@@ -203,10 +216,10 @@ def answer_all(
             logits = logits[:, :length]  # (2, T): starts and ends
             check_finite(logits, window.text, head)
             null_logits[window.text] = min(null_logits[window.text], float(logits[:, 0].double().sum()))
-            first, context = length - (window.end - window.start), contexts[window.text]
-            characters = offsets[window.text][window.start : window.end]
+            context, characters = contexts[window.text], offsets[window.text][window.start : window.end]
             allowed = torch.tensor([context[start:end].strip() != "" for start, end in characters])
-            for span in find_best_spans(logits[0, first:], logits[1, first:], allowed, max_answer_tokens, compared):
+            starts, ends = logits[:, window.first :][:, : len(characters)]
+            for span in find_best_spans(starts, ends, allowed, max_answer_tokens, compared):
                 start, end = strip_range(context, characters[span.start][0], characters[span.end][1])
                 candidates[window.text].append(Candidate(start, end, span.score))
     return [
@@ -225,11 +238,13 @@ def check_sizes(max_seq_len: int, max_batch_size: int) -> None:
 
 def check_answer_options(doc_stride: int, max_answer_tokens: int, n_best: int, null_threshold: float | None) -> None:
     if not is_integer(doc_stride, 0):
-        raise LlamaError(f"doc_stride is {doc_stride!r}, expected a whole number of at least 0")
+        raise LlamaError(f"doc_stride is {shorten(doc_stride)}, expected a whole number of at least 0")
     check_count("max_answer_tokens", max_answer_tokens)
     check_count("n_best", n_best)
     if null_threshold is not None and (not isinstance(null_threshold, Real) or math.isnan(null_threshold)):
-        raise LlamaError(f"null_threshold is {null_threshold!r}, expected a number, or None for always an answer")
+        raise LlamaError(
+            f"null_threshold is {shorten(null_threshold)}, expected a number, or None for always an answer"
+        )
 
 
 def count_room(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
@@ -245,10 +260,20 @@ def count_room(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
 def check_finite(logits: Tensor, text: int, head: nn.Module) -> None:
     """Raise LlamaError, naming the text by its index, for logits that aren't finite."""
     if not logits.isfinite().all():
-        raise not_finite_error(text, "logits", next(head.parameters()).dtype)
+        raise not_finite_error(head, f"text {text}: the logits are")
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def batch_by_length(rows: Sequence[Sequence[int]], size: int, label: str) -> Iterator[list[int]]:
+    """Places of rows in batches of `size`, the longest first, under a progress bar, which counts tokens."""
+    places = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    with progress_bar(label, sum(map(len, rows)), " tokens", delayed=True) as bar:
+        for i in range(0, len(places), size):
+            batch = places[i : i + size]
+            yield batch
+            bar.update(sum(len(rows[i]) for i in batch))
 
 
 def run_batches(
@@ -256,7 +281,7 @@ def run_batches(
 ) -> Iterator[tuple[list[int], Any]]:
     """(indices of rows, the head's output for them), a batch at a time. label: the progress bar's."""
     device = next(head.parameters()).device
-    for batch in batch_by_length(range(len(rows)), lambda i: len(rows[i]), max_batch_size, label):
+    for batch in batch_by_length(rows, max_batch_size, label):
         tokens = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
         lengths = torch.tensor([len(rows[i]) for i in batch])  # (B)
         yield batch, head(tokens.to(device), lengths.to(device))
@@ -282,20 +307,27 @@ def encode_pairs(
     questions, contexts = [question for question, _ in pairs], [context for _, context in pairs]
     check_texts(questions, "question")
     check_texts(contexts, "context")
-    prefix = tokenizer.encode("", bos=True, eos=False)
+    around = around_pair(tokenizer)
     context_offsets, windows = [], []
     for i, (question, context) in enumerate(pairs):
-        before = tokenizer.encode(question, bos=True, eos=False) + prefix
+        before = [*around.before, *tokenizer.encode(question, bos=False, eos=False), *around.between]
         ids, offsets = encode_with_offsets(tokenizer, context, bos=False)
         if not any(context[start:end].strip() for start, end in offsets):
             raise LlamaError(f"context {i} has no token but white space: expected a text that may hold an answer")
-        room = count_room(before, max_seq_len, f"question {i}")
+        room = count_room([*before, *around.after], max_seq_len, f"question {i}")
         windows += [
-            ContextWindow(i, start, end, before + ids[start:end])
+            make_window(i, start, end, before, ids, around.after)
             for start, end in split_windows(len(ids), room, doc_stride)
         ]
         context_offsets.append(offsets)
     return contexts, context_offsets, windows
+
+
+def make_window(
+    text: int, start: int, end: int, before: list[int], ids: list[int], after: Sequence[int]
+) -> ContextWindow:
+    """The window of the text's `ids` from `start` to `end`, with other tokens around it."""
+    return ContextWindow(text, start, end, [*before, *ids[start:end], *after], len(before))
 
 
 def rank_answers(

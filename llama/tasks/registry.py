@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..adapters.peft import PeftTask
 from ..checkpoints.task_spec import SPECS, TaskName, TaskSpec
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from .heads import CausalLM, Head, QuestionAnswerer, SequenceClassifier, TokenClassifier
 from .metrics import answer_metrics, classification_metrics, span_metrics
 
@@ -60,5 +60,5 @@ TASKS: dict[TaskName, Task] = {
 def find_task(name: TaskName) -> Task:
     """The task's record. Raises LlamaError for a name that isn't in the table."""
     if name not in TASKS:
-        raise LlamaError(f"task is {name!r}, expected one of {', '.join(TASKS)}")
+        raise LlamaError(f"task is {shorten(name)}, expected one of {', '.join(TASKS)}")
     return TASKS[name]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._util.files import unreadable_error
+from .._util.files import read_bytes, unreadable_error
 from .._util.json_lines import parse_object
 from ..checkpoints.task_spec import ProblemType, TaskName
 from ..errors import LlamaError, pluralize
@@ -33,7 +33,7 @@ class Line:
 def read_lines(path: str | Path, task: TaskName) -> list[Line]:
     """All lines that aren't empty. Raises LlamaError that names the lines that can't be used, and why."""
     try:
-        contents = Path(path).read_bytes().split(b"\n")
+        contents = read_bytes(path).split(b"\n")
     except OSError as e:
         raise unreadable_error(Path(path), e) from e
     lines, problems = [], []

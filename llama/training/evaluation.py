@@ -3,14 +3,14 @@
 Knows tasks, their metrics and curves; knows no optimizer.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .._util.plots import create_figure, has_matplotlib, save_figure
+from .._util.packages import find_missing, missing_error
+from .._util.plots import create_figure, save_figure
 from ..checkpoints.task_spec import TaskName
 from ..errors import LlamaError
 from ..tasks.model import TaskModel
@@ -23,11 +23,8 @@ from .registry import TRAINING_TASKS
 
 def check_packages(evaluates: bool) -> None:
     """Raise LlamaError unless the packages that draw the curves, and that measure, are installed."""
-    missing = [] if has_matplotlib() else ["matplotlib"]
-    if evaluates and importlib.util.find_spec("torchmetrics") is None:
-        missing.append("torchmetrics")
-    if missing:
-        raise LlamaError(f"{' and '.join(missing)} isn't installed: pip install 'llama-reference[finetune]'")
+    if missing := find_missing("matplotlib", *["torchmetrics"] * evaluates):
+        raise missing_error("training", *missing)
 
 
 def is_regression(model: TaskModel) -> bool:

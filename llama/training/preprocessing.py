@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..tasks.losses import IGNORED
 from ..tasks.predict import DOC_STRIDE, encode_pairs
 from ..tasks.spans import split_windows
+from ..tokenization.dialog_rows import encode_rows
+from ..tokenization.inputs import around_text, encode_whole
 from ..tokenization.offsets import encode_with_offsets
 from ..tokenization.protocol import AnyChatFormat, AnyTokenizer
-from .record_formats import OUTSIDE, Record
+from .record_formats import DIALOG_KEYS, OUTSIDE, Record
 
 pad = partial(pad_sequence, batch_first=True)
 
@@ -47,7 +49,7 @@ class Preprocessor:
 
     def find_class(self, label: str) -> int:
         if label not in self.classes:
-            raise LlamaError(f"{label!r} is no label of the head: known are {', '.join(self.classes)}")
+            raise LlamaError(f"{shorten(label)} is no label of the head: known are {', '.join(self.classes)}")
         return self.classes[label]
 
     def check_length(self, tokens: list[int]) -> list[int]:
@@ -63,7 +65,7 @@ class Preprocessor:
 
 
 def read_language(preprocessor: Preprocessor, record: Record) -> list[Example]:
-    """A text is cut into as many rows as it needs; of prompts and dialogs only the answer is learnt."""
+    """A text is cut into as many rows as it needs; of prompts and dialogs only the answers are learnt."""
     tokenizer, size = preprocessor.tokenizer, preprocessor.max_seq_len
     if "text" in record:
         tokens = tokenizer.encode(record["text"], bos=True, eos=True)
@@ -73,16 +75,21 @@ def read_language(preprocessor: Preprocessor, record: Record) -> list[Example]:
         prompt = tokenizer.encode(record["prompt"], bos=True, eos=False)
         answer = tokenizer.encode(record["completion"], bos=False, eos=True)
     else:
-        *before, last = record["messages"]
-        prompt = preprocessor.formatter.encode_dialog_prompt(before)
-        answer = tokenizer.encode(last["content"], bos=False, eos=False)
-        answer.append(preprocessor.formatter.end_of_turn)
+        options = {name: record[name] for name in DIALOG_KEYS if name in record}
+        dialog_rows = encode_rows(preprocessor.formatter, record["messages"], **options)
+        return [_learn(preprocessor.check_length(row.tokens), row.learnt) for row in dialog_rows]
     return [Example(preprocessor.check_length(prompt + answer), [IGNORED] * len(prompt) + answer)]
+
+
+def _learn(tokens: list[int], learnt: list[bool]) -> Example:
+    """An example of these tokens; the first isn't predicted by any, and so never learnt."""
+    learnt = [False, *learnt[1:]]
+    return Example(tokens, [token if flag else IGNORED for token, flag in zip(tokens, learnt, strict=True)])
 
 
 def read_classify(preprocessor: Preprocessor, record: Record) -> list[Example]:
     """The target is a class, a tuple of 0.0 and 1.0 for all classes, or a tuple of one number."""
-    tokens = preprocessor.check_length(preprocessor.tokenizer.encode(record["text"], bos=True, eos=False))
+    tokens = preprocessor.check_length(encode_whole(preprocessor.tokenizer, record["text"]))
     label = record.get("label")
     if label is None:
         labels = {preprocessor.find_class(name) for name in record["labels"]}
@@ -100,10 +107,12 @@ def read_tag(preprocessor: Preprocessor, record: Record) -> list[Example]:
             if start < span["end"] and end > span["start"]:
                 labels[i] = preprocessor.find_class(f"{'B' if begins else 'I'}-{span['label']}")
                 begins = False
-    prefix = preprocessor.tokenizer.encode("", bos=True, eos=False)
+    around = around_text(preprocessor.tokenizer)
+    ignored_before, ignored_after = [IGNORED] * len(around.before), [IGNORED] * len(around.after)
+    room = preprocessor.max_seq_len - len(around.before) - len(around.after)
     return [
-        Example(prefix + ids[start:end], [IGNORED] * len(prefix) + labels[start:end])
-        for start, end in split_windows(len(ids), preprocessor.max_seq_len - len(prefix), 0)
+        Example([*around.before, *ids[start:end], *around.after], ignored_before + labels[start:end] + ignored_after)
+        for start, end in split_windows(len(ids), room, 0)
     ]
 
 
@@ -113,7 +122,7 @@ def read_answer(preprocessor: Preprocessor, record: Record) -> list[Example]:
     _, (offsets,), windows = encode_pairs(preprocessor.tokenizer, pair, preprocessor.max_seq_len, DOC_STRIDE)
     examples = []
     for window in windows:
-        target, before = (0, 0), len(window.tokens) - (window.end - window.start)
+        target, before = (0, 0), window.first
         for answer in record["answers"][:1]:  # of several right answers, the first
             first, last = answer["start"], answer["start"] + len(answer["text"])
             overlapping = [i for i, (start, end) in enumerate(offsets) if start < last and end > first]

@@ -1,6 +1,7 @@
 """What a record of each task holds: its checks, its classes, the model's input and the expected prediction.
 
-    language  {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [..., {"role": "assistant", ...}]}
+    language  {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [..., {"role": "assistant", ...}]}, with
+              which "tools", "documents" and "chat_template_kwargs" may stand
     classify  {"text": ..., "label": "name"}, {"text": ..., "labels": ["name", ...]} or {"text": ..., "label": 0.5}
     tag       {"text": ..., "spans": [{"start": 0, "end": 5, "label": "name"}, ...]}
     answer    {"question": ..., "context": ..., "answers": [{"text": ..., "start": 0}, ...]}, [] if there is no answer
@@ -18,6 +19,7 @@ from ..checkpoints.task_spec import ProblemType
 from ..errors import LlamaError, describe, shorten
 
 Record = dict[str, Any]
+DIALOG_KEYS = "tools", "documents", "chat_template_kwargs"  # that go with messages, for the chat template
 OUTSIDE = "O"  # the label of tokens in no span
 
 
@@ -44,7 +46,8 @@ def check_language(record: Record) -> None:
     messages = record["messages"]
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         raise LlamaError(f"messages is {describe(messages)}, expected a list of messages")
-    if messages[-1].get("role") != "assistant" or not isinstance(messages[-1].get("content"), str):
+    last = messages[-1]
+    if last.get("role") != "assistant" or not (isinstance(last.get("content"), str | list) or last.get("tool_calls")):
         raise LlamaError("the last message isn't the assistant's, which is what is learnt")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoints.task_spec import SPECS, ProblemType, TaskName
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..tasks.metrics import measure_perplexity
 from ..tasks.registry import TASKS, Task
 from . import record_formats as formats
@@ -88,5 +88,5 @@ def register(task: TrainingTask) -> None:
     """
     name = task.task.spec.name
     if name in SPECS:
-        raise LlamaError(f"there is a task {name!r} already: choose another name")
+        raise LlamaError(f"there is a task {shorten(name)} already: choose another name")
     SPECS[name], TASKS[name], TRAINING_TASKS[name] = task.task.spec, task.task, task

@@ -14,7 +14,7 @@ import torch
 from fairscale.nn.model_parallel.initialize import get_data_parallel_rank, get_model_parallel_rank
 
 from .. import parallel
-from .._util.files import PARTIAL, read_json, refuse_unwritable, write_json, write_whole
+from .._util.files import PARTIAL, check_file, read_json, refuse_unwritable, write_json, write_whole
 from .._util.resumable import BEGIN_ANEW, check_same_job, refuse_damaged
 from .._util.validate import is_integer
 from ..errors import LlamaError, to_one_line
@@ -54,7 +54,7 @@ class ResumableTraining:
         path = self.directory / NAME
         if force:
             return Progress()
-        if path.is_file():
+        if path.exists():
             return self._read_progress(path)
         # A run that was killed while it wrote its first progress leaves only that file's temporary form.
         temporary = NAME + PARTIAL
@@ -96,6 +96,7 @@ class ResumableTraining:
         """Pass this rank's state after `progress.step`, on the CPU, to `load_state`. Raises LlamaError on all ranks."""
         path = self._state_path(self.progress.step)
         with parallel.raise_together():
+            check_file(path)
             try:
                 load_state(torch.load(path, map_location="cpu", weights_only=True))
             except Exception as e:

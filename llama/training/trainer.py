@@ -16,10 +16,11 @@ from torch import nn
 
 from .. import parallel
 from .._util.console import ProgressBar, progress_bar, say
-from ..adapters.lora import add_lora
+from ..adapters.lora import add_lora, has_lora
 from ..adapters.peft import save_adapter
 from ..checkpoints.convert import check_target
 from ..checkpoints.fit import check_weights
+from ..checkpoints.loader import holds_adapter
 from ..checkpoints.task_spec import SPECS
 from ..errors import LlamaError
 from ..parallel import Place
@@ -68,6 +69,7 @@ def finetune(
     if files.progress.ended:
         say(f"{config.output}: all is done already")
         return
+    is_adapted = config.lora is not None or config.adapter_dir is not None or holds_adapter(ckpt_dir)
     model = TaskModel.build(
         ckpt_dir,
         tokenizer_path,
@@ -75,11 +77,14 @@ def finetune(
         config.micro_batch_size or config.batch_size,
         model_parallel_size,
         task=config.task,
+        adapter_dir=config.adapter_dir,
         device=device,
-        dtype=place.dtype if config.lora else torch.float32,
+        dtype=place.dtype if is_adapted else torch.float32,
         **head,
     )
     Training(config, model, place, train_lines, eval_lines, files).run()
+    if parallel.is_main_process():
+        say(f"wrote {config.output}: {', '.join(sorted(path.name for path in Path(config.output).iterdir()))}")
 
 
 def read_data(config: TrainingConfig) -> tuple[list[Line], list[Line]]:
@@ -138,10 +143,15 @@ class Training:
             self.train_examples = make_examples(preprocessor, config.task, train_lines, config.data)
             self.eval_examples = make_examples(preprocessor, config.task, eval_lines, config.eval or "")
             check_target(model.checkpoint, files.directory, force=True)
-            if config.lora is None:
-                check_weights(model.model.params, place, ADAM_BYTES, "train with lora")
-            else:
+            if config.lora is not None:
                 add_lora(model.model, config.lora, config.seed)
+            elif model.checkpoint.adapter is not None and not has_lora(model.model):
+                raise LlamaError(
+                    f"{model.checkpoint.adapter} adapts no linear layer, which could be trained further: write a model "
+                    "with it merged (python -m llama convert), and train that"
+                )
+            elif not has_lora(model.model):
+                check_weights(model.model.params, place, ADAM_BYTES, "train with lora")
         for parameter in self.head_parameters().values():
             parameter.data = parameter.data.float()
         if config.recompute:
@@ -264,9 +274,10 @@ class Training:
     def save_model(self) -> None:
         """Write the model with any adapter merged, and the adapter by itself."""
         directory, config = self.files.directory, self.config
-        if config.lora is None or config.merge:
+        is_adapted = has_lora(self.model.model)
+        if not is_adapted or config.merge:
             self.model.save(directory, force=True)
-        if config.lora is not None:
+        if is_adapted:
             checkpoint = self.model.checkpoint
             save_adapter(
                 self.model.model,
@@ -275,6 +286,7 @@ class Training:
                 extra={name: parameter.data for name, parameter in self.head_parameters().items()},
                 task_type=TASKS[config.task].peft_type,
                 prefix=checkpoint.body,
+                family=checkpoint.family,
             )
 
     def load_state(self, state: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from answering_program import Own, results
 from conftest import make_twin, numbers_in
+from published_tokenizers import FAMILIES, PARAGRAPH, save
 from rank_pool import RankPool
-from test_hf_tokenizer import FAMILIES, PARAGRAPH, save
 from tiny import ARGS, write_checkpoint
 from tokenizers import processors
 from torch import Tensor, nn

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_hf_tokenizer import some
+from vocabulary import some
 
 from llama.errors import LlamaError
 from llama.tasks.spans import (

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from test_hf_tokenizer import FAMILIES, save
+from json_lines import write
+from published_tokenizers import FAMILIES, save
+from records import GOOD
 from vocabulary import SPECIALS, texts, unhurried
 
 from llama import LlamaError
@@ -26,23 +28,6 @@ from llama.training.preprocessing import DOC_STRIDE, Example, Preprocessor
 
 AnyTokenizer = Tokenizer | HFTokenizer
 LABELS = ("O", "B-x", "I-x", "B-y", "I-y")
-GOOD: dict[str, list[Any]] = {
-    "language": [
-        {"text": "a"},
-        {"prompt": "a", "completion": " b", "id": 7},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-    ],
-    "classify": [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}],
-    "tag": [
-        {"text": "In Rome", "spans": [{"start": 3, "end": 7, "label": "x"}]},
-        {"text": "In", "spans": [{"start": 0, "end": 1, "label": "y"}, {"start": 1, "end": 2, "label": "y"}]},
-        {"text": "a", "spans": []},
-    ],
-    "answer": [
-        {"question": "who?", "context": "Ann", "answers": [{"text": "Ann", "start": 0}, {"text": "nn", "start": 1}]},
-        {"question": "who?", "context": "é", "answers": []},
-    ],
-}
 SPAN = {"start": 0, "end": 1, "label": "x"}
 BAD: list[tuple[str, Any, str]] = [
     ("language", b"{", "the line is not JSON: Expecting property name"),
@@ -87,13 +72,6 @@ BAD: list[tuple[str, Any, str]] = [
     ("answer", {"question": "a", "context": "ab", "answers": [{"text": "a", "start": 1}]}, "doesn't say 'a' at char"),
     ("answer", {"question": "a", "context": "ab", "answers": [{"text": "a", "start": 9}]}, "doesn't say 'a' at char"),
 ]
-
-
-def write(path: Path, lines: list[Any]) -> Path:
-    """Write lines: bytes as they are, other values as JSON."""
-    path.write_bytes(b"".join((x if isinstance(x, bytes) else json.dumps(x).encode()) + b"\n" for x in lines))
-    return path
-
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -161,7 +139,8 @@ def tokenizer(request: pytest.FixtureRequest, small: Tokenizer, tmp_path_factory
     if request.param == "tiktoken":
         return small
     family = FAMILIES[request.param]
-    config = {**family.config, "chat_template": family.template}
+    template = family.template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    config = {**family.config, "chat_template": template}
     return HFTokenizer(save(tmp_path_factory.mktemp("records"), family.make(), config))
 
 
@@ -208,10 +187,10 @@ def test_a_completion_alone_is_learnt(tokenizer: AnyTokenizer, prompt: str, comp
 
 @unhurried
 @given(asked=texts.filter(str.strip), answer=texts)
-def test_the_last_answer_of_a_dialog_is_learnt(tokenizer: AnyTokenizer, asked: str, answer: str) -> None:
+def test_the_answers_of_a_dialog_are_learnt(tokenizer: AnyTokenizer, asked: str, answer: str) -> None:
     before = [
         {"role": "user", "content": "first"},
-        {"role": "assistant", "content": "not learnt"},
+        {"role": "assistant", "content": "the earlier one"},
         {"role": "user", "content": asked},
     ]
     made = preprocessor(tokenizer, 10_000)
@@ -220,8 +199,14 @@ def test_the_last_answer_of_a_dialog_is_learnt(tokenizer: AnyTokenizer, asked: s
     check_language(row, 10_000)
     prompt = made.formatter.encode_dialog_prompt(before)  # type: ignore[arg-type]
     assert row.tokens[: len(prompt)] == prompt
-    *said, end = learnt(row)
-    assert said == tokenizer.encode(answer, bos=False, eos=False) and end in tokenizer.stop_tokens
+    whole = made.formatter.encode_dialog_prompt(dialog["messages"], add_generation_prompt=False)  # type: ignore[arg-type]
+    assert row.tokens == whole
+    answers = learnt(row)
+    ends = [i for i, token in enumerate(answers) if token in tokenizer.stop_tokens]
+    assert len(ends) == 2 and ends[1] == len(answers) - 1
+    for said, start, end in (("the earlier one", 0, ends[0]), (answer, ends[0] + 1, ends[1])):
+        plain = tokenizer.decode(tokenizer.encode(said, bos=False, eos=False)).strip()
+        assert tokenizer.decode(answers[start:end]).strip() in (plain, said.strip())
 
 
 def test_what_is_no_dialog_is_named_by_its_line(small: Tokenizer) -> None:

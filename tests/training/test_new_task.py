@@ -7,8 +7,8 @@ from pathlib import Path
 import letter_count
 import pytest
 import torch
-from test_dataset import write
-from test_trainer import CPU, base
+from json_lines import write
+from tiny_training import CPU, base
 
 from llama import LlamaError, TaskModel
 from llama.checkpoints.inspect import report_on
