@@ -17,31 +17,31 @@ from torch import Tensor
 from . import parallel
 from ._util.validate import check_count, check_dialogs, check_seed, check_texts
 from .accelerate.accelerator import Acceleration
-from .accelerate.quantization import Quantization, bits_of
-from .checkpoints.fit import check_draft, check_memory, check_vocabulary
-from .checkpoints.loader import fetch_checkpoint, prepare_model
-from .checkpoints.side_files import find_tokenizer
+from .accelerate.quantization import Quantization
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.loader import check_prepared, fetch_checkpoint, holds_adapter, open_checkpoint, prepare_model
+from .checkpoints.tokenizer_of import open_tokenizer_of
 from .engine.beam_search import Beams
-from .engine.engine import Engine
-from .engine.model_runner import OutputOptions, settle
+from .engine.engine import CallOptions, Engine
 from .engine.outputs import (
     ChatPrediction,
     Completion,
     CompletionPrediction,
+    collect,
     describe_completion,
-    drain_stream,
     select_best,
 )
 from .engine.request_checks import check_best_of
-from .engine.scoring import Pooling, Score, embed, score
-from .engine.sequence import Step
+from .engine.scoring import Pooling, Score, ScoringOptions, embed, score
+from .engine.sequence import OutputOptions, Step
 from .engine.speculative import SPECULATE_K
 from .model import Transformer
 from .sampling import sample_top_p
-from .settings import Options, settings_of_rows
-from .tokenization.chat_template import make_formatter
-from .tokenization.hf_tokenizer import open_tokenizer
+from .tokenization.chat_template import find_variables, make_formatter
+from .tokenization.inputs import Text, TextOptions
+from .tokenization.messages import split_options
 from .tokenization.protocol import AnyTokenizer
+from .tokenization.texts import read_content
 from .tokenizer import Dialog, Message
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
@@ -49,11 +49,20 @@ __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message
 PREFILL_CHUNK = 2048  # tokens of prompts in one forward pass
 
 
+def open_model(ckpt_dir: str | Path, adapter_dir: str | Path | None, dtype: torch.dtype | None) -> Checkpoint:
+    """The checkpoint, with the adapter in its tensors, those in this dtype; None: the files'."""
+    if adapter_dir is None and not holds_adapter(ckpt_dir):
+        return open_checkpoint(ckpt_dir)
+    from .adapters.opening import open_adapted  # here: a model without an adapter doesn't need that wing
+
+    return open_adapted(ckpt_dir, adapter_dir, dtype=dtype)
+
+
 class Llama:
     """A Transformer and its Tokenizer: `Llama.build(...)`, then `text_completion`, `chat_completion`, `generate`.
 
-    It has one KV cache, so one stream at a time. On several ranks, every rank makes the same calls with the same
-    arguments.
+    Calls may come from several threads, and streams may be drained in turn. On several ranks, every rank makes the same
+    calls with the same arguments, from one thread.
     """
 
     @staticmethod
@@ -71,6 +80,8 @@ class Llama:
         quantization: Quantization | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         draft_ckpt_dir: str | Path | None = None,
+        adapter_dir: str | Path | None = None,
+        kv_cache_gb: float | None = None,
     ) -> "Llama":
         """Load a checkpoint directory on the ranks that run.
 
@@ -78,38 +89,46 @@ class Llama:
         tokenizer.model or tokenizer.json; default: the one in ckpt_dir. max_seq_len, max_batch_size: the size of the KV
         cache, and so of what fits in one call. model_parallel_size: default: the world size. device, dtype: names or
         torch's objects; default: the best there is; dtype "auto" is that of the files.
-
         compile: prepare all decoding steps before the first answer. torch compiles them, which takes a while, and less
         in later runs; on a CPU with kernels they are captured instead, which takes hardly any time.
         quantization: "int8" or "int4" quantizes the matrices while they are loaded, to a half or a third of bfloat16's
         bytes. Matrices that the checkpoint stores quantized stay as they are.
         prefill_chunk: tokens of prompts, of all rows together, that one forward pass takes at most.
         draft_ckpt_dir: a smaller model of the same vocabulary that proposes tokens; see `stream`.
-
+        adapter_dir: an adapter of peft's, which is merged into the weights, with its tokenizer if it has one. Its
+        directory may also be ckpt_dir: the base is then the one that it names. See docs/adapters.md.
+        kv_cache_gb: memory of a rank's KV cache, for all that runs and for cached prefixes; default: that of
+        max_batch_size rows of max_seq_len tokens.
         Raises LlamaError, on every rank, for whatever can't work.
         """
         acceleration = Acceleration(quantization, compile)
         place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
-        draft_dirs = [] if draft_ckpt_dir is None else [draft_ckpt_dir]
-        directories = [fetch_checkpoint(directory) for directory in (ckpt_dir, *draft_dirs)]
+        ckpt_dir, adapter_dir = fetch_checkpoint(ckpt_dir), fetch_checkpoint(adapter_dir)
+        draft_ckpt_dir = fetch_checkpoint(draft_ckpt_dir)
         today = parallel.broadcast_object(datetime.now())  # chat templates may write the date
         with parallel.raise_together():
             check_count("max_seq_len", max_seq_len)
             check_count("max_batch_size", max_batch_size)
             check_count("prefill_chunk", prefill_chunk)
             check_seed(seed)
-            sizes = max_seq_len, max_batch_size
-            main, *drafts = [
-                prepare_model(directory, place, acceleration, *sizes, dtype == "auto") for directory in directories
-            ]
-            tokenizer = open_tokenizer(tokenizer_path or find_tokenizer(main.checkpoint))
-            check_vocabulary(main.args, tokenizer)
-            for draft in drafts:
-                check_draft(draft.checkpoint.directory, draft.args.vocab_size, main.args.vocab_size)
-            draft_memory = sum(sum(draft.memory) for draft in drafts)
-            check_memory(main.args, main.place, bits_of(main.acceleration.quantization), draft_memory)
+            opened = [open_model(ckpt_dir, adapter_dir, None if dtype == "auto" else place.dtype)]
+            if draft_ckpt_dir is not None:
+                opened.append(open_checkpoint(draft_ckpt_dir, argument="draft_ckpt_dir"))
+            options = place, acceleration, max_seq_len, max_batch_size, dtype == "auto"
+            main, *drafts = [prepare_model(checkpoint, *options) for checkpoint in opened]
+            main = replace(main, kv_cache_gb=kv_cache_gb)
+            tokenizer = open_tokenizer_of(main.checkpoint, tokenizer_path)
+            check_prepared(main, drafts, tokenizer)
         model, draft_model = main.load(), next((draft.load() for draft in drafts), None)
-        return Llama(model, tokenizer, seed=seed, today=today, prefill_chunk=prefill_chunk, draft=draft_model)
+        return Llama(
+            model,
+            tokenizer,
+            seed=seed,
+            today=today,
+            prefill_chunk=prefill_chunk,
+            draft=draft_model,
+            cache_tokens=main.cache_tokens,
+        )
 
     def __init__(
         self,
@@ -120,12 +139,13 @@ class Llama:
         today: datetime | None = None,
         prefill_chunk: int = PREFILL_CHUNK,
         draft: Transformer | None = None,
+        cache_tokens: int | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.formatter = make_formatter(tokenizer, today or datetime.now())
         self.draft = draft
-        self.engine = Engine(model, tokenizer, seed, prefill_chunk, draft)
+        self.engine = Engine(model, tokenizer, seed, prefill_chunk, draft, cache_tokens)
 
     def stream(
         self,
@@ -141,9 +161,13 @@ class Llama:
         rows: abc.Sequence[Mapping[str, Any] | None] | None = None,
         lookup_ngram: int | None = None,
         speculate_k: int = SPECULATE_K,
+        prefix_cache: bool = False,
+        ordered_rows: bool = False,
         **settings: Any,
     ) -> Iterator[list[Step]]:
-        """Generate from each prompt, yielding after every forward pass one `Step` for each sequence still going.
+        """Generate from each prompt, yielding after every step of the engine a `Step` for each sequence that went on.
+
+        More prompts than max_batch_size wait for each other's room.
 
         max_gen_len: tokens that an answer gets at most (None: what fits in max_seq_len). temperature: 0 takes the
         likeliest token. top_p: in (0, 1]. echo: the first list yielded holds the prompts' own tokens. A prompt that
@@ -154,20 +178,24 @@ class Llama:
         lookup_ngram: look for an earlier place where the last `lookup_ngram` tokens occurred, and check the up to
         speculate_k tokens that followed there in one pass. The tokens are the same; the passes are fewer, each with
         several steps of a sequence; see `acceptance`. None: a draft model proposes them, if there is one.
+        prefix_cache: begin at what the KV cache holds of a prompt from earlier calls with this option, and from
+        sessions, and leave this call's to later ones. ordered_rows: keep rows of passes in the order of the prompts,
+        which `llama.engine.rows.rows` tells in a hook.
 
         Each sequence draws its own random numbers, from the seed of this Llama, the prompt, and how often it was given
         that prompt; or from the sequence's own seed. They don't depend on the other sequences.
         Raises LlamaError, before any forward pass, for arguments that can't work.
         """
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **settings}
-        sequences = self.engine.make_sequences(prompt_tokens, shared, rows, n, top_logprobs)
-        return self.engine.run(sequences, OutputOptions(logprobs, echo, top_logprobs), lookup_ngram, speculate_k)
+        output = OutputOptions(logprobs, echo, top_logprobs)
+        options = CallOptions(output, n, lookup_ngram, speculate_k, prefix_cache, ordered_rows)
+        return self.engine.stream(self.engine.make_requests(prompt_tokens, shared, rows, options))
 
     @property
     def acceptance(self) -> float | None:
         """The share of the tokens proposed in the last call that the model chose; None where none was proposed."""
-        runner = self.engine.runner
-        return runner.accepted / runner.proposed if runner.proposed else None
+        proposed = sum(s.proposed for s in self.engine.last_call)
+        return sum(s.accepted for s in self.engine.last_call) / proposed if proposed else None
 
     def generate(
         self,
@@ -177,7 +205,7 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Token ids generated for each prompt, cut before the first stop, and their logprobs where asked for.
 
@@ -211,6 +239,8 @@ class Llama:
         rows: abc.Sequence[Mapping[str, Any] | None] | None = None,
         lookup_ngram: int | None = None,
         speculate_k: int = SPECULATE_K,
+        prefix_cache: bool = False,
+        ordered_rows: bool = False,
         **settings: Any,
     ) -> list[Completion]:
         """Whole answers, with all that is known of them: n to the first prompt, then n to the second ...
@@ -226,30 +256,16 @@ class Llama:
             if best_of is not None:
                 check_best_of(best_of, n)
             beams = Beams(num_beams, length_penalty, early_stopping, num_return_sequences)
-            if num_beams == 1:
-                beams.check_unused()
-            else:
-                (beam_settings,) = settings_of_rows(1, shared, None)
-                others = {"n": n > 1, "best_of": best_of, "rows": rows, "top_logprobs": top_logprobs}
-                others |= {"lookup_ngram": lookup_ngram, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
-                beams.check_with(beam_settings, others)
-        if num_beams > 1:
+            others = {"n": n > 1, "best_of": best_of, "rows": rows, "top_logprobs": top_logprobs}
+            others |= {"lookup_ngram": lookup_ngram, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
+            others |= {"prefix_cache": prefix_cache, "ordered_rows": ordered_rows}
+            beam_settings = beams.check(shared, others)
+        if beam_settings is not None:
             return self.engine.search_beams(prompt_tokens, beams, beam_settings)
-        count = best_of or n
-        stream = self.stream(
-            prompt_tokens,
-            logprobs=logprobs or prompt_logprobs or best_of is not None,
-            echo=prompt_logprobs,
-            n=count,
-            top_logprobs=top_logprobs,
-            rows=rows,
-            lookup_ngram=lookup_ngram,
-            speculate_k=speculate_k,
-            **shared,
-        )
-        calls_back = any("logits_processor" in options for options in (shared, *(rows or [])) if options)
-        with settle(self.model, calls_back):
-            completions = drain_stream(stream, prompt_tokens, count, prompt_logprobs)
+        output = OutputOptions(logprobs or prompt_logprobs or best_of is not None, prompt_logprobs, top_logprobs)
+        options = CallOptions(output, best_of or n, lookup_ngram, speculate_k, prefix_cache, ordered_rows, True)
+        requests = self.engine.make_requests(prompt_tokens, shared, rows, options)
+        completions = collect(self.engine.stream(requests), [request.sequence for request in requests])
         if best_of is not None:
             completions = select_best(completions, best_of, n)
         return completions if logprobs else [replace(c, logprobs=None) for c in completions]
@@ -262,7 +278,7 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> list[CompletionPrediction]:
         """Continue each prompt. `options` are those of `complete`.
 
@@ -288,25 +304,27 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
-        **options: Unpack[Options],
+        **options: Any,
     ) -> list[ChatPrediction]:
-        """The assistant's next message in each dialog. `options` are those of `complete`.
+        """The assistant's next message in each dialog; with logprobs, "tokens" and "logprobs" too.
 
-        With logprobs, "tokens" and "logprobs" are there too.
+        `options` are those of `complete` and those of all dialogs: `tokenization.messages.DialogOptions`.
         """
         with parallel.raise_together(parallel.group()):
             check_dialogs(dialogs)
-            prompt_tokens = [self.formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        completions = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **options)
+            asked, others = split_options(options, lambda: find_variables(self.formatter))
+            prompt_tokens = [self.formatter.encode_dialog_prompt(dialog, **asked) for dialog in dialogs]
+        completions = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **others)
+        contents = [read_content(self.tokenizer, c.text) for c in completions]
         return [
-            {"generation": {"role": "assistant", "content": c.text}, **describe_completion(c, self.tokenizer)}
-            for c in completions
+            {"generation": {"role": "assistant", "content": content}, **describe_completion(c, self.tokenizer)}
+            for c, content in zip(completions, contents, strict=True)
         ]
 
-    def score(self, texts: abc.Sequence[str], *, stride: int | None = None) -> list[Score]:
-        """How likely the model finds each text: see `engine.scoring.score`."""
-        return score(self.engine, texts, stride=stride)
+    def score(self, texts: abc.Sequence[Text], **options: Unpack[ScoringOptions]) -> list[Score]:
+        """How likely the model finds each text or dialog: see `engine.scoring.score`."""
+        return score(self.engine, texts, self.formatter, **options)
 
-    def embed(self, texts: abc.Sequence[str], pooling: Pooling = "last") -> Tensor:
-        """A vector for each text, float32 (texts, dim): see `engine.scoring.embed`."""
-        return embed(self.engine, texts, pooling)
+    def embed(self, texts: abc.Sequence[Text], pooling: Pooling = "last", **options: Unpack[TextOptions]) -> Tensor:
+        """A vector for each text or dialog, float32 (texts, dim): see `engine.scoring.embed`."""
+        return embed(self.engine, texts, pooling, self.formatter, **options)

@@ -1,6 +1,7 @@
 """The KV cache: where a pass stands in it, what its queries see, how keys and values are written, how slots are copied.
 
-A layer's caches are (slots, S, KV, D) each, in memory (slots, KV, S, D); row b uses slot b. Knows no layer, no text.
+A layer's caches are (slots, S, KV, D) each, in memory (slots, KV, S, D). Calls by hand have their own, in which row b
+uses slot b. The engine names the slot of each row. Knows no layer, no text.
 """
 
 from collections.abc import Iterable
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._util.slots import Slots
 from .errors import LlamaError
 
 StartPos = int | Tensor  # the position of a row's first token: one for all rows, or (B,) of them
@@ -47,6 +49,7 @@ class Pass:
     first: int  # the smallest start position of a row
     last: int  # the largest
     freqs_cis: Tensor  # angles at the positions, complex64 (T, D/2) or (B, T, D/2)
+    slots: Slots | None  # of the engine's; None: those of calls by hand
 
     def mask(self, window: int | None = None) -> Tensor | None:
         """What the queries see, as `Attention.forward` takes it: bool (1 or B, 1, T, S), or None."""
@@ -59,25 +62,29 @@ class Pass:
 
 
 def update(
-    cache_k: Tensor, cache_v: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos, end: int
+    cache_k: Tensor,
+    cache_v: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    start_pos: StartPos,
+    end: int,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write xk and xv (B, T, KV, D) at their rows' positions; returns the first `end` positions, (B, S, KV, D) each."""
+    """Write xk and xv (B, T, KV, D) at their rows' positions; returns the first `end` positions, (B, S, KV, D) each.
+
+    slots: where in the caches the rows are, (B); None: row b at b, and what is returned is a view.
+    """
     bsz, seqlen = xk.shape[:2]
+    rows: Tensor | slice = slice(bsz) if slots is None else slots
     if isinstance(start_pos, int):
-        cache_k[:bsz, start_pos:end] = xk
-        cache_v[:bsz, start_pos:end] = xv
+        cache_k[rows, start_pos : start_pos + seqlen] = xk
+        cache_v[rows, start_pos : start_pos + seqlen] = xv
     else:
-        rows = torch.arange(bsz, device=xk.device)[:, None]  # (B, 1)
+        places = (torch.arange(bsz, device=xk.device) if slots is None else slots)[:, None]  # (B, 1)
         columns = start_pos[:, None] + torch.arange(seqlen, device=xk.device)  # (B, T)
-        cache_k[rows, columns] = xk
-        cache_v[rows, columns] = xv
-    return cache_k[:bsz, :end], cache_v[:bsz, :end]
-
-
-def copy_slot(caches: Iterable[Tensor], source: int, target: int, length: int) -> None:
-    """Copy the first `length` positions of slot `source` to slot `target`, in every cache."""
-    for cache in caches:
-        cache[target, :length] = cache[source, :length]
+        cache_k[places, columns] = xk
+        cache_v[places, columns] = xv
+    return cache_k[rows, :end], cache_v[rows, :end]
 
 
 def reorder_slots(caches: Iterable[Tensor], sources: Tensor, length: int) -> None:

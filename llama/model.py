@@ -6,16 +6,17 @@ B rows of a batch, T tokens a row, S cached positions, H query heads and KV key/
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 import fairscale.nn.model_parallel.initialize as fs_init
 import torch
 import torch.nn.functional as F
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from torch import Tensor, nn
+from torch import Tensor, linalg, nn
 
+from ._util.fast_form import FastForm
+from ._util.slots import Caches, KVCache, find_caches, in_slots, place_rows
 from .errors import LlamaError
-from .kv_cache import Pass, StartPos, copy_slot, first_and_last, reorder_slots, update
+from .kv_cache import Pass, StartPos, first_and_last, update
 from .rotary import RopeScaling, compute_dynamic_freqs_cis, precompute_freqs_cis
 
 MP_SIZE = "the model-parallel size"  # as error messages call it
@@ -75,20 +76,6 @@ def divide(name: str, total: int, by: str, parts: int) -> int:
     if parts < 1 or total < 1 or total % parts:
         raise LlamaError(f"{name} = {total} cannot be divided by {by} = {parts}: choose sizes that divide evenly")
     return total // parts
-
-
-class FastForm(Protocol):
-    """The fast form of a Transformer, made by `llama.accelerate`: the same results from packed weights."""
-
-    device: torch.device
-    dtype: torch.dtype
-    is_settled: bool  # whether `refresh` has nothing to do until this is False again
-
-    def refresh(self, trains: bool = False) -> None: ...  # take over what was edited in the model since the last call
-    def is_usable(self) -> bool: ...  # whether passes may run in the fast form now
-    def forward(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor: ...  # logits; hidden: as in `run`
-    def hidden_states(self, one: Pass) -> Tensor: ...  # as `Transformer.run`
-    def logits(self, h: Tensor) -> Tensor: ...  # as `Transformer.logits`
 
 
 class RMSNorm(nn.Module):
@@ -192,14 +179,25 @@ class Attention(nn.Module):
         return self.wo(output.reshape(bsz, seqlen, -1))  # (B, T, dim)
 
     def attend(
-        self, xq: Tensor, xk: Tensor, xv: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
+        self,
+        xq: Tensor,
+        xk: Tensor,
+        xv: Tensor,
+        start_pos: StartPos | None,
+        freqs_cis: Tensor,
+        mask: Tensor | None,
+        caches: Caches | None = None,
     ) -> Tensor:
-        """Rotate queries and keys, write the cache, attend: (B, T, H, D)."""
+        """Rotate queries and keys, write the cache, attend: (B, T, H, D). caches: None: those of the pass."""
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        # torch's attention on a CPU may hide what isn't finite: `taint` is 0, or NaN in a row where something isn't
+        norms = (linalg.vector_norm(x.detach(), torch.inf, (1, 2, 3), keepdim=True) for x in (xq, xk))  # (B, 1, 1, 1)
+        taint = sum(0 * norm for norm in norms) if xq.is_cpu else 0
         if start_pos is not None:
             end = mask.shape[-1] if mask is not None else int(start_pos) + xq.shape[1]
-            xk, xv = update(*self.caches(xk), xk, xv, start_pos, end)  # (B, S, KV, D)
-        return self.weigh(xq, xk, xv, mask)
+            cache_k, cache_v, rows = caches or find_caches(self, xk)
+            xk, xv = update(cache_k, cache_v, xk, xv, start_pos, end, rows)  # (B, S, KV, D)
+        return self.weigh(xq, xk, xv, mask) + taint
 
     def weigh(self, xq: Tensor, xk: Tensor, xv: Tensor, mask: Tensor | None) -> Tensor:
         """softmax(Q K^T / sqrt(D)) V of queries (B, T, H, D), and of keys and values (B, S, KV, D): (B, T, H, D)."""
@@ -275,6 +273,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = ColumnParallelLinear(params.dim, params.vocab_size, bias=False)
         self.tie_embeddings()
+        self.kv_cache = KVCache()  # the engine's slots
         self.freqs_cis: Tensor | None = None  # no buffer: a model cast to bfloat16 keeps its angles complex64
         self.fast: FastForm | None = None  # set by `llama.accelerate`
 
@@ -287,25 +286,31 @@ class Transformer(nn.Module):
         return self.norm.weight.dtype if self.fast is None else self.fast.dtype
 
     def forward(
-        self, tokens: Tensor, start_pos: StartPos | None = None, *, return_hidden: bool = False
+        self,
+        tokens: Tensor,
+        start_pos: StartPos | None = None,
+        *,
+        slots: Tensor | None = None,
+        return_hidden: bool = False,
     ) -> Tensor | tuple[Tensor, tuple[Tensor, ...]]:
         """Logits of every position: float32 (B, T, vocab_size).
 
         tokens: integers (B, T). With `start_pos`, an int or a (B,) tensor of them, row b's first token stands at
         position start_pos[b] and attends to what the KV cache holds before it; no gradient flows. Without it, nothing
         is cached, and the result is differentiable.
+        slots: (B,) of those of `kv_cache`, one for each row; None: those that belong to calls by hand.
         return_hidden: return (logits, hidden states) too. The hidden states are transformers' `hidden_states`: n_layers
         + 1 tensors (B, T, dim), the embeddings, the output of each layer but the last, and the normed last output.
         """
         differentiable = torch.is_grad_enabled() and start_pos is None
-        self.refresh(trains=differentiable and self.training)
-        with torch.set_grad_enabled(differentiable):
-            one = self.prepare(tokens, start_pos)
+        with self.kv_cache.lock, torch.set_grad_enabled(differentiable):
+            self.refresh(trains=differentiable and self.training)
+            inputs = self.prepare(tokens, start_pos, None, slots)
             hidden: list[Tensor] | None = [] if return_hidden else None
             if self.fast is not None and self.fast.is_usable():
-                logits = self.fast.forward(one, hidden)
+                logits = self.fast.forward(inputs, hidden)
             else:
-                logits = self.output(self.run(one, hidden)).float()
+                logits = self.output(self.run(inputs, hidden)).float()
             return logits if hidden is None else (logits, tuple(hidden))
 
     def refresh(self, trains: bool = False) -> None:
@@ -313,17 +318,23 @@ class Transformer(nn.Module):
         if self.fast is not None:
             self.fast.refresh(trains)
 
-    def hidden_states(self, tokens: Tensor, start_pos: StartPos | None = None, lengths: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        start_pos: StartPos | None = None,
+        lengths: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
         """What `forward` computes before the output layer: (B, T, dim), normed.
 
         start_pos: may be on the CPU even if the model isn't, which saves waiting for the model's device.
         lengths: (B), the tokens of each row without padding, or (B, T), how many there are up to each token; None: rows
-        have no padding. Only `dynamic` rotary scaling uses it.
+        have no padding. Only `dynamic` rotary scaling uses it. slots: as in `forward`.
         """
-        self.refresh()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
-            one = self.prepare(tokens, start_pos, lengths)
-            return self.fast.hidden_states(one) if self.fast is not None and self.fast.is_usable() else self.run(one)
+        with self.kv_cache.lock, torch.set_grad_enabled(torch.is_grad_enabled() and start_pos is None):
+            self.refresh()
+            inputs, fast = self.prepare(tokens, start_pos, lengths, slots), self.fast
+            return fast.hidden_states(inputs) if fast is not None and fast.is_usable() else self.run(inputs)
 
     def logits(self, h: Tensor) -> Tensor:
         """Hidden states (..., dim) -> float32 (..., vocab_size)."""
@@ -332,17 +343,18 @@ class Transformer(nn.Module):
             return self.fast.logits(h)
         return self.output(h).float()
 
-    def run(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
+    def run(self, inputs: Pass, hidden: list[Tensor] | None = None) -> Tensor:
         """The layers, one after the other: (B, T) -> (B, T, dim), normed.
 
         hidden: a list that gets the input of each layer and the result, (B, T, dim) each.
         """
-        mask, window_mask = one.mask(), one.mask(self.params.sliding_window)
-        h = self.tok_embeddings(one.tokens)  # (B, T, dim)
-        for layer in self.layers:
-            if hidden is not None:
-                hidden.append(h)
-            h = layer(h, one.start_pos, one.freqs_cis, mask if layer.window is None else window_mask)
+        mask, window_mask = inputs.mask(), inputs.mask(self.params.sliding_window)
+        with in_slots(inputs.slots):
+            h = self.tok_embeddings(inputs.tokens)  # (B, T, dim)
+            for layer in self.layers:
+                if hidden is not None:
+                    hidden.append(h)
+                h = layer(h, inputs.start_pos, inputs.freqs_cis, mask if layer.window is None else window_mask)
         h = self.norm(h)
         if hidden is not None:
             hidden.append(h)
@@ -353,7 +365,9 @@ class Transformer(nn.Module):
         if self.params.tied_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
-    def prepare(self, tokens: Tensor, start_pos: StartPos | None, lengths: Tensor | None = None) -> Pass:
+    def prepare(
+        self, tokens: Tensor, start_pos: StartPos | None, lengths: Tensor | None = None, slots: Tensor | None = None
+    ) -> Pass:
         """Check where the tokens stand, and compute their angles. Raises LlamaError for what the cache cannot hold."""
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise LlamaError(f"tokens have shape {tuple(tokens.shape)}, expected (rows, positions), each at least 1")
@@ -369,7 +383,9 @@ class Transformer(nn.Module):
             start_pos = first if first == last else start_pos.to(device, non_blocking=start_pos.is_pinned())
         starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
         positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
-        return Pass(tokens, start_pos, positions, first, last, self._rotary(positions, last + seqlen, lengths))
+        angles = self._rotary(positions, last + seqlen, lengths)
+        places = place_rows(self.kv_cache, slots, bsz, None if start_pos is None else last + seqlen, device)
+        return Pass(tokens, start_pos, positions, first, last, angles, places)
 
     def _rotary(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:
         """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2)."""
@@ -382,16 +398,3 @@ class Transformer(nn.Module):
                 self.freqs_cis = precompute_freqs_cis(args.head_size, end, args.rope_theta, args.rope_scaling)
         self.freqs_cis = self.freqs_cis.to(device)
         return self.freqs_cis[positions]
-
-    def copy_cache_slot(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` cached positions of slot `source` to slot `target`, in every layer."""
-        copy_slot(self._caches(), source, target, length)
-
-    def reorder_cache_slots(self, sources: Tensor, length: int) -> None:
-        """Give slot i the first `length` cached positions of slot sources[i], in every layer; see `kv_cache`."""
-        reorder_slots(self._caches(), sources, length)
-
-    def _caches(self) -> list[Tensor]:
-        """The caches that were used: (max_batch_size, max_seq_len, KV, D) each."""
-        attentions = [cast(Attention, layer.attention) for layer in self.layers]
-        return [cache for a in attentions for cache in (a.cache_k, a.cache_v) if cache is not None]

@@ -38,12 +38,21 @@ def sample_top_p(probs: Tensor, p: float, *, uniform: Tensor | None = None) -> T
     probs: (..., vocab_size). A token is dropped when the mass of those likelier than it exceeds `p`; what is kept is
     renormalised. uniform: (..., 1), numbers in [0, 1) that make the draw (the token at that quantile of what is kept);
     torch's global generator gives them where None. Returns token ids (..., 1).
+
+    The likeliest tokens come first; where all are kept, they come by id: which of two equally likely ones is drawn then
+    doesn't hang on how their logits were rounded.
     """
-    sorted_probs, sorted_ids = sort_likeliest(probs.float(), p)
-    kept = is_in_nucleus(sorted_probs, p)
-    cdf = sorted_probs.where(kept, 0).cumsum(dim=-1)
+    probs = probs.float()
     if uniform is None:
         uniform = torch.rand(*probs.shape[:-1], 1, device=probs.device)
+    if p >= 1:
+        cdf = probs.cumsum(dim=-1)
+        place = torch.searchsorted(cdf, uniform.to(cdf.dtype) * cdf[..., -1:], right=True)
+        ids = torch.arange(probs.shape[-1], device=probs.device)
+        return torch.minimum(place, ids.where(probs > 0, 0).amax(dim=-1, keepdim=True))
+    sorted_probs, sorted_ids = sort_likeliest(probs, p)
+    kept = is_in_nucleus(sorted_probs, p)
+    cdf = sorted_probs.where(kept, 0).cumsum(dim=-1)
     place = torch.searchsorted(cdf, uniform.to(cdf.dtype) * cdf[..., -1:], right=True)
     last = (kept & (sorted_probs > 0)).sum(dim=-1, keepdim=True) - 1  # rounding must not reach a dropped token
     return sorted_ids.gather(-1, torch.minimum(place, last.clamp(min=0)))

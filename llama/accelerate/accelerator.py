@@ -11,7 +11,7 @@ from typing import cast
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..model import Transformer
 from .fast_model import FastModel
 from .kernels import dispatch
@@ -33,7 +33,7 @@ class Acceleration:
         if self.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
             raise LlamaError("compile=True needs a C++ compiler, and none is here: install g++ or leave compile out")
         if self.quantization is not None and self.quantization not in BITS:
-            raise LlamaError(f"quantization is {self.quantization!r}, expected None or one of {', '.join(BITS)}")
+            raise LlamaError(f"quantization is {shorten(self.quantization)}, expected None or one of {', '.join(BITS)}")
 
 
 class Accelerator:
@@ -70,17 +70,17 @@ class Accelerator:
         """Give the model its fast form, once all tensors are loaded. Called on all ranks."""
         model.eval()
         norm = model.norm.weight.detach()
-        if dispatch.available(norm):
+        if dispatch.is_available(norm):
             dispatch.register()
         shared = share_memory() if norm.device.type == "cpu" else None
         is_packed = any(weight is not None for weight in map(packed_weight, model.modules()))
-        if is_packed or self.acceleration.compile or shared is not None or dispatch.available(norm):
+        if is_packed or self.acceleration.compile or shared is not None or dispatch.is_available(norm):
             model.fast = FastModel(model, self.watch, shared, self.acceleration.compile)
 
     def _pack(self, weight: Tensor, from_file: bool = False) -> PackedMatrix | None:
         if self.acceleration.quantization is not None:
             return QuantizedMatrix(weight, BITS[self.acceleration.quantization], from_file=from_file)
-        return FloatMatrix(weight, from_file) if dispatch.packs(weight) else None
+        return FloatMatrix(weight, from_file) if dispatch.can_pack(weight) else None
 
 
 def lies_in_file(tensor: Tensor) -> bool:

@@ -56,16 +56,16 @@ class GraphCapture:
 
 
 def capture_calls(function: Callable[[], Tensor]) -> Capture:
-    """Run a function and record its calls. If one can't be repeated alone, a replay runs the whole function."""
+    """Run a function and capture its calls. If one can't be repeated alone, a replay runs the whole function."""
     calls: list[Call] = []
-    recorder = OperationRecorder(calls)
+    operations = OperationCapture(calls)
     token = CAPTURED.set(calls)
     try:
-        with recorder:
+        with operations:
             output = function()
     finally:
         CAPTURED.reset(token)
-    if not recorder.complete:
+    if not operations.complete:
         return Capture(lambda: output.copy_(function()), output)
     bound = [call for call, _ in calls]
 
@@ -76,12 +76,12 @@ def capture_calls(function: Callable[[], Tensor]) -> Capture:
     return Capture(replay, output, calls)
 
 
-class OperationRecorder(TorchDispatchMode):
-    """Records torch's operations as calls."""
+class OperationCapture(TorchDispatchMode):
+    """Captures torch's operations as calls."""
 
     def __init__(self, calls: list[Call]):
         super().__init__()
-        self.complete = True  # whether each operation could be recorded
+        self.complete = True  # whether each operation could be captured
         self._calls = calls
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._util.console import progress_bar
+from .._util.slots import Slots
 from ..kv_cache import Pass, attention_mask
 from ..model import ModelArgs
 from .call_capture import CaptureFunction
@@ -19,12 +20,9 @@ from .layers import FastNetwork, run_block
 
 SHORTEST = 128  # cached positions that attention sees, where their number is part of what is compiled or captured
 
-# Tokens (B, 1), their positions (B), the angles there, how many cached positions there are masks for -> (B, 1, dim).
-Step = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
-
 
 class DecodeSteps:
-    """Runs passes of one token a row by `step`.
+    """Runs passes of one token a row.
 
     With an attention kernel each row sees its own positions; else all see a power of two of them, masked.
     """
@@ -39,27 +37,31 @@ class DecodeSteps:
             own = FunctionType(run_block.__code__.replace(), run_block.__globals__, run_block.__name__)
             self._run_block = torch.compile(own, fullgraph=True, dynamic=True)
 
-    def __call__(self, one: Pass) -> Tensor:
-        bsz, device, start_pos = len(one.tokens), one.tokens.device, one.start_pos
+    def __call__(self, inputs: Pass) -> Tensor:
+        bsz, device, start_pos = len(inputs.tokens), inputs.tokens.device, inputs.start_pos
         positions = torch.full((bsz,), start_pos, device=device) if isinstance(start_pos, int) else start_pos.long()  # type: ignore[union-attr]
         step = self.run if self.captured is None else self.captured
-        angles = one.freqs_cis.view(-1, 1, one.freqs_cis.shape[-1]).expand(bsz, -1, -1).contiguous()  # (B, 1, D/2)
+        freqs_cis = inputs.freqs_cis
+        angles = freqs_cis.view(-1, 1, freqs_cis.shape[-1]).expand(bsz, -1, -1).contiguous()  # (B, 1, D/2)
         if self.network.attends:
             angles = torch.view_as_real(angles)  # the compiler, too, knows no complex numbers
-            return step(one.tokens, positions, angles, None)
-        return step(one.tokens, positions, angles, self._end(one.last + 1))
+            return step(inputs.tokens, positions, angles, None, inputs.slots)
+        return step(inputs.tokens, positions, angles, self._end(inputs.last + 1), inputs.slots)
 
-    def run(self, tokens: Tensor, positions: Tensor, angles: Tensor, end: int | None) -> Tensor:
-        """A step that sees the first `end` cached positions; None: those that each row has."""
+    def run(self, tokens: Tensor, positions: Tensor, angles: Tensor, end: int | None, slots: Slots | None) -> Tensor:
+        """Tokens (B, 1) at positions (B), and the angles there, in slots -> (B, 1, dim).
+
+        end: how many cached positions every row sees, masked; None: each sees its own.
+        """
         mask = window_mask = None
         if end is not None:
             mask = attention_mask(positions[:, None], end)
             window_mask = attention_mask(positions[:, None], end, self.params.sliding_window)
         if not self._compiled:
-            return self.network.run(tokens, positions, angles, mask, window_mask)
+            return self.network.run(tokens, positions, angles, mask, window_mask, slots=slots)
         with torch.compiler.set_stance("eager_on_recompile" if self._warm else "default"):
             # Block by block: torch would unroll the loop, and compile each block by itself.
-            return self.network.run(tokens, positions, angles, mask, window_mask, self._run_block)
+            return self.network.run(tokens, positions, angles, mask, window_mask, self._run_block, slots=slots)
 
     def capture_by(self, capture: CaptureFunction) -> None:
         """Capture steps from now on."""
@@ -70,16 +72,16 @@ class DecodeSteps:
         )
 
     @torch.no_grad()
-    def warm_up(self, prepare: Callable[[Tensor, int], Pass]) -> None:
-        """Make a step of each size of batch. They write over the cache's beginning. prepare: the model's."""
+    def warm_up(self, prepare: Callable[[Tensor, int, None, Tensor], Pass]) -> None:
+        """Make a step of each size of batch. They write over the slots' beginnings. prepare: the model's."""
+        if self._warm:
+            return
         most = self.params.max_batch_size
-        for block in self.network.blocks:
-            block.attention.caches(self.network.like)  # here, and not in what is compiled
         sizes = sorted({min(padded_size(bsz), most) for bsz in range(1, most + 1)})
         with progress_bar("preparing", len(sizes), " batch sizes") as bar:
             for size in sizes:
                 tokens = torch.zeros(size, 1, dtype=torch.long, device=self.network.like.device)
-                self(prepare(tokens, 0))
+                self(prepare(tokens, 0, None, torch.arange(size)))
                 bar.update()
         self._warm = True
 

@@ -30,7 +30,7 @@ from .shared_memory import SharedMemory
 from .structure import NoticedModules, Structure, has_hooks, list_modules, read_modules, text_is_original
 
 ChooseCapture = Callable[[torch.device, bool], CaptureFunction | None]  # by device, and whether attention is a kernel
-Place = tuple[dict[str, Any], str]  # a layer's `_parameters`, and a name in it
+ParameterPlace = tuple[dict[str, Any], str]  # a layer's `_parameters`, and a name in it
 
 
 class FastModel:
@@ -49,6 +49,7 @@ class FastModel:
         self.model, self.watch = model, watch
         self.usable = True  # whether the model's layers still are those that were packed
         self.is_settled = False
+        self._looks = 0  # how often it was compared with the model since somebody could have edited that
         self._shared, self._compile = shared, compile
         self._choose_capture = choose_capture or capture_of_device
         self.steps: DecodeSteps | None = None
@@ -56,8 +57,6 @@ class FastModel:
         model._modules = NoticedModules(model._modules, watch)
         self.structure = Structure(model, is_copy)
         self.forms = read_forms(self._vectors())
-        if compile and self.steps is not None:
-            self.steps.warm_up(model.prepare)
 
     def _build(self) -> None:
         """Read the parts of the model as they are now. What was captured of others is forgotten."""
@@ -92,24 +91,31 @@ class FastModel:
     def is_usable(self) -> bool:
         return self.usable and not torch.is_grad_enabled() and not torch.is_autocast_enabled(self.device.type)
 
-    def forward(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
+    def forward(self, inputs: Pass, hidden: list[Tensor] | None = None) -> Tensor:
         """Logits. Of several tokens by the model's own code, to its last bit, where that takes no memory.
 
         hidden: as in `Transformer.run`.
         """
-        if one.tokens.shape[1] > 1 and self._all_mapped:
+        if inputs.tokens.shape[1] > 1 and self._all_mapped:
             with self.watch.lend():
-                return self.model.output(self.model.run(one, hidden)).float()
-        return self.logits(self.hidden_states(one, hidden))
+                return self.model.output(self.model.run(inputs, hidden)).float()
+        return self.logits(self.hidden_states(inputs, hidden))
 
-    def hidden_states(self, one: Pass, hidden: list[Tensor] | None = None) -> Tensor:
-        seqlen = one.tokens.shape[1]
-        if self.steps is not None and one.start_pos is not None and seqlen == 1 and hidden is None:
-            return self.steps(one)
+    def hidden_states(self, inputs: Pass, hidden: list[Tensor] | None = None) -> Tensor:
+        seqlen = inputs.tokens.shape[1]
+        if self.steps is not None and inputs.start_pos is not None and seqlen == 1 and hidden is None:
+            return self.steps(inputs)
         masks: tuple[Tensor | None, Tensor | None] = (None, None)
-        if one.start_pos is None or not (self.network.attends and dispatch.attends(self.network.like, seqlen)):
-            masks = one.mask(), one.mask(self.model.params.sliding_window)
-        return self.network.run(one.tokens, one.start_pos, one.freqs_cis, *masks, hidden=hidden)
+        if inputs.start_pos is None or not (self.network.attends and dispatch.can_attend(self.network.like, seqlen)):
+            masks = inputs.mask(), inputs.mask(self.model.params.sliding_window)
+        return self.network.run(
+            inputs.tokens, inputs.start_pos, inputs.freqs_cis, *masks, hidden=hidden, slots=inputs.slots
+        )
+
+    def warm_up(self) -> None:
+        """With compile, make the decode steps of all sizes of batch; they write to the engine's first slots."""
+        if self._compile and self.steps is not None:
+            self.steps.warm_up(self.model.prepare)
 
     def logits(self, h: Tensor) -> Tensor:
         return self.network.output(h).float()
@@ -134,11 +140,17 @@ class FastModel:
         """
         if self.is_settled:
             return
+        self._looks += trains or self.watch.reached
         if not text_is_original() or type(self.model) is not Transformer or "run" in vars(self.model):
             self.usable, self.watch.reached = False, True
         elif trains or self.watch.reached:
             with self.watch.lock:
                 self._unpack_for_training() if trains else self._compare()
+
+    @property
+    def version(self) -> object:
+        """Equal to an earlier one only if nobody could have edited the model in between. Call `refresh` before."""
+        return self._looks if self.usable else object()
 
     def _compare(self) -> None:
         """Look at what may have been edited, and make the fast form anew where it was."""
@@ -213,6 +225,13 @@ class PendingCopy:
     def is_usable(self) -> bool:
         return False
 
+    def warm_up(self) -> None:
+        """There is nothing to prepare before the first use."""
+
+    @property
+    def version(self) -> object:
+        return object()
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         self.refresh()
         return copy.deepcopy(self.model.fast, memo)
@@ -239,12 +258,12 @@ def count_own_holders() -> int:
     return count_holders({0: own["weight"]})[0]
 
 
-def list_places(model: Transformer) -> list[Place]:
+def list_places(model: Transformer) -> list[ParameterPlace]:
     """Where the model's parameters stand, without a look at them."""
     return [(own, name) for module in list_modules(model) for own in [module._parameters] for name in own]
 
 
-def read_vectors(places: list[Place]) -> list[Tensor]:
+def read_vectors(places: list[ParameterPlace]) -> list[Tensor]:
     """The parameters there that aren't packed."""
     values = [dict.get(own, name) for own, name in places]
     return [value for value in values if isinstance(value, Tensor)]

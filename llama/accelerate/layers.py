@@ -14,6 +14,7 @@ from fairscale.nn.model_parallel.initialize import get_model_parallel_group, get
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor, nn
 
+from .._util.slots import Caches, Slots
 from ..kv_cache import StartPos
 from ..model import Attention, RMSNorm, Transformer, TransformerBlock
 from .kernels import cpu, dispatch
@@ -22,7 +23,7 @@ from .shared_memory import SharedMemory
 
 NO_WINDOW = 1 << 60  # positions that a query sees in a layer without a window
 
-RunBlock = Callable[["FastBlock", Tensor, StartPos | None, Tensor, Tensor | None], Tensor]
+RunBlock = Callable[["FastBlock", Tensor, StartPos | None, Tensor, Tensor | None, Caches | None], Tensor]
 
 
 def packed_weight(layer: nn.Module) -> PackedWeight | None:
@@ -103,7 +104,7 @@ class FastNorm:
         self.eps = cast(float, layer.eps) if self.kernels else 0.0
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.weight is None or not dispatch.takes(x):
+        if self.weight is None or not dispatch.can_compute(x):
             return self.layer(x)
         return dispatch.rms_norm(x, self.weight, self.eps)
 
@@ -115,7 +116,9 @@ class FastBlock:
         self.attention = cast(Attention, layer.attention)
         self.window = layer.window
         self.kernels = kernels
-        self.attends = kernels and self.attention.head_dim % cpu.LANES == 0  # whether there is a kernel for such heads
+        heads = self.attention.n_local_heads, self.attention.n_local_kv_heads, self.attention.head_dim
+        itemsize = cast(Tensor, own_memory(layer.ffn_norm, "weight")).itemsize
+        self.attends = kernels and cpu.attends(*heads, itemsize)  # whether there is a kernel for such heads
         parts = {**self.attention._modules, **layer.feed_forward._modules}
         linear: dict[str, Any] = {
             name: FastLinear(cast(Any, part), shared) for name, part in parts.items() if name.startswith("w")
@@ -127,35 +130,46 @@ class FastBlock:
 
 
 def run_block(
-    block: FastBlock, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
+    block: FastBlock,
+    x: Tensor,
+    start_pos: StartPos | None,
+    freqs_cis: Tensor,
+    mask: Tensor | None,
+    caches: Caches | None,
 ) -> Tensor:
     """As `TransformerBlock.forward`. freqs_cis: complex, or the same numbers as pairs of real ones."""
-    h = x + run_attention(block, block.attention_norm(x), start_pos, freqs_cis, mask)
+    h = x + run_attention(block, block.attention_norm(x), start_pos, freqs_cis, mask, caches)
     return h + run_feed_forward(block, block.ffn_norm(h))
 
 
 def run_attention(
-    block: FastBlock, x: Tensor, start_pos: StartPos | None, freqs_cis: Tensor, mask: Tensor | None
+    block: FastBlock,
+    x: Tensor,
+    start_pos: StartPos | None,
+    freqs_cis: Tensor,
+    mask: Tensor | None,
+    caches: Caches | None,
 ) -> Tensor:
     """As `Attention.forward`. With a kernel, each row reads the positions that it has, and no mask is needed."""
     layer, (bsz, seqlen, _) = block.attention, x.shape
     xq = block.q_norm(block.wq(x).view(bsz, seqlen, layer.n_local_heads, layer.head_dim))  # (B, T, H, D)
     xk = block.k_norm(block.wk(x).view(bsz, seqlen, layer.n_local_kv_heads, layer.head_dim))  # (B, T, KV, D)
     xv = block.wv(x).view(bsz, seqlen, layer.n_local_kv_heads, layer.head_dim)  # (B, T, KV, D)
-    if start_pos is None or not block.attends or not dispatch.attends(xq, seqlen):
-        output = layer.attend(xq, xk, xv, start_pos, freqs_cis, mask)
+    if start_pos is None or caches is None or not block.attends or not dispatch.can_attend(xq, seqlen):
+        output = layer.attend(xq, xk, xv, start_pos, freqs_cis, mask, caches)
     else:
         angles = torch.view_as_real(freqs_cis) if freqs_cis.is_complex() else freqs_cis
         angles = angles.reshape(-1, seqlen, layer.head_dim)  # (1 or B, T, D)
         starts = torch.full((bsz,), start_pos, device=x.device) if isinstance(start_pos, int) else start_pos
-        output = dispatch.attention(xq, xk, xv, *layer.caches(xk), angles, starts, block.window or NO_WINDOW)
+        keys, values, rows = caches
+        output = dispatch.attention(xq, xk, xv, keys, values, angles, starts, block.window or NO_WINDOW, rows)
     return block.wo(output.reshape(bsz, seqlen, -1))  # (B, T, dim)
 
 
 def run_feed_forward(block: FastBlock, x: Tensor) -> Tensor:
     """As `FeedForward.forward`."""
     gate, up = block.w1(x), block.w3(x)
-    return block.w2(dispatch.swiglu(gate, up) if block.kernels and dispatch.takes(x) else F.silu(gate) * up)
+    return block.w2(dispatch.swiglu(gate, up) if block.kernels and dispatch.can_compute(x) else F.silu(gate) * up)
 
 
 class FastNetwork:
@@ -164,11 +178,12 @@ class FastNetwork:
     def __init__(self, model: Transformer, shared: SharedMemory | None):
         modules: dict[str, Any] = dict(dict.items(model._modules))
         self.like = cast(Tensor, own_memory(modules["norm"], "weight"))  # of the model's dtype and device
-        self.kernels = dispatch.available(self.like)
+        self.kernels = dispatch.is_available(self.like)
         self.embed = FastEmbedding(modules["tok_embeddings"], shared)
         self.blocks = [FastBlock(layer, self.kernels, shared) for layer in modules["layers"]]
         self.norm = FastNorm(modules["norm"], self.kernels)
-        self.output = FastLinear(modules["output"], shared)
+        output = modules["output"]  # not linear in a model without an output layer, where it refuses to be called
+        self.output = FastLinear(output, shared) if isinstance(output, ColumnParallelLinear) else output
 
     @property
     def attends(self) -> bool:
@@ -181,6 +196,9 @@ class FastNetwork:
         names = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
         return [(name, getattr(block, name)) for block in self.blocks for name in names]
 
+    def find_caches(self, attention: Attention, slots: Slots | None) -> Caches:
+        return (*attention.caches(self.like), None) if slots is None else slots.caches(attention, self.like)
+
     def run(
         self,
         tokens: Tensor,
@@ -190,13 +208,15 @@ class FastNetwork:
         window_mask: Tensor | None,
         run_block: RunBlock = run_block,
         hidden: list[Tensor] | None = None,
+        slots: Slots | None = None,
     ) -> Tensor:
-        """As `Transformer.run`: tokens (B, T) -> (B, T, dim), normed."""
+        """As `Transformer.run`: tokens (B, T) -> (B, T, dim), normed. slots: None: those of calls by hand."""
         h = self.embed(tokens)
         for block in self.blocks:
             if hidden is not None:
                 hidden.append(h)
-            h = run_block(block, h, start_pos, freqs_cis, mask if block.window is None else window_mask)
+            caches = None if start_pos is None else self.find_caches(block.attention, slots)
+            h = run_block(block, h, start_pos, freqs_cis, mask if block.window is None else window_mask, caches)
         h = self.norm(h)
         if hidden is not None:
             hidden.append(h)
@@ -205,7 +225,7 @@ class FastNetwork:
 
 def can_share(x: Tensor) -> bool:
     """Whether ranks may exchange x through shared memory: outside of what is compiled."""
-    return dispatch.takes(x) and not torch.compiler.is_compiling()
+    return dispatch.can_compute(x) and not torch.compiler.is_compiling()
 
 
 def all_reduce(x: Tensor, shared: SharedMemory | None) -> Tensor:

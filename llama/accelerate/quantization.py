@@ -68,7 +68,7 @@ class FloatMatrix(PackedMatrix):
         """from_file: `weight` may lie in a mapped file, whose pages are released."""
         self.rows = len(weight)
         self.shape, self.dtype = weight.shape, weight.dtype
-        self.packed = cpu.new_packed(weight)
+        self.packed = cpu.allocate_packed(weight)
         self.nbytes = self.packed.nbytes
         for start, piece in slabs(weight, from_file):
             cpu.pack(piece, self.packed[start // BLOCK :])
@@ -86,7 +86,7 @@ class FloatMatrix(PackedMatrix):
         if (weight.shape, weight.dtype, weight.device) != (self.shape, self.dtype, self.packed.device):
             return False
         for start, piece in slabs(weight):
-            packed = cpu.new_packed(piece)
+            packed = cpu.allocate_packed(piece)
             cpu.pack(piece, packed)
             if not torch.equal(
                 packed.view(torch.int32), self.packed[start // BLOCK :][: len(packed)].view(torch.int32)
@@ -109,7 +109,7 @@ class QuantizedMatrix(PackedMatrix):
         self.bits, self.dtype = bits, dtype or rows.dtype
         self.rows, self.columns = len(rows), rows.shape[1] * (1 if rows is weight else 32 // bits)
         self.shape = torch.Size((self.rows, self.columns))
-        self.fast = dispatch.available(rows.new_empty(0, dtype=self.dtype))
+        self.fast = dispatch.is_available(rows.new_empty(0, dtype=self.dtype))
         blocks, groups = -(-self.rows // BLOCK), -(-self.columns // GROUP[bits])
         words = (blocks, groups, GROUP[bits] * bits // 32, BLOCK, 4)
         self._native = self.fast and rows.device.type == "cpu"  # else kernels are Triton's, which only multiply

@@ -6,7 +6,6 @@ takes few. Knows processes and tensors; knows no layers. kernels/csrc/ranks.c sa
 
 import mmap
 import os
-import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._util.processes import has_ended, machine_name
 from ..parallel import broadcast_object, group
 from .kernels import cpu
 
-SHARED = Path("/dev/shm")
 LINE, SLOT = 64, 1 << 18  # bytes, as in csrc/ranks.c
 SPINS = 20_000  # looks at another rank's counter before a sleep: about as long as a product takes
 SECONDS_UNTIL_WORRIED, SECONDS_AT_MOST = 1, 1800  # the latter as torch's groups wait
@@ -63,7 +62,7 @@ class SharedMemory:
                 raise dist.DistError(f"a rank of this machine has ended, or did not come for {waited:.0f} s")
 
     def _all_alive(self) -> bool:
-        return all(Path(f"/proc/{process}").exists() for process in processes(self.memory, self.ranks).tolist())
+        return not any(map(has_ended, processes(self.memory, self.ranks).tolist()))
 
 
 def processes(memory: Tensor, ranks: int) -> Tensor:
@@ -80,29 +79,37 @@ def share_memory() -> SharedMemory | None:
     if ranks == 1:
         return None
     memory: Tensor | None = None
-    path: Path | None = None
-    with suppress(OSError):
-        if rank == 0 and cpu.library() is not None:
-            handle, name = tempfile.mkstemp(prefix="llama-", dir=SHARED)
-            path = Path(name)
-            with os.fdopen(handle, "wb"):
-                os.posix_fallocate(handle, 0, ranks * (LINE + 2 * SLOT))  # if full, an error here, no signal later
+    handle = create_memory(ranks) if rank == 0 and cpu.library() is not None else None
     try:
-        if (shared := broadcast_object(path, group())) is not None:
-            memory = map_memory(shared, rank, ranks)
+        place = None if handle is None else (machine_name(), Path(f"/proc/{os.getpid()}/fd/{handle}"))
+        if (shared := broadcast_object(place, group())) is not None and shared[0] == machine_name():
+            memory = map_memory(shared[1], rank, ranks)
         has_it: list[bool] = [False] * ranks
         dist.all_gather_object(has_it, memory is not None, group=group())
     finally:
-        if path is not None:
-            path.unlink()
+        if handle is not None:
+            os.close(handle)
     if memory is None or not all(has_it):
         return None
     # More ranks than cores let others run at once.
     return SharedMemory(memory, rank, ranks, SPINS if ranks <= len(os.sched_getaffinity(0)) else 0)
 
 
+def create_memory(ranks: int) -> int | None:
+    """A file descriptor of memory without a name, which goes with the last process that has it; None without any."""
+    handle = None
+    try:
+        handle = os.memfd_create("llama-ranks")
+        os.posix_fallocate(handle, 0, ranks * (LINE + 2 * SLOT))  # without room an error here, and no signal later
+    except (AttributeError, OSError):  # not Linux; or none left
+        if handle is not None:
+            os.close(handle)
+        return None
+    return handle
+
+
 def map_memory(path: Path, rank: int, ranks: int) -> Tensor | None:
-    """The file's memory, with this process in its rank's line; None on a machine that hasn't the file."""
+    """The memory at `path`, with this process in its rank's line; None where it can't be had."""
     if cpu.library() is None:
         return None
     with suppress(OSError, ValueError), path.open("r+b") as f:

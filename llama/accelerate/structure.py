@@ -48,7 +48,7 @@ GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 INNER = (*HOOKS, "_modules", "_parameters")  # the dicts of a module
 # What a layer computes by, beside its parts and parameters.
-SETTINGS = (
+LAYER_SETTINGS = (
     *("eps", "window", "head_dim", "n_local_heads", "n_local_kv_heads", "n_rep"),
     *("gather_output", "input_is_parallel", "vocab_start_index", "vocab_end_index", "max_norm", "padding_idx"),
 )
@@ -141,7 +141,9 @@ def has_hooks(modules: list[nn.Module]) -> bool:
 
 def read_modules(modules: list[nn.Module]) -> list[Any]:
     """The class of each module, the names of its attributes, and the settings."""
-    return [(type(m), tuple(names), [names.get(name) for name in SETTINGS]) for m in modules for names in [vars(m)]]
+    attributes = [vars(module) for module in modules]
+    settings = [[own.get(name) for name in LAYER_SETTINGS] for own in attributes]
+    return list(zip(map(type, modules), map(tuple, attributes), settings, strict=True))
 
 
 def are_same(actual: list[Any], expected: list[Any]) -> bool:

@@ -8,18 +8,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from .. import parallel
 from .._util.validate import check_count, check_list, is_number
-from ..errors import LlamaError
-from ..model import ModelArgs, Transformer
-from ..settings import Settings
+from ..errors import LlamaError, shorten
+from ..kv_cache import reorder_slots
+from ..model import Attention, ModelArgs, Transformer
+from ..settings import Settings, settings_of_rows
+from .forward_pass import compute_logits, compute_states
+from .not_finite import not_finite_error
+from .prefill import prefill
 from .request_checks import check_prompts
-from .scheduler import prefill
 from .transfer import copy_to_device, exact_dtype
 
 # From an unfinished answer's logprobs, float32 (vocab_size), its prompt and its tokens so far, to the logprobs to use.
@@ -52,10 +55,19 @@ class Beams:
             )
         if not is_number(self.length_penalty) or not -STEEPEST <= self.length_penalty <= STEEPEST:
             raise LlamaError(
-                f"length_penalty is {self.length_penalty!r}, expected a number from {-STEEPEST} to {STEEPEST}"
+                f"length_penalty is {shorten(self.length_penalty)}, expected a number from {-STEEPEST} to {STEEPEST}"
             )
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
-            raise LlamaError(f"early_stopping is {self.early_stopping!r}, expected True, False or 'never'")
+            raise LlamaError(f"early_stopping is {shorten(self.early_stopping)}, expected True, False or 'never'")
+
+    def check(self, shared: Mapping[str, Any], others: Mapping[str, object]) -> Settings | None:
+        """The settings of a search; None: there is none. shared: settings of all rows. others: as in `check_with`."""
+        if self.num_beams == 1:
+            self.check_unused()
+            return None
+        (settings,) = settings_of_rows(1, shared, None)
+        self.check_with(settings, others)
+        return settings
 
     def check_with(self, settings: Settings, others: Mapping[str, object]) -> None:
         """Refuse what contradicts a search. others: arguments of the call by name; true where they were given."""
@@ -142,9 +154,9 @@ def beam_search(
     live = sorted((s for s in searches if s.room > 0), key=lambda search: -len(search.prompt))
     for slot, search in enumerate(live):
         search.live = [_Branch([], 0.0, slot)]
-    h = prefill(model, [s.prompt for s in live], prefill_chunk, False)[0] if live else torch.empty(0)  # (B, dim)
+    h = prefill(model, [s.prompt for s in live], prefill_chunk) if live else torch.empty(0)  # (B, dim)
     while live:
-        candidates = _choose(model.logits(h), live, beams.num_beams * max(2, 1 + len(stops)), process)
+        candidates = _choose(model, h, live, beams.num_beams * max(2, 1 + len(stops)), process)
         slots = 0
         for search, branches in zip(live, candidates, strict=True):
             _advance(search, branches, beams, stops)
@@ -165,12 +177,15 @@ def _check_rows(prompts: int, num_beams: int, params: ModelArgs) -> None:
         )
 
 
-def _choose(logits: Tensor, searches: list[_Search], count: int, process: Process | None) -> list[list[_Branch]]:
+def _choose(
+    model: Transformer, h: Tensor, searches: list[_Search], count: int, process: Process | None
+) -> list[list[_Branch]]:
     """The `count` best continuations of each search's branches, the best first.
 
-    logits: (B, vocab_size), of all live branches. The first rank of the model-parallel group chooses for all, in one
-    message: sums of logprobs, slots of the branches that are continued, and tokens.
+    h: the states of all live branches (B, dim). The first rank of the model-parallel group chooses for all, in one
+    message: sums of logprobs, slots of the branches that are continued, and tokens. Raises LlamaError for NaN.
     """
+    logits = compute_logits(model, h)  # (B, vocab_size)
     device, vocab_size = logits.device, logits.shape[-1]
     choices = torch.full((3, len(searches), count), -math.inf, dtype=exact_dtype(device), device=device)
     with nullcontext() if process is None else parallel.raise_together(parallel.group()):  # since `process` may raise
@@ -184,19 +199,18 @@ def _choose(logits: Tensor, searches: list[_Search], count: int, process: Proces
                 choices[2, i, : len(best)] = places % vocab_size
                 first += len(totals)
     parents = [branch for search in searches for branch in search.live]  # by slot
-    by_search = zip(*parallel.broadcast(choices).tolist(), strict=True)
+    by_search = list(zip(*parallel.broadcast(choices).tolist(), strict=True))
+    for search, (totals, _, _) in zip(searches, by_search, strict=True):
+        if any(map(math.isnan, totals)):
+            position = len(search.prompt) + len(search.live[0].tokens)
+            raise not_finite_error(model, f"row {search.index}: the logits at position {position} are")
     return [_make_branches(search, parents, *chosen) for search, chosen in zip(searches, by_search, strict=True)]
 
 
 def _make_branches(
     search: _Search, parents: list[_Branch], totals: list[float], slots: list[float], tokens: list[float]
 ) -> list[_Branch]:
-    """The branches that `_choose` chose for a search, without banned ones. Raises LlamaError for NaN."""
-    if any(math.isnan(total) for total in totals):
-        raise LlamaError(
-            f"row {search.index}: the logits at position {len(search.prompt) + len(search.live[0].tokens)} are not "
-            "finite: the weights are damaged or this dtype overflows; try --dtype float32"
-        )
+    """The branches that `_choose` chose for a search, without banned ones."""
     return [
         _Branch([*parents[int(slot)].tokens, int(token)], total, int(slot))
         for total, slot, token in zip(totals, slots, tokens, strict=True)
@@ -260,11 +274,17 @@ def _assign_slots(branches: list[_Branch], first: int) -> list[_Branch]:
     return [staying[slot] if slot in staying else next(moving) for slot in slots]
 
 
+def list_caches(model: Transformer) -> list[Tensor]:
+    """The caches of calls by hand that were used: (max_batch_size, max_seq_len, KV, D) each."""
+    attentions = [cast(Attention, layer.attention) for layer in model.layers]
+    return [cache for a in attentions for cache in (a.cache_k, a.cache_v) if cache is not None]
+
+
 def _decode(model: Transformer, searches: list[_Search]) -> Tensor:
     """Move the live branches' cache to their slots, and run their last tokens: hidden states (B, dim)."""
     live = [branch for search in searches for branch in search.live]
     cached = [len(search.prompt) + len(branch.tokens) - 1 for search in searches for branch in search.live]
-    model.reorder_cache_slots(torch.tensor([branch.slot for branch in live]), max(cached))
+    reorder_slots(list_caches(model), torch.tensor([branch.slot for branch in live]), max(cached))
     tokens = copy_to_device(torch.tensor([[branch.tokens[-1]] for branch in live]), model.device)  # (B, 1)
     start_pos = torch.tensor(cached, pin_memory=model.device.type == "cuda")  # (B)
-    return model.hidden_states(tokens, start_pos)[:, -1]
+    return compute_states(model, tokens, start_pos)[:, -1]

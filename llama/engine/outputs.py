@@ -8,9 +8,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from ..errors import LlamaError
 from ..tokenization.protocol import AnyTokenizer
+from ..tokenization.texts import decode_token, name_tokens
 from ..tokenizer import Message
 from .sequence import Alternatives, FinishReason, Step
+from .sequence import Sequence as TokenSequence
+
+
+class TopToken(TypedDict):
+    """One of the likeliest tokens at a place. Several may have one text, such as U+FFFD of a part of a character."""
+
+    id: int
+    text: str
+    logprob: float
 
 
 class Details(TypedDict, total=False):
@@ -20,7 +31,8 @@ class Details(TypedDict, total=False):
     stop: int | str  # what ended the answer, where a stop did
     tokens: list[str]
     logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float]]  # by the tokens' texts, the likeliest first: see `texts.name_tokens`
+    top_tokens: list[list[TopToken]]  # the same tokens with their ids
     prompt_logprobs: list[float]
     score: float  # of a beam
 
@@ -47,23 +59,37 @@ class Completion:
     prompt_logprobs: list[float] | None = None  # of the prompt's tokens; 0.0 for the first, which nothing predicts
     score: float | None = None  # of a beam
     mean_logprob: float | None = None  # of all tokens that were chosen, the stop included
+    acceptance: float | None = None  # the share of the tokens proposed that the model chose
 
 
-def drain_stream(
-    stream: Iterable[list[Step]], prompt_tokens: Sequence[Sequence[int]], n: int, prompt_logprobs: bool
-) -> list[Completion]:
-    """The completions that a stream makes, n to each prompt. prompt_logprobs: the stream begins with the prompts."""
-    completions = [Completion([int(token) for token in prompt]) for prompt in prompt_tokens for _ in range(n)]
-    steps_by_row: list[list[Step]] = [[] for _ in completions]
-    for batch in stream:
-        for step in batch:
-            steps_by_row[step.row].append(step)
-    for completion, steps in zip(completions, steps_by_row, strict=True):
-        if prompt_logprobs:
-            echoed, steps = steps[: len(completion.prompt)], steps[len(completion.prompt) :]
-            completion.prompt_logprobs = [step.logprob or 0.0 for step in echoed]
-        fill_completion(completion, steps)
+def collect(stream: Iterable[list[Step]], sequences: Sequence[TokenSequence]) -> list[Completion]:
+    """The completions that a stream of these sequences makes, in their order.
+
+    Where some fail, the LlamaError that the stream ends with gets `answers`: the completions, None for those.
+    """
+    steps_by_row: list[list[Step]] = [[] for _ in sequences]
+    error: LlamaError | None = None
+    try:
+        for batch in stream:
+            for step in batch:
+                steps_by_row[step.row].append(step)
+    except LlamaError as e:
+        error = e
+    completions = [make_completion(*pair) for pair in zip(sequences, steps_by_row, strict=True)]
+    if error is not None:
+        error.answers = [None if s.error is not None else c for s, c in zip(sequences, completions, strict=True)]
+        raise error
     return completions
+
+
+def make_completion(sequence: TokenSequence, steps: Sequence[Step]) -> Completion:
+    """The completion that a sequence's steps make."""
+    completion = Completion(list(sequence.prompt), acceptance=sequence.acceptance)
+    if sequence.output.echo:
+        echoed, steps = steps[: len(completion.prompt)], steps[len(completion.prompt) :]
+        completion.prompt_logprobs = [step.logprob or 0.0 for step in echoed]
+    fill_completion(completion, steps)
+    return completion
 
 
 def fill_completion(completion: Completion, steps: Sequence[Step]) -> None:
@@ -94,11 +120,13 @@ def describe_completion(completion: Completion, tokenizer: AnyTokenizer, echo: b
         tokens, logprobs = completion.tokens, completion.logprobs
         if echo:
             tokens, logprobs = completion.prompt + tokens, (completion.prompt_logprobs or []) + logprobs
-        details["tokens"], details["logprobs"] = [tokenizer.decode([token]) for token in tokens], logprobs
+        details["tokens"], details["logprobs"] = [decode_token(tokenizer, token) for token in tokens], logprobs
     if completion.top_logprobs:
-        named = [[(tokenizer.decode([token]), p) for token, p in best] for best in completion.top_logprobs]
-        # Of several tokens with one text, the likeliest is kept: it comes last, and so replaces the others.
-        details["top_logprobs"] = [dict(reversed(best)) for best in named]
+        details["top_logprobs"] = [name_tokens(tokenizer, best) for best in completion.top_logprobs]
+        details["top_tokens"] = [
+            [{"id": token, "text": decode_token(tokenizer, token), "logprob": p} for token, p in best]
+            for best in completion.top_logprobs
+        ]
     if completion.score is not None:
         details["score"] = completion.score
     if completion.prompt_logprobs is not None and not echo:

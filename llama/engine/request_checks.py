@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from numbers import Integral
 
 from .._util.validate import check_count, check_list, is_integer
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..model import ModelArgs
 from ..settings import Settings
 
@@ -36,33 +36,43 @@ def check_best_of(best_of: int, n: int) -> None:
 def check_token_ids(settings: Sequence[Settings], top_logprobs: int, vocab_size: int) -> None:
     """Check that the token ids in settings, and the number of likeliest tokens, fit the vocabulary."""
     if not is_integer(top_logprobs, 0) or top_logprobs > vocab_size:
-        raise LlamaError(f"top_logprobs is {top_logprobs!r}, expected a whole number in [0, {vocab_size}]")
+        raise LlamaError(f"top_logprobs is {shorten(top_logprobs)}, expected a whole number in [0, {vocab_size}]")
     for s in settings:
         for name, tokens in (("logit_bias", s.logit_bias), ("stop_token_ids", s.stop_token_ids)):
             if too_large := [token for token in tokens if token >= vocab_size]:
                 raise LlamaError(f"{name} has token {too_large[0]}, expected whole numbers in [0, {vocab_size})")
 
 
-def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs, n: int = 1) -> None:
-    """Check that a batch of prompts, with n sequences from each, fits the vocabulary and the KV cache."""
+def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> None:
+    """Check that prompts fit the vocabulary and max_seq_len."""
     check_list("prompts", prompt_tokens)
     if len(prompt_tokens) == 0:
         raise LlamaError("no prompt was given: expected a list of at least one")
-    if len(prompt_tokens) * n > params.max_batch_size:
-        prompts = f"prompts x n={n} were asked for" if n > 1 else "prompts were given"
-        raise LlamaError(
-            f"{len(prompt_tokens)} {prompts}, but max_batch_size is {params.max_batch_size}: "
-            "build with a larger max_batch_size or pass fewer at a time"
-        )
     for i, prompt in enumerate(prompt_tokens):
         if not isinstance(prompt, Sequence) or isinstance(prompt, str):
             raise LlamaError(f"prompt {i} is a {type(prompt).__name__}, expected a list of token ids")
         if len(prompt) == 0:
             raise LlamaError(f"prompt {i} is empty: expected at least one token")
         if bad := [t for t in prompt if not isinstance(t, Integral) or not 0 <= int(t) < params.vocab_size]:
-            raise LlamaError(f"prompt {i} has token {bad[0]!r}, expected whole numbers in [0, {params.vocab_size})")
+            raise LlamaError(
+                f"prompt {i} has token {shorten(bad[0])}, expected whole numbers in [0, {params.vocab_size})"
+            )
         if len(prompt) > params.max_seq_len:
             raise LlamaError(
                 f"prompt {i} has {len(prompt)} tokens, but max_seq_len is {params.max_seq_len}: "
                 "shorten it or build with a larger max_seq_len"
+            )
+
+
+def check_budget(
+    prompt_tokens: Sequence[Sequence[int]], settings: Sequence[Settings], max_seq_len: int, cache_tokens: int
+) -> None:
+    """Check that each prompt fits the whole KV cache together with its longest answer."""
+    for i, (prompt, own) in enumerate(zip(prompt_tokens, settings, strict=True)):
+        room = max_seq_len - len(prompt)
+        answer = room if own.max_gen_len is None else min(room, own.max_gen_len)
+        if len(prompt) + answer > cache_tokens:
+            raise LlamaError(
+                f"prompt {i} has {len(prompt)} tokens and may get {answer}, together {len(prompt) + answer}, but the "
+                f"KV cache holds {cache_tokens} tokens in all: lower max_gen_len, or build with a larger kv_cache_gb"
             )

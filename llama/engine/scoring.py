@@ -1,26 +1,26 @@
 """Texts through a model, without generating: how likely the model finds each text, and a vector for each text.
 
-Texts run the longest first, as many at a time as the KV cache has slots. Knows an engine; knows no sampling.
+Texts are read the longest first. Knows an engine; knows no sampling.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, Unpack, cast, get_args
 
 import torch
 from torch import Tensor
 
 from .. import parallel
 from .._util.console import progress_bar
-from .._util.validate import check_texts, is_integer
+from .._util.validate import is_integer
 from ..errors import LlamaError, shorten
-from ..model import Transformer
-from ..tokenization.protocol import AnyTokenizer
+from ..tokenization.inputs import Text, TextOptions, encode_inputs
+from ..tokenization.protocol import AnyChatFormat
 from .engine import Engine
-from .scheduler import compute_logprobs, prefill, run_passes
+from .not_finite import not_finite_error
+from .sequence import Sequence as TokenSequence
 
-T = TypeVar("T")
 Pooling = Literal["last", "mean"]
 
 
@@ -28,7 +28,7 @@ Pooling = Literal["last", "mean"]
 class Score:
     """How likely a model finds a text."""
 
-    tokens: list[int]  # with begin-of-text where the tokenizer puts one
+    tokens: list[int]  # with begin-of-text and end-of-text where the tokenizer puts them
     logprobs: list[float]  # natural, of each token after those before it; 0.0 for the first, which nothing predicts
 
     @property
@@ -43,6 +43,12 @@ class Score:
         return float(torch.tensor(-self.logprob / predicted, dtype=torch.float64).exp()) if predicted else math.nan
 
 
+class ScoringOptions(TextOptions, total=False):
+    """The keyword arguments of `score`, as `Llama.score` passes them on."""
+
+    stride: int | None
+
+
 @dataclass(frozen=True)
 class ScoringWindow:
     """Tokens `start` to `end` of a text, which are read together to score those from `first` on."""
@@ -54,72 +60,80 @@ class ScoringWindow:
 
 
 @torch.no_grad()
-def score(engine: Engine, texts: Sequence[str], *, stride: int | None = None) -> list[Score]:
+def score(
+    engine: Engine,
+    texts: Sequence[Text],
+    formatter: AnyChatFormat | None = None,
+    *,
+    stride: int | None = None,
+    **options: Unpack[TextOptions],
+) -> list[Score]:
     """How likely the model finds each text, in the order of the texts.
+
+    A text has the tokens that its tokenizer puts around it. Instead of a text there may be a dialog, which `formatter`
+    writes, up to its last message. allowed_special: names of control tokens that become tokens in texts.
 
     A text longer than max_seq_len is read in windows of that length, each `stride` tokens after the one before (None:
     half a window). A window scores the tokens that no earlier one has scored, as in
     https://huggingface.co/docs/transformers/perplexity. A smaller stride gives tokens more context, for more work.
-    Takes the KV cache: a stream under way ends. Raises LlamaError, before any forward pass, for texts that aren't a
-    list of strings of at least one character and for a stride outside [1, max_seq_len); after the passes for logprobs
-    that aren't finite.
+    Raises LlamaError, before any forward pass, for texts that aren't a
+    list of dialogs and of strings of at least one character, and for a stride outside [1, max_seq_len); after the
+    passes for logprobs that aren't finite.
     """
     model, size = engine.model, engine.model.params.max_seq_len
     with parallel.raise_together(parallel.group()):
         stride = resolve_stride(stride, size)
-        tokens = encode_texts(engine.tokenizer, texts)
-    engine.runner.claim_cache()
+        tokens = encode_inputs(engine.tokenizer, formatter, texts, **options)
     logprobs = [[0.0] * len(text) for text in tokens]
     windows = [window for i, text in enumerate(tokens) for window in split_windows(i, len(text), size, stride)]
-    for batch in batch_by_length(windows, lambda w: w.end - w.start, model.params.max_batch_size, "scoring"):
-        prompts = [tokens[window.text][window.start : window.end] for window in batch]
-        firsts = [window.first - window.start for window in batch]
-        for window, scored in zip(batch, score_prompts(model, prompts, firsts, engine.prefill_chunk), strict=True):
-            logprobs[window.text][window.first : window.end] = scored
+    windows.sort(key=lambda window: window.start - window.end)  # the longest first
+    sequences = [
+        engine.make_reading(i, tokens[w.text][w.start : w.end], w.first - w.start) for i, w in enumerate(windows)
+    ]
+    for s in read_all(engine, sequences, "scoring"):
+        window = windows[s.index]
+        logprobs[window.text][window.first : window.end] = s.prompt_logprobs[s.first :]
     for i, text_logprobs in enumerate(logprobs):
         if not all(map(math.isfinite, text_logprobs)):
-            raise not_finite_error(i, "logprobs", model.dtype)
+            raise not_finite_error(model, f"text {i}: the logprobs are")
     return [Score(text, text_logprobs) for text, text_logprobs in zip(tokens, logprobs, strict=True)]
 
 
 @torch.no_grad()
-def embed(engine: Engine, texts: Sequence[str], pooling: Pooling = "last") -> Tensor:
+def embed(
+    engine: Engine,
+    texts: Sequence[Text],
+    pooling: Pooling = "last",
+    formatter: AnyChatFormat | None = None,
+    **options: Unpack[TextOptions],
+) -> Tensor:
     """A vector for each text, float32 (texts, dim) on the CPU, from the normed hidden states before the output layer.
 
-    pooling: "last" takes the last token's state, "mean" the mean over all tokens, begin-of-text included.
-    Takes the KV cache: a stream under way ends. Raises LlamaError, before any forward pass, for texts that aren't a
-    list of strings of at least one character and at most max_seq_len tokens; after the passes for vectors that aren't
-    finite.
+    pooling: "last" takes the last token's state, "mean" the mean over all tokens, with those that the tokenizer puts
+    around a text, such as end-of-text. Texts, formatter and options are as in `score`.
+    Raises LlamaError, before any forward pass, for texts that aren't a
+    list of texts and dialogs of at least one character and at most max_seq_len tokens; after the passes for vectors
+    that aren't finite.
     """
     model = engine.model
     with parallel.raise_together(parallel.group()):
         if pooling not in get_args(Pooling):
-            raise LlamaError(f"pooling is {pooling!r}, expected {' or '.join(map(repr, get_args(Pooling)))}")
-        tokens = encode_texts(engine.tokenizer, texts)
+            raise LlamaError(f"pooling is {shorten(pooling)}, expected {' or '.join(map(repr, get_args(Pooling)))}")
+        tokens = encode_inputs(engine.tokenizer, formatter, texts, **options)
         check_lengths(tokens, model.params.max_seq_len)
-    engine.runner.claim_cache()
+    make_pool = LastPool if pooling == "last" else MeanPool
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
+    pools = {i: make_pool(len(tokens[i])) for i in order}
+    sequences = [engine.make_reading(i, tokens[i], consume=pools[i]) for i in order]
     vectors = torch.empty(len(tokens), model.params.dim)
-    pool = pool_last if pooling == "last" else pool_mean
-    for batch in batch_by_length(
-        range(len(tokens)), lambda i: len(tokens[i]), model.params.max_batch_size, "embedding"
-    ):
-        vectors[batch] = pool(model, [tokens[i] for i in batch], engine.prefill_chunk).float().cpu()
+    for s in read_all(engine, sequences, "embedding"):
+        vectors[s.index] = pools.pop(s.index).vector.float().cpu()
     for i in (~vectors.isfinite().all(dim=-1)).nonzero().flatten().tolist():
-        raise not_finite_error(i, "hidden states", model.dtype)
+        raise not_finite_error(model, f"text {i}: the hidden states are")
     return vectors
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each text. Raises LlamaError for a text that is empty or has none."""
-    check_texts(texts, "text")
-    tokens = [tokenizer.encode(text, bos=True, eos=False) for text in texts]
-    if [] in tokens:
-        i = tokens.index([])
-        raise LlamaError(f"text {i}, {shorten(texts[i])}, has no token: expected at least one")
-    return tokens
 
 
 def resolve_stride(stride: int | None, size: int) -> int:
@@ -129,7 +143,7 @@ def resolve_stride(stride: int | None, size: int) -> int:
     if stride is None:
         return size // 2
     if not is_integer(stride, 1) or stride >= size:
-        raise LlamaError(f"stride is {stride!r}, expected a whole number in [1, {size}), less than max_seq_len")
+        raise LlamaError(f"stride is {shorten(stride)}, expected a whole number in [1, {size}), less than max_seq_len")
     return int(stride)
 
 
@@ -141,13 +155,6 @@ def check_lengths(tokens: Sequence[Sequence[int]], most: int) -> None:
                 f"text {i} has {len(text)} tokens, but max_seq_len is {most}: "
                 "shorten it or build with a larger max_seq_len"
             )
-
-
-def not_finite_error(text: int, what: str, dtype: torch.dtype) -> LlamaError:
-    return LlamaError(
-        f"text {text}: the {what} are not finite in {dtype}: the weights are damaged or this dtype "
-        "overflows; try --dtype float32"
-    )
 
 
 # --- batches and passes -----------------------------------------------------------------------------------------------
@@ -162,37 +169,38 @@ def split_windows(text: int, length: int, size: int, stride: int) -> Iterator[Sc
         start, scored = start + stride, end
 
 
-def batch_by_length(items: Sequence[T], length: Callable[[T], int], size: int, label: str) -> Iterator[list[T]]:
-    """Batches of `size` items, the longest first, under a progress bar with this label, which counts tokens."""
-    items = sorted(items, key=length, reverse=True)
-    with progress_bar(label, sum(map(length, items)), " tokens", delayed=True) as bar:
-        for i in range(0, len(items), size):
-            batch = items[i : i + size]
-            yield batch
-            bar.update(sum(map(length, batch)))
+def read_all(engine: Engine, sequences: list[TokenSequence], label: str) -> Iterator[TokenSequence]:
+    """Sequences as they were read, under a progress bar with this label, which counts tokens."""
+    with progress_bar(label, sum(len(s.prompt) for s in sequences), " tokens", delayed=True) as bar:
+        for s in engine.read(sequences):
+            yield s
+            bar.update(len(s.prompt))
 
 
-def score_prompts(
-    model: Transformer, prompt_tokens: Sequence[Sequence[int]], firsts: Sequence[int], chunk: int
-) -> list[list[float]]:
-    """The logprobs of each prompt's tokens, from token firsts[i] of prompt i on. prompt_tokens: the longest first."""
-    logprobs: list[list[float]] = [[] for _ in prompt_tokens]
-    for one_pass, h in run_passes(model, prompt_tokens, chunk):
-        for row, new in zip(logprobs, compute_logprobs(model, prompt_tokens, firsts, one_pass, h), strict=False):
-            row += new
-    return logprobs
+class LastPool:
+    """The state of a text's last token: `vector` (dim), once it was given the states of all."""
+
+    vector: Tensor
+
+    def __init__(self, length: int):
+        self._last = length - 1
+
+    def __call__(self, start: int, states: Tensor) -> None:
+        if start + len(states) > self._last:
+            self.vector = states[-1].clone()
 
 
-def pool_last(model: Transformer, prompt_tokens: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """The hidden state of each prompt's last token: (B, dim). prompt_tokens: the longest first."""
-    return prefill(model, prompt_tokens, chunk, logprobs=False)[0]
+class MeanPool:
+    """The mean of the states of a text's tokens, summed in float32: `vector` (dim)."""
 
+    def __init__(self, length: int):
+        self._length = length
+        self._sum: Tensor | None = None
 
-def pool_mean(model: Transformer, prompt_tokens: Sequence[Sequence[int]], chunk: int) -> Tensor:
-    """The mean of the hidden states of each prompt's tokens: float32 (B, dim). prompt_tokens: the longest first."""
-    sums = torch.zeros(len(prompt_tokens), model.params.dim, device=model.device)
-    for one_pass, h in run_passes(model, prompt_tokens, chunk):
-        for row in range(one_pass.rows):
-            states = h[row, : len(prompt_tokens[row]) - one_pass.start]  # (up to T, dim): without padding
-            sums[row] += states.sum(dim=0, dtype=torch.float32)
-    return sums / torch.tensor([[len(prompt)] for prompt in prompt_tokens], device=model.device)
+    def __call__(self, start: int, states: Tensor) -> None:
+        new = states.sum(dim=0, dtype=torch.float32)
+        self._sum = new if self._sum is None or start == 0 else self._sum + new
+
+    @property
+    def vector(self) -> Tensor:
+        return cast(Tensor, self._sum) / self._length

@@ -1,20 +1,35 @@
-"""Sequences that are being generated, and the steps in which a stream reports them.
+"""Sequences that are being generated, and the steps in which their callers are told of them.
 
 Knows tokens and text; knows no model and no tensors but the random numbers of a sequence.
 """
 
-from collections import abc
+from collections import abc, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from ..settings import Settings
 from ..tokenization.protocol import AnyStreamDecoder
+from ..tokenization.texts import prime
 from .stop_strings import StopFinder
 
+if TYPE_CHECKING:
+    from .speculative import Proposer
+
 FinishReason = Literal["stop", "length"]
+Consume = Callable[[int, torch.Tensor], None]  # a position, and the states of tokens from there on (T, dim)
 Alternatives = tuple[tuple[int, float], ...]  # tokens and their logprobs, the likeliest first
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What the steps of a sequence report."""
+
+    logprobs: bool = False
+    echo: bool = False  # the prompt's own tokens first
+    top: int = 0  # how many of the likeliest tokens
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Step:
     top_logprobs: Alternatives | None = None  # the likeliest tokens here; None unless asked for
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One sequence: a prompt, its answer so far, and all that decides how it goes on."""
 
@@ -41,16 +56,48 @@ class Sequence:
     settings: Settings
     stops: frozenset[int]  # tokens that end it
     remaining: int  # tokens that it may still get
-    decoder: AnyStreamDecoder
+    decoder: AnyStreamDecoder  # a new one, which first gets the prompt
     generator: torch.Generator
     stop_finder: StopFinder
-    cached: int  # tokens of it in the KV cache
+    output: OutputOptions
+    scope: int | None  # sequences of equal scopes share what the KV cache holds; None: shares nothing
+    proposer: "Proposer | None" = None
+    most_proposals: int = 0  # tokens that are proposed at a time
+    is_drained: bool = False  # whether its caller does nothing until it is over
+    in_order: bool = False  # whether passes keep it in the order of arrival, and not of slots
+    twin: "Sequence | None" = None  # an earlier one of the same call and prompt, which has the prompt's logprobs
+    first: int = 1  # the first token of the prompt whose logprob is wanted, if any is
+    is_read: bool = False  # whether it is only read: it gets no answer, and nobody wants its text
+    consume: Consume | None = None  # gets the states of the prompt's tokens, which are all computed
+    key: int = 0  # its number among all that came to the engine; 0: it hasn't
     answer: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop: int | str | None = None
     text: str = ""  # what the stop finder has let through
     ends: list[int] = field(default_factory=list)  # characters of the answer up to and with each of its tokens
     draws: list[torch.Tensor] = field(default_factory=list)  # random numbers for the tokens to come
+    prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])  # of the prompt's tokens read so far
+    steps: deque[Step] = field(default_factory=deque)  # that nobody has taken yet
+    error: Exception | None = None  # why it failed
+    is_over: bool = False  # whether it gets no further steps
+    hit: int = 0  # tokens of the prompt that were cached when it was admitted
+    proposed: int = 0  # tokens that were proposed
+    accepted: int = 0  # those of them that the model chose
+
+    def __post_init__(self) -> None:
+        if not self.is_read:
+            prime(self.decoder, self.prompt)
+        self.prompt_logprobs += [0.0] * (self.first - 1)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer."""
+        return self.prompt + self.answer
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of the tokens proposed that the model chose; None where none was proposed."""
+        return self.accepted / self.proposed if self.proposed else None
 
     @property
     def position(self) -> int:
@@ -86,20 +133,35 @@ class Sequence:
             self.finish_reason, self.stop = ("stop", token) if is_stop else ("length", None)
         return Step(self.index, token, text, logprob, self.finish_reason, self.stop, length, top_logprobs)
 
+    def echo(self) -> list[Step]:
+        """The prompt's own tokens as steps. A character that the answer completes is the answer's."""
+        self.decoder.flush()
+        texts = [self.decoder.push(token) for token in self.prompt]
+        if self.remaining == 0:
+            texts[-1] += self.decoder.flush()
+        known = (self.twin or self).prompt_logprobs
+        logprobs: abc.Sequence[float | None] = known if self.output.logprobs else [None] * len(texts)
+        return [Step(self.index, *step) for step in zip(self.prompt, texts, logprobs, strict=True)]
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the logprobs of the prompt's tokens are to be computed for it."""
+        return self.output.echo and self.output.logprobs and self.twin is None
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether a pass reads each token of the prompt, whatever the KV cache holds of it."""
+        return self.wants_prompt_logprobs or self.consume is not None
+
     def _length_before(self, start: int) -> int:
         """How many tokens lie before the character at which a stop begins, and decode to the text before it."""
         length = sum(end <= start for end in self.ends)
-        while not self.text.startswith(self._decode(length)):
+        while length and not self.text.startswith(self._decode(length)):
             length -= 1  # its last token is a part of a character that a later token completed
         return length
 
     def _decode(self, length: int) -> str:
         """The text of the answer's first `length` tokens."""
         self.decoder.flush()
+        prime(self.decoder, self.prompt)
         return "".join(map(self.decoder.push, self.answer[:length])) + self.decoder.flush()
-
-
-def count_common_prefix(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """How many items `a` and `b` have in common at their beginning."""
-    shorter = min(len(a), len(b))
-    return shorter if a[:shorter] == b[:shorter] else next(i for i in range(shorter) if a[i] != b[i])

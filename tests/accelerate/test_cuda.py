@@ -65,7 +65,7 @@ def assert_same(llama: Llama, cpu: Llama) -> None:
 def test_texts_are_those_of_the_cpu(checkpoints: dict[str, Path], triton: bool, name: str) -> None:
     """Of ragged batches that shrink, and are filled up; and no size of them is recorded twice."""
     llama, cpu = (Llama.build(checkpoints[name], **OPTIONS, device=device) for device in ("cuda", "cpu"))
-    assert llama.engine.runner.ahead
+    assert llama.engine.stepper.runs_ahead
     for _ in range(2):
         assert_same(llama, cpu)
     captures = llama.model.fast.steps.captured.captures

@@ -11,6 +11,7 @@ from tiny import ARGS, run_program, write_checkpoint
 from llama import Llama, LlamaError
 from llama.accelerate.decode_steps import DecodeSteps
 from llama.accelerate.kernels import cpu
+from llama.accelerate.quantization import BITS, QuantizedMatrix
 
 OPTIONS = {"max_seq_len": 64, "max_batch_size": 3, "device": "cpu", "dtype": "float32"}
 BATCHES = [[[5, 6, 7]], [[1] * 30, [9]], [[2], [3] * 11, [4] * 50], [[8] * 3] * 3]
@@ -25,9 +26,13 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("quantization", [None, "int4"])
-def test_text_is_the_same_and_nothing_is_compiled_in_an_answer(checkpoint: Path, quantization: str | None) -> None:
+@pytest.mark.parametrize("quantization", [None, pytest.param("int4", marks=pytest.mark.slow)])
+def test_text_is_the_same_and_nothing_is_compiled_in_an_answer(
+    checkpoint: Path, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over prompt lengths, batch sizes, and rows that finish at different times."""
+    if quantization is not None:  # kernels round what they multiply to 8 bits, so that a last bit can become a percent
+        monkeypatch.setattr("llama.accelerate.kernels.cpu.library", lambda: None)
     before = graphs()
     compiled = Llama.build(checkpoint, **OPTIONS, quantization=quantization, compile=True)
     after = graphs()
@@ -77,6 +82,17 @@ def test_kernels_are_compiled_around(with_kernels: Path) -> None:
     for prompts in BATCHES:
         assert compiled.generate(prompts, None, temperature=0) == plain.generate(prompts, None, temperature=0)
     assert graphs() == after
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
+@pytest.mark.parametrize("bits", BITS.values())
+def test_quantized_products_are_compiled_around(bits: int) -> None:
+    """To the last bit: the same kernel multiplies the same numbers."""
+    matrix = QuantizedMatrix(torch.randn(80, 96), bits)
+    compiled = torch.compile(lambda x: matrix.product(x), fullgraph=True, dynamic=True)
+    for bsz in (1, 3):
+        x = torch.randn(bsz, 1, 96)
+        assert torch.equal(compiled(x), matrix.product(x))
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")

@@ -121,6 +121,22 @@ def test_attention(
         assert_near(mine, theirs, dtype)
 
 
+@pytest.mark.parametrize("slots", [[4, 0, 2], [1, 2, 3]])
+def test_rows_use_their_own_slots(gpu: ModuleType, slots: list[int]) -> None:
+    """As the same rows of other caches, in which they lie in order; a row without a token writes nothing."""
+    q, k, v = (numbers(3, 1, count, 32, dtype=torch.float32, seed=count) for count in (4, 2, 2))
+    before = [numbers(5, 2, 40, 32, dtype=torch.float32, seed=seed) for seed in (0, 1)]
+    mine, theirs = ([cache.clone().transpose(1, 2) for cache in part] for part in (before, [x[slots] for x in before]))
+    angles, positions = numbers(3, 1, 32, dtype=torch.float32), torch.tensor([30, 7, -1], device=DEVICE)
+    found = gpu.attention(q, k, v, *mine, angles, positions, 12, torch.tensor(slots, device=DEVICE))
+    expected = gpu.attention(q, k, v, *theirs, angles, positions, 12)
+    assert torch.equal(found[:2], expected[:2])
+    others = [slot for slot in range(5) if slot not in slots]
+    for cache, own, old in zip(mine, theirs, before, strict=True):
+        assert torch.equal(cache[slots], own)
+        assert torch.equal(cache.transpose(1, 2)[others], old[others])
+
+
 def test_where_no_token_is_nothing_is_written(gpu: ModuleType) -> None:
     q, k, v = (numbers(2, 1, count, 32, dtype=torch.float32, seed=count) for count in (4, 2, 2))
     caches = [numbers(2, 2, 9, 32, dtype=torch.float32, seed=seed).transpose(1, 2) for seed in (0, 1)]

@@ -10,8 +10,8 @@ import torch
 from conftest import assert_close
 from rank_pool import RankPool
 from scoring_program import compute
-from test_families import WINDOW, make_model, rope
 from tiny import ARGS, write_checkpoint, write_tokenizer
+from tiny_families import WINDOW, make_model, rope
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -23,8 +23,9 @@ from tiny import write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.engine.beam_search import NO_SCORE, Beam, Beams, Process, beam_search
-from llama.engine.scheduler import prefill
+from llama.engine.beam_search import NO_SCORE, Beam, Beams, Process, beam_search, list_caches
+from llama.engine.prefill import prefill
+from llama.kv_cache import reorder_slots
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Place
 
@@ -174,14 +175,13 @@ def test_never_looks_no_further_where_short_answers_are_favoured(place: Place, s
 def test_the_cases_are_of_all_kinds(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cases contain what matters: beams that change places, and beams that end at different times."""
     moved = 0
-    reorder = Transformer.reorder_cache_slots
 
-    def watch(model: Transformer, sources: Tensor, length: int) -> None:
+    def watch(found: list[Tensor], sources: Tensor, length: int) -> None:
         nonlocal moved
         moved += int((sources != torch.arange(len(sources))).sum()) * (length > 15)  # not those that a prompt goes to
-        reorder(model, sources, length)
+        reorder_slots(found, sources, length)
 
-    monkeypatch.setattr(Transformer, "reorder_cache_slots", watch)
+    monkeypatch.setattr("llama.engine.beam_search.reorder_slots", watch)
     beams: list[Beam] = []
     unlike = 0
     for seed in range(16):
@@ -307,13 +307,13 @@ def test_more_is_banned_than_a_search_can_do_without(place: Place) -> None:
 def test_reordered_rows_equal_freshly_prefilled_ones(place: Place, generator: torch.Generator) -> None:
     model = twin(0).ours
     prompts = [torch.randint(61, (9,), generator=generator).tolist() for _ in range(5)]
-    prefill(model, prompts, CHUNK, False)
+    prefill(model, prompts, CHUNK)
     before, places = [cache.clone() for cache in caches(model)], [cache.data_ptr() for cache in caches(model)]
     sources = [3, 1, 1, 0, 2, 2]
-    model.reorder_cache_slots(torch.tensor(sources), 6)
+    reorder_slots(list_caches(model), torch.tensor(sources), 6)
     assert [cache.data_ptr() for cache in caches(model)] == places, "in place"
     reordered = [cache.clone() for cache in caches(model)]
-    prefill(model, [prompts[source] for source in sources], CHUNK, False)
+    prefill(model, [prompts[source] for source in sources], CHUNK)
     for mine, old, fresh in zip(reordered, before, caches(model), strict=True):
         torch.testing.assert_close(mine[:6, :6], fresh[:6, :6])
         assert torch.equal(mine[:, 6:], old[:, 6:]) and torch.equal(mine[6:], old[6:])
@@ -321,9 +321,9 @@ def test_reordered_rows_equal_freshly_prefilled_ones(place: Place, generator: to
 
 def test_rows_that_stay_are_not_touched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     model = twin(0).ours
-    prefill(model, [[1, 2, 3]] * 3, CHUNK, False)
+    prefill(model, [[1, 2, 3]] * 3, CHUNK)
     before = [cache._version for cache in caches(model)]
-    model.reorder_cache_slots(torch.arange(3), 3)
+    reorder_slots(list_caches(model), torch.arange(3), 3)
     assert [cache._version for cache in caches(model)] == before
     written: list[int] = []
     put = Tensor.__setitem__
@@ -331,16 +331,16 @@ def test_rows_that_stay_are_not_touched(place: Place, monkeypatch: pytest.Monkey
         patch.setattr(
             Tensor, "__setitem__", lambda x, key, value: (written.extend(key[0].tolist()), put(x, key, value))
         )
-        model.reorder_cache_slots(torch.tensor([0, 0, 2]), 3)
+        reorder_slots(list_caches(model), torch.tensor([0, 0, 2]), 3)
     assert set(written) == {1}
 
 
 def test_a_row_moves_only_into_one_that_nothing_continues(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     model = twin(0).ours
     seen: list[list[int]] = []
-    reorder = model.reorder_cache_slots
     monkeypatch.setattr(
-        model, "reorder_cache_slots", lambda sources, length: (seen.append(sources.tolist()), reorder(sources, length))
+        "llama.engine.beam_search.reorder_slots",
+        lambda found, sources, length: (seen.append(sources.tolist()), reorder_slots(found, sources, length)),
     )
     beam_search(model, [[5, 6, 7]], Beams(5), 20, frozenset(), None, CHUNK)
     assert len(seen) == 19 and seen[0] == [0] * 5
@@ -357,12 +357,11 @@ def test_at_every_step_the_cache_is_that_of_each_beams_own_tokens(
     fresh.load_state_dict(both.ours.state_dict())
     run, steps = both.ours.hidden_states, 0
     rows: list[list[int]] = [sorted(case.prompts, key=len, reverse=True)[i] for i in range(3)]
-    reorder = both.ours.reorder_cache_slots
 
-    def reordered(sources: Tensor, length: int) -> None:
+    def reordered(found: list[Tensor], sources: Tensor, length: int) -> None:
         nonlocal rows
         rows = [rows[source] for source in sources.tolist()]
-        reorder(sources, length)
+        reorder_slots(found, sources, length)
 
     def watch(tokens: Tensor, start_pos: Any, *rest: Any) -> Tensor:
         nonlocal steps, rows
@@ -378,7 +377,7 @@ def test_at_every_step_the_cache_is_that_of_each_beams_own_tokens(
         return h
 
     monkeypatch.setattr(both.ours, "hidden_states", watch)
-    monkeypatch.setattr(both.ours, "reorder_cache_slots", reordered)
+    monkeypatch.setattr("llama.engine.beam_search.reorder_slots", reordered)
     case.ours(both.ours)
     assert steps >= 5
 

@@ -250,9 +250,7 @@ def test_the_likeliest_tokens_and_the_prompts(llama: Llama) -> None:
     ("arguments", "message"),
     [
         ({"n": 0}, "n is 0, expected a whole number of at least 1"),
-        ({"n": 9}, "1 prompts x n=9 were asked for, but max_batch_size is 8"),
         ({"n": 3, "best_of": 2}, "best_of is 2 and n is 3"),
-        ({"best_of": 9}, "1 prompts x n=9 were asked for"),
         ({"top_logprobs": -1}, "top_logprobs is -1, expected a whole number in [0, 512]"),
         ({"logit_bias": {512: 1}}, "logit_bias has token 512, expected whole numbers in [0, 512)"),
         ({"stop_token_ids": [700]}, "stop_token_ids has token 700"),

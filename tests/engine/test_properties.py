@@ -19,6 +19,7 @@ from property_program import (
     answered,
     built,
     called,
+    described,
     fresh,
     talked,
     write_models,
@@ -175,7 +176,7 @@ def llamas(directory: Path) -> dict[str, Llama]:
 
 
 def told(answers: list[Any]) -> list[dict]:
-    return [asdict(one) for one in answers]
+    return [described(one) for one in answers]
 
 
 @settings(few, max_examples=30)
@@ -246,7 +247,7 @@ def test_a_stop_cuts_what_would_have_been_said(llamas: dict[str, Llama], case: d
             if stop in other.text
         ]
         if not ends:
-            assert alike(asdict(one), asdict(other))
+            assert alike(described(one), described(other))
             continue
         end, _, stop = min(ends)
         assert (one.text, one.finish_reason, one.stop) == (other.text[: end - len(stop)], "stop", stop)

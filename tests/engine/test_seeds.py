@@ -47,3 +47,10 @@ def test_memory_is_bounded() -> None:
     assert numbers(seeds, [99]) == numbers(SequenceSeeds(1), [99])
     drawn = numbers(seeds, [REMEMBERED_PROMPTS])
     assert drawn != numbers(SequenceSeeds(1), [REMEMBERED_PROMPTS])
+
+
+def test_prompts_are_counted_from_one() -> None:
+    seeds = SequenceSeeds(1)
+    for prompt in ([1], [2], [1], [1]):
+        seeds.make_generator(prompt, None, 0)
+    assert list(seeds.times_given.values()) == [1, 3]  # the most recent is last

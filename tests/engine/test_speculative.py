@@ -15,9 +15,9 @@ from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.checkpoints.schema import memory_needed
-from llama.engine.model_runner import OutputOptions
-from llama.engine.sequence import Sequence
-from llama.engine.speculative import lookup, run_speculative
+from llama.engine.engine import CallOptions
+from llama.engine.sequence import OutputOptions, Sequence
+from llama.engine.speculative import lookup
 from llama.session import Session
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
@@ -95,9 +95,12 @@ def test_proposals_of_any_quality(llama: Llama, wrong_every: int, temperature: f
     prompts = [[5, 6, 7], [1] * 20, [9]]
     plain = llama.complete(prompts, 30, temperature, seed=2)
     shared = {"max_gen_len": 30, "temperature": temperature, "top_p": 0.9, "seed": 2}
-    rows = llama.engine.make_sequences(prompts, shared)
+    requests = llama.engine.make_requests(prompts, shared, None, CallOptions(OutputOptions()))
     answers = {i: one.tokens for i, one in enumerate(plain)}
-    passes = list(run_speculative(llama.engine.runner, rows, OutputOptions(), oracle(answers, wrong_every), 4))
+    guess = oracle(answers, wrong_every)
+    for request in requests:
+        request.sequence.proposer, request.sequence.most_proposals = guess, 4
+    passes = list(llama.engine.stream(requests))
     streamed: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for steps in passes:
         for step in steps:
@@ -106,7 +109,7 @@ def test_proposals_of_any_quality(llama: Llama, wrong_every: int, temperature: f
     if wrong_every == 1000:
         assert llama.acceptance > 0.9 and len(passes) <= 8
     if wrong_every == 1:
-        assert llama.acceptance == 0 and len(passes) == 30
+        assert llama.acceptance == 0 and len(passes) == 31, "two passes read the prompts"
 
 
 def test_what_is_drawn_has_the_distribution(llama: Llama) -> None:
@@ -211,7 +214,7 @@ def test_the_model_itself_is_always_right(llama: Llama, temperature: float) -> N
     prompts = [[5, 6, 7], [1] * 20, [9]]
     itself = Llama(llama.model, llama.tokenizer, draft=copy.deepcopy(llama.model))
     passes = list(itself.stream(prompts, 40, temperature, seed=1, speculate_k=4))
-    assert itself.acceptance == 1 and len(passes) == 1 + 8
+    assert itself.acceptance == 1 and len(passes) == 2 + 8
 
 
 def test_a_draft_on_two_ranks(pool: RankPool, directory: Path, drafted: Llama) -> None:

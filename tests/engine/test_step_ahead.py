@@ -21,8 +21,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Llama, Llama]:
     waiting, ahead = (
         Llama.build(directory, max_seq_len=96, max_batch_size=4, device="cpu", dtype="float32") for _ in range(2)
     )
-    ahead.engine.runner.ahead = True
-    assert not waiting.engine.runner.ahead
+    ahead.engine.stepper.runs_ahead = True
+    assert not waiting.engine.stepper.runs_ahead
     return waiting, ahead
 
 
@@ -75,7 +75,7 @@ def shapes_of(llama: Llama, monkeypatch: pytest.MonkeyPatch, stops: set[int], *a
 def test_no_step_is_wasted_on_a_length(pair: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[1] * 90, [2] * 20, [3] * 93]  # 6, 76 and 3 tokens fit
     expected, actual = (shapes_of(llama, monkeypatch, set(), prompts, None, 0) for llama in pair)
-    assert actual == expected
+    assert sorted(actual) == sorted(expected)
 
 
 def test_one_step_is_wasted_on_a_stop(pair: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,18 +100,17 @@ def test_the_next_step_has_begun_when_tokens_are_yielded(
         assert len(calls) == 1 + begun
 
 
-def test_a_newer_call_ends_an_open_stream(pair: tuple[Llama, Llama]) -> None:
+def test_a_newer_call_leaves_an_open_stream(pair: tuple[Llama, Llama]) -> None:
     waiting, ahead = pair
     waiting.tokenizer.stop_tokens = ahead.tokenizer.stop_tokens = set()
-    expected, _ = waiting.generate([[9, 8, 7], [4]], 6, temperature=0)
-    old = ahead.stream([[1] * 90, [2] * 60], 9, temperature=0)
-    next(old)
-    new = ahead.stream([[9, 8, 7], [4]], 6, temperature=0)
-    tokens = [[step.token for step in next(new)]]
-    with pytest.raises(LlamaError, match="ended by a newer call"):
-        next(old)
-    tokens += [[step.token for step in steps] for steps in new]
-    assert [list(row) for row in zip(*tokens, strict=True)] == expected
+    asked = [[[1] * 80, [2] * 60], [[9, 8, 7], [4]]]
+    expected = [waiting.generate(prompts, 6, temperature=0)[0] for prompts in asked]
+    streams = [ahead.stream(prompts, 6, temperature=0) for prompts in asked]
+    found: list[list[list[int]]] = [[[], []], [[], []]]
+    for turn in range(20):
+        for step in next(streams[turn % 2], []):
+            found[turn % 2][step.row].append(step.token)
+    assert found == expected
 
 
 def test_logits_that_are_not_finite_are_named(pair: tuple[Llama, Llama], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The functions of csrc/ on tensors of the CPU. They are compiled once for each processor, in seconds, and cached.
+"""The functions of csrc/ on tensors of the CPU, from the library that `build` compiles once for each processor.
 
 Knows tensors; knows no layers. `library` returns None where there is no compiler, or where the functions can't be
 compiled or loaded for this processor.
@@ -6,99 +6,31 @@ compiled or loaded for this processor.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..._util.files import cache_home
 from ..memory_pages import in_large_pages
+from .build import load_library
+from .scratch import MOST_SCRATCH, attention_scratch
 
-SOURCES = ("products.c", "integers.c", "attention.c", "ranks.c")  # in csrc/, with HEADER
-HEADER = "vectors.h"
 LANES = 16  # floats of a vector
 BLOCK = 64  # rows of a matrix whose numbers lie side by side
 WORD = 4  # bytes of a row that lie together
-FLAGS = [
-    "-O2",
-    "-ftree-vectorize",
-    "-fvect-cost-model=dynamic",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-]
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # as the functions' names end
-SECONDS_TO_COMPILE = 120
+PLAIN_NAMES = ("pack", "gather_of_ranks")
+TYPED_NAMES = (
+    *("product", "product_int8", "product_int4", "quantize_int8", "quantize_int4"),
+    *("rms_norm", "swiglu", "attention", "sum_of_ranks"),
+)
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled SOURCES, or None where they can't be compiled or loaded."""
-    sources = [Path(__file__).with_name("csrc") / name for name in SOURCES]
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
-    try:
-        content = b"".join(path.read_bytes() for path in (*sources, sources[0].with_name(HEADER)))
-        key = hashlib.sha256(content + repr((FLAGS, compiler, processor())).encode()).hexdigest()
-        path = cache_home() / "kernels" / f"{key[:32]}.so"
-        if not is_complete(path):
-            compile_to(path, sources, compiler)
-        return ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: there is no home
-        return None
-
-
-def processor() -> str:
-    """A description of the processor, on which the compiled code depends."""
-    return cpuinfo("flags", "Features") or f"{platform.machine()} {platform.processor()}"
-
-
-def cpuinfo(*keys: str) -> str | None:
-    """The value of the first of these keys that Linux has for the first core; None on other systems."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), None)
-
-
-def is_complete(path: Path) -> bool:
-    """Whether a library ends with the hash of all before, as `compile_to` writes it.
-
-    Loading an incomplete library would end the process.
-    """
-    content = path.read_bytes() if path.is_file() else b""
-    return content[-32:] == hashlib.sha256(content[:-32]).digest()
-
-
-def compile_to(path: Path, sources: list[Path], compiler: str) -> None:
-    """Write the library under another name and rename it, since ranks may do this at the same time.
-
-    It is not linked with OpenMP: it uses torch's, so that both share one set of threads.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as directory:
-        run = functools.partial(
-            subprocess.run, check=True, capture_output=True, timeout=SECONDS_TO_COMPILE, cwd=directory
-        )
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda source: run([compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", source]), sources))
-        linked = Path(directory, "kernels.so")
-        run([compiler, "-shared", *(source.with_suffix(".o").name for source in sources), "-o", linked])
-        with linked.open("r+b") as f:
-            f.write(hashlib.sha256(f.read()).digest())
-        os.replace(linked, path)
+    """The compiled functions, or None where they can't be compiled or loaded."""
+    return load_library([*PLAIN_NAMES, *(f"{name}_{dtype}" for name in TYPED_NAMES for dtype in DTYPES.values())])
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------
@@ -146,8 +78,8 @@ def find_function(name: str, arguments: Sequence[Tensor | int | float]) -> Calla
 # --- packing ----------------------------------------------------------------------------------------------------------
 
 
-def new_packed(weight: Tensor) -> Tensor:
-    """Room for W (N, K), packed: (N / 64, K * itemsize / 4, 64, 4 / itemsize), N rounded up."""
+def allocate_packed(weight: Tensor) -> Tensor:
+    """Room for W (N, K) to be packed into: (N / 64, K * itemsize / 4, 64, 4 / itemsize), N rounded up."""
     together = WORD // weight.itemsize
     return in_large_pages((-(-len(weight) // BLOCK), weight.shape[1] // together, BLOCK, together), weight.dtype)
 
@@ -220,21 +152,38 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
+def attends(heads: int, kv_heads: int, head_dim: int, itemsize: int) -> bool:
+    """Whether `attention` takes heads of this size: whole vectors, and not so large that a thread's stack overflows."""
+    return head_dim % LANES == 0 and attention_scratch(heads, kv_heads, head_dim, itemsize) <= MOST_SCRATCH
+
+
 def attention(
-    xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, starts: Tensor, window: int
+    xq: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    angles: Tensor,
+    starts: Tensor,
+    window: int,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Attention of each row's T new tokens, their keys and values written to the caches: (B, T, H, D).
 
     xq: (B, T, H, D), xk: (B, T, KV, D), not rotated; xv: (B, T, KV, D). caches: (slots, S, KV, D), which lie in memory
     as (slots, KV, S, D). angles: complex numbers as (1 or B, T, D). starts: integers (B), the positions of the first
-    tokens. window: each token sees so many positions up to its own. A row of one token whose position is below 0 is
+    tokens. window: each token sees so many positions up to its own. slots: integers (B), where the rows lie in the
+    caches; None: row b at b. A row of one token whose position is below 0 is
     left out: nothing is written, and its output means nothing.
     """
     bsz, seqlen, heads, head_dim = xq.shape
     max_seq_len, kv_heads = cache_k.shape[1:3]
+    if not attends(heads, kv_heads, head_dim, xq.itemsize):
+        raise RuntimeError(f"there is no kernel for {heads} heads of {head_dim}, {kv_heads} of them with keys")
     out = xq.new_empty(xq.shape)
     angle_stride = angles[0].numel() if len(angles) > 1 else 0
     xq, xk, xv, angles, starts = (x.contiguous() for x in (xq, xk, xv, angles, starts.long()))
+    places = 0 if slots is None else slots.contiguous().long()  # 0: a null pointer
     sizes = (bsz, seqlen, heads, kv_heads, head_dim, max_seq_len, window, angle_stride)
-    run(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, out, *sizes)
+    run(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, places, out, *sizes)
     return out

@@ -1,6 +1,6 @@
 """The functions of a layer that have kernels, on any device: C's on the CPU, Triton's on a GPU.
 
-Knows tensors; knows no layers. `available` says whether there are kernels for a tensor's device and dtype.
+Knows tensors; knows no layers. `is_available` says whether there are kernels for a tensor's device and dtype.
 """
 
 import functools
@@ -32,29 +32,29 @@ def gpu_kernels() -> ModuleType | None:
     return triton
 
 
-def takes(x: Tensor) -> bool:
+def can_compute(x: Tensor) -> bool:
     """Whether kernels compute with tensors such as `x`, if there are kernels for its device."""
     if x.device.type == "cuda":  # `register` has looked for the kernels before anything is compiled
         return x.dtype in GPU_DTYPES and (bool(GPU) if torch.compiler.is_compiling() else gpu_kernels() is not None)
     return x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def attends(x: Tensor, seqlen: int) -> bool:
+def can_attend(x: Tensor, seqlen: int) -> bool:
     """Whether `attention` takes so many tokens a row; on a GPU it takes one."""
-    return takes(x) and (seqlen == 1 or x.device.type == "cpu")
+    return can_compute(x) and (seqlen == 1 or x.device.type == "cpu")
 
 
-def available(like: Tensor) -> bool:
+def is_available(like: Tensor) -> bool:
     """Whether there are kernels for tensors such as this one."""
     with torch.cuda.device_of(like):  # the device to try kernels on
-        return takes(like) and (like.device.type == "cuda" or cpu.library() is not None)
+        return can_compute(like) and (like.device.type == "cuda" or cpu.library() is not None)
 
 
-def packs(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
     """Whether this matrix can be packed as it is: on a CPU that has kernels, if its rows are whole words."""
     return (
         weight.device.type == "cpu"
-        and available(weight)
+        and is_available(weight)
         and weight.ndim == 2
         and weight.shape[1] * weight.itemsize % WORD == 0
     )

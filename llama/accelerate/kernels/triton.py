@@ -146,6 +146,7 @@ def _attend_split(
     cache_v,
     angles,
     positions,
+    slots,
     sums,
     masses,
     cache_row,
@@ -177,7 +178,7 @@ def _attend_split(
     )  # (QUERIES, 2 HALF)
     key = _rotate(k + offset + 2 * pair, pair < HEAD // 2, cosine, sine)  # (2 HALF)
     value = tl.load(v + offset + d, mask=d < HEAD, other=0.0)
-    here = row * cache_row + head * cache_head
+    here = tl.load(slots + row).to(tl.int64) * cache_row + head * cache_head
     new = d < tl.where((position >= 0) & (split == 0), HEAD, 0)
     tl.store(cache_k + here + position * HEAD + d, key, mask=new)
     tl.store(cache_v + here + position * HEAD + d, value, mask=new)
@@ -227,7 +228,15 @@ def _gather(sums, masses, out, HEAD: tl.constexpr, SPLITS: tl.constexpr, WIDTH: 
 
 
 def attention(
-    xq: Tensor, xk: Tensor, xv: Tensor, cache_k: Tensor, cache_v: Tensor, angles: Tensor, positions: Tensor, window: int
+    xq: Tensor,
+    xk: Tensor,
+    xv: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    angles: Tensor,
+    positions: Tensor,
+    window: int,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """As `cpu.attention`, of one token a row. Positions are divided into parts, so that few rows keep the GPU busy."""
     bsz, _, heads, head_dim = xq.shape
@@ -237,7 +246,8 @@ def attention(
     masses = xq.new_empty(bsz, heads, splits, 2, dtype=torch.float32)
     out = torch.empty(xq.shape, dtype=xq.dtype, device=xq.device)
     angles = angles.expand(bsz, -1, -1)
-    xq, xk, xv, angles, positions = (x.contiguous() for x in (xq, xk, xv, angles, positions.long()))
+    slots = torch.arange(bsz, device=xq.device) if slots is None else slots
+    xq, xk, xv, angles, positions, slots = (x.contiguous() for x in (xq, xk, xv, angles, positions.long(), slots))
     group, half = heads // kv_heads, triton.next_power_of_2(head_dim // 2)
     with torch.cuda.device_of(xq):
         _attend_split[(bsz, kv_heads, splits)](
@@ -248,6 +258,7 @@ def attention(
             cache_v,
             angles,
             positions,
+            slots,
             sums,
             masses,
             cache_k.stride(0),

@@ -123,19 +123,26 @@ INLINE void attend_head(const char *q, const char *k, const char *v, char *keys,
             case 128: attend_few(queries[g], keys, values, sums[g], 8, from, end, bf16); break;
             default: attend_few(queries[g], keys, values, sums[g], V, from, end, bf16);
         }
-    for (long i = 0; i < group * V; i++) store(out, i, sums[0][i], bf16);
+    for (long g = 0; g < group; g++)
+        for (long i = 0; i < V; i++) store(out, g * V + i, sums[g][i], bf16);
+}
+
+/* Where a key/value head of row b begins in a cache, (slots, KV, S, D), in heads of D numbers. */
+INLINE long find_cached(const int64_t *slots, long b, long kv_head, long KV, long S) {
+    return ((slots ? slots[b] : b) * KV + kv_head) * S;
 }
 
 /* `attention` of one token a row; rows that start below 0 are left out. */
 ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                       const int64_t *starts, char *out, long B, long H, long KV, long D, long S, long window, long stride,
-                       int bf16, int threads) {
+                       const int64_t *starts, const int64_t *slots, char *out, long B, long H, long KV, long D, long S,
+                       long window, long stride, int bf16, int threads) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (long task = 0; task < B * KV; task++) {
         if (starts[task / KV] < 0) continue;
-#define HEAD(bf16) attend_head(q + task * group * head, k + task * head, v + task * head, cache_k + task * S * head, \
-        cache_v + task * S * head, angles + task / KV * stride, out + task * group * head, group, D, starts[task / KV] + 1, \
+        const long cached = find_cached(slots, task / KV, task % KV, KV, S) * head;
+#define HEAD(bf16) attend_head(q + task * group * head, k + task * head, v + task * head, cache_k + cached, \
+        cache_v + cached, angles + task / KV * stride, out + task * group * head, group, D, starts[task / KV] + 1, \
         window, bf16)
         if (bf16) HEAD(1);
         else HEAD(0);
@@ -244,15 +251,16 @@ INLINE void attend_block(const char *q, const char *keys, const char *values, co
 
 /* `attention` of T tokens a row. */
 ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                       const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window,
-                       long stride, int bf16, int threads) {
+                       const int64_t *starts, const int64_t *slots, char *out, long B, long T, long H, long KV, long D,
+                       long S, long window, long stride, int bf16, int threads) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
     const long per_task = (QUERIES + group - 1) / group, blocks = (T + per_task - 1) / per_task;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
         for (long i = 0; i < B * T * KV; i++) {
-            const long b = i / KV / T, t = i / KV % T, place = ((b * KV + i % KV) * S + starts[b] + t) * head;
+            const long b = i / KV / T, t = i / KV % T;
+            const long place = (find_cached(slots, b, i % KV, KV, S) + starts[b] + t) * head;
             if (bf16) rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, 1);
             else rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, 0);
             memcpy(cache_v + place, v + i * head, (size_t)head);
@@ -260,7 +268,7 @@ ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_
 #pragma omp for schedule(dynamic, 1)
         for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest tasks come first */
             const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * per_task;
-            const long place = (b * T * H + n * group) * head, cached = (b * KV + n) * S * head;
+            const long place = (b * T * H + n * group) * head, cached = find_cached(slots, b, n, KV, S) * head;
 #define ATTEND(bf16) attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * stride, out + place, from, \
         from + count_left(from, per_task, T), starts[b], H, group, D, window < S ? window : S, bf16)
             if (bf16) ATTEND(1);
@@ -269,17 +277,19 @@ ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_
     }
 }
 
-/* q, out (B, T, H, D), k and v (B, T, KV, D): of the T tokens of each row, which begin at position `starts` (B). angles:
- * complex numbers (T, D / 2) of each row; those of two rows are `stride` floats apart. Writes the rotated keys, and the
- * values, to the caches (slots, KV, S, D). Each query then attends to the last `window` positions up to its own. */
+/* q, out (B, T, H, D), k and v (B, T, KV, D): of the T tokens of each row, which begin at position `starts` (B). slots (B):
+ * where rows lie in the caches; null: row b at b. angles: complex numbers (T, D / 2) of each row; those of two rows are
+ * `stride` floats apart. Writes the rotated keys, and the values, to the caches (slots, KV, S, D). Each query then attends to the last `window` positions up to its own. */
 #define ATTENTION(name, bf16) \
     void name(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles, \
-              const int64_t *starts, char *out, long B, long T, long H, long KV, long D, long S, long window, long stride, \
-              int threads) { \
+              const int64_t *starts, const int64_t *slots, char *out, long B, long T, long H, long KV, long D, long S, \
+              long window, long stride, int threads) { \
         if (T == 1) \
-            attend_once(q, k, v, cache_k, cache_v, angles, starts, out, B, H, KV, D, S, window, stride, bf16, threads); \
+            attend_once(q, k, v, cache_k, cache_v, angles, starts, slots, out, B, H, KV, D, S, window, stride, bf16, \
+                        threads); \
         else \
-            attend_long(q, k, v, cache_k, cache_v, angles, starts, out, B, T, H, KV, D, S, window, stride, bf16, threads); \
+            attend_long(q, k, v, cache_k, cache_v, angles, starts, slots, out, B, T, H, KV, D, S, window, stride, bf16, \
+                        threads); \
     }
 ATTENTION(attention_float, 0)
 ATTENTION(attention_bf16, 1)

@@ -1,0 +1,272 @@
+"""One step of the engine: what the scheduler planned is carried out, and each sequence is told its tokens.
+
+A step is at most two passes, one with pieces of prompts and one that decodes; then tokens are chosen for all rows
+together. Knows the model, the scheduler and the sequences that are going on; knows no thread and no caller.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from .. import parallel
+from ..errors import LlamaError
+from ..model import Transformer
+from .cache_book import CacheBook
+from .choices import FAILED, NONE_LEFT, NOT_FINITE, Choices, Place, choose
+from .forward_pass import compute_logits, is_intercepted
+from .model_runner import PassRow, compute_prompt_logprobs, run_rows, settle
+from .model_version import read_version
+from .not_finite import not_finite_error
+from .scheduler import Scheduler
+from .sequence import Sequence as TokenSequence
+from .sequence import Step
+from .speculative import propose
+from .step_plan import Row, SlotRelease, StepPlan
+from .transfer import HostCopy, copy_to_device
+
+MOST_TOLD = 2  # cancelled requests that the other ranks are told of in a step
+SHARED = 0  # the scope of requests that share what the cache holds between calls
+
+
+@dataclass
+class Ahead:
+    """The states of rows whose pass was started before the tokens that it feeds were read."""
+
+    states: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # by key and position
+
+
+class Stepper:
+    """What goes on in an engine: its sequences by key, the scheduler that knows them, and the model that they use."""
+
+    def __init__(self, model: Transformer, book: CacheBook, prefill_chunk: int):
+        params = model.params
+        self.model = model
+        self.sequences: dict[int, TokenSequence] = {}  # those that go on
+        self.scheduler = Scheduler(book, params.max_batch_size, prefill_chunk, params.max_seq_len)
+        self.runs_ahead = model.device.type == "cuda"  # whether a step starts before the tokens that it feeds are read
+        self._most_by_hand = max(book.budget - params.max_seq_len, 0)  # so that a request always has room
+        self._cancelled: list[int] = []  # keys that the other ranks weren't told of yet
+        self._ahead = Ahead()
+        self._version: object = None  # of the model that the cache was computed with
+
+    def add_all(self, sequences: Sequence[TokenSequence]) -> None:
+        """Sequences arrive, all of those of a call together."""
+        self.model.refresh()
+        version = read_version(self.model)
+        if version != self._version:  # nothing that was computed by another model is of use
+            self.scheduler.forget()
+            self._version = version
+        for sequence in sequences:
+            self._add(sequence)
+        for scope in {s.scope for s in sequences if s.scope not in (None, SHARED)}:
+            self.scheduler.close_scope(scope)
+
+    def _add(self, sequence: TokenSequence) -> None:
+        if sequence.remaining == 0 and not sequence.output.echo and sequence.consume is None:
+            sequence.is_over = True
+            return
+        self.sequences[sequence.key] = sequence
+        self.scheduler.add(
+            sequence.key,
+            sequence.prompt,
+            scope=sequence.scope,
+            reads_all=sequence.reads_all,
+            proposals=sequence.most_proposals,
+        )
+
+    def cancel(self, keys: Sequence[int]) -> None:
+        """These sequences get no more steps. On several ranks they end when the first rank tells all of them so.
+
+        It does with the tokens of the next step.
+        """
+        if parallel.group().size() > 1:
+            self._cancelled += keys
+            return
+        for key in keys:
+            self.end(key)
+
+    def end(self, key: int) -> None:
+        """The sequence gets no more steps; one that is over already may be named."""
+        sequence = self.sequences.pop(key, None)
+        if sequence is None:
+            return
+        sequence.is_over = True
+        self.scheduler.finish(key)
+
+    @torch.no_grad()
+    def step(self, wanted: Sequence[int]) -> None:
+        """Carry out one step for the sequences with these keys. Where it raises, all are computed anew later."""
+        waited = [self.sequences[key] for key in wanted if key in self.sequences]
+        self.scheduler.want([s.key for s in waited])
+        try:
+            calls_back = any(s.settings.logits_processor is not None for s in waited)
+            with settle(self.model, calls_back, look=not all(s.is_drained for s in waited)):
+                self.scheduler.set_by_hand(min(self.model.kv_cache.by_hand, self._most_by_hand))
+                plan = self.scheduler.plan()
+                if waited and not plan.pieces and not plan.rows:
+                    raise RuntimeError(f"the scheduler has no work for the requests {[s.key for s in waited]}")
+                self._carry_out(plan)
+        except BaseException:
+            self.reset()
+            raise
+
+    def give_back(self) -> None:
+        """Give back the memory of slots that are free, where no step may come soon that does."""
+        self._release(self.scheduler.take_releases())
+
+    def reset(self) -> None:
+        """What the slots hold is no longer known: all sequences are computed anew from their tokens."""
+        self.scheduler.reset({key: s.tokens for key, s in self.sequences.items()})
+        self._ahead = Ahead()
+
+    # --- private: the parts of a step --------------------------------------------------------------------------------
+
+    def _carry_out(self, plan: StepPlan) -> None:
+        self._release(plan.releases)
+        for copy in plan.copies:
+            self.model.kv_cache.copy(copy.source, copy.target, copy.length)
+        fed, states = self._read_pieces(plan)
+        more_fed, more_states = self._decode(plan.rows)
+        fed, states = fed + more_fed, states + more_states
+        if not fed:
+            return
+        places = [
+            Place(row.sequence, row.tokens[1 : 1 + i])
+            for row, hs in zip(fed, states, strict=True)
+            for i in range(len(hs))
+        ]
+        logits = compute_logits(self.model, torch.cat(states) if len(states) > 1 else states[0])
+        choices = choose(logits, places, self._cancelled[:MOST_TOLD])
+        del self._cancelled[:MOST_TOLD]
+        on_host = HostCopy(choices.table)
+        self._ahead = self._run_ahead(fed, choices.table[0, : len(places)]) if self.runs_ahead else Ahead()
+        *rows, told = on_host.wait().T.tolist()
+        self._accept_all(places, choices, rows)
+        for key in told[:MOST_TOLD]:
+            self.end(int(key))
+
+    def _release(self, releases: Sequence[SlotRelease]) -> None:
+        for release in releases:
+            self.model.kv_cache.release(release.slot, release.start)
+
+    def _read_pieces(self, plan: StepPlan) -> tuple[list[PassRow], list[Tensor]]:
+        """Pieces of prompts through the model: those after which a token is chosen, and the states there (1, dim)."""
+        if not plan.pieces:
+            return [], []
+        rows = [
+            PassRow(s := self.sequences[piece.key], piece.slot, piece.start, s.tokens[piece.start : piece.end])
+            for piece in plan.pieces
+        ]
+        all_states = self._read_states(rows)
+        compute_prompt_logprobs(self.model, rows, all_states)
+        ends, states = [], []
+        for piece, row, h in zip(plan.pieces, rows, all_states, strict=True):
+            s = row.sequence
+            if not s.answer:
+                s.hit = self.scheduler.hit(s.key)
+            if s.consume is not None:
+                s.consume(piece.start, h)
+            if not piece.is_last:
+                continue
+            if not s.answer and s.output.echo and not s.is_read:
+                s.steps.extend(s.echo())
+            if s.remaining == 0:
+                self.end(s.key)
+                continue
+            ends.append(PassRow(s, piece.slot, piece.end - 1, row.tokens[-1:]))
+            states.append(h[-1:])
+        return ends, states
+
+    def _read_states(self, rows: list[PassRow]) -> list[Tensor]:
+        """The states of rows. Those that are a caller's result are no logits, whatever was done to the forward."""
+        readers = [i for i, row in enumerate(rows) if row.sequence.consume is not None]
+        if not readers or not is_intercepted(self.model):
+            return run_rows(self.model, rows)
+        others = [i for i in range(len(rows)) if i not in readers]
+        states = run_rows(self.model, [rows[i] for i in readers], None, Transformer.hidden_states)
+        if others:
+            states += run_rows(self.model, [rows[i] for i in others])
+        by_place = dict(zip(readers + others, states, strict=True))
+        return [by_place[i] for i in range(len(rows))]
+
+    def _decode(self, rows: Sequence[Row]) -> tuple[list[PassRow], list[Tensor]]:
+        """The last tokens of sequences, and proposals after them, through the model: states (1 + proposed, dim)."""
+        sequences = [self.sequences[row.key] for row in rows]
+        limits = [min(row.count, s.remaining) - 1 for row, s in zip(rows, sequences, strict=True)]
+        fed = [
+            PassRow(s, row.slot, row.start, [s.answer[-1], *proposals])
+            for row, s, proposals in zip(rows, sequences, propose(sequences, limits), strict=True)
+        ]
+        known = self._ahead.states
+        new = [row for row in fed if len(row.tokens) > 1 or (row.sequence.key, row.start) not in known]
+        computed = dict(zip((row.sequence.key for row in new), run_rows(self.model, new) if new else (), strict=True))
+        states = [computed.get(row.sequence.key, known.get((row.sequence.key, row.start))) for row in fed]
+        return fed, cast(list[Tensor], states)
+
+    def _run_ahead(self, fed: Sequence[PassRow], tokens: Tensor) -> Ahead:
+        """Start the pass that decodes in the next step; some of its rows may turn out to stop now.
+
+        tokens: those just chosen, of all rows.
+        """
+        if any(row.sequence.most_proposals for row in fed):
+            return Ahead()
+        going = [i for i, row in enumerate(fed) if row.sequence.remaining > 1]
+        rows = [PassRow(fed[i].sequence, fed[i].slot, fed[i].start + 1, [0]) for i in going]  # of tokens on the device
+        if not rows:
+            return Ahead()
+        if len(rows) < len(fed):
+            tokens = tokens[copy_to_device(torch.tensor(going), tokens.device)]
+        states = run_rows(self.model, rows, tokens.long())
+        return Ahead({(row.sequence.key, row.start): h for row, h in zip(rows, states, strict=True)})
+
+    def _accept_all(self, places: Sequence[Place], choices: Choices, rows: Sequence[Sequence[float]]) -> None:
+        """Give the sequences their tokens: of several places of one, up to the first that differs from its proposal."""
+        failures = choices.share_failures(rows)
+        accepted: dict[int, list[int]] = {}
+        proposed: dict[int, Sequence[int]] = {place.sequence.key: place.proposals for place in places}
+        for i, (place, row) in enumerate(zip(places, rows, strict=True)):
+            s = place.sequence
+            tokens = accepted.setdefault(s.key, [])
+            if s.finish_reason is not None or s.error is not None or tokens != list(place.proposals):
+                continue
+            if (error := self._find_error(s, int(row[0]), failures.get(i), choices.failures.get(i))) is not None:
+                s.error = error
+                continue
+            s.steps.append(accept(s, row))
+            tokens.append(int(row[0]))
+        for key, tokens in accepted.items():
+            s = self.sequences[key]
+            s.proposed += len(proposed[key])
+            s.accepted += max(len(tokens) - 1, 0)
+            if tokens:
+                self.scheduler.extend(key, tokens)
+            if s.finish_reason is not None or s.error is not None:
+                self.end(key)
+
+    def _find_error(
+        self, s: TokenSequence, token: int, failure: str | None, cause: Exception | None
+    ) -> Exception | None:
+        """Why no token could be chosen after a sequence, if none could."""
+        if token == NOT_FINITE:
+            return not_finite_error(self.model, f"row {s.index}: the logits at position {s.position} are")
+        if token == NONE_LEFT:
+            return LlamaError(
+                f"row {s.index}: no token is left to choose at position {s.position}: its settings "
+                "forbid all of them; loosen logit_bias, no_repeat_ngram_size, min_gen_len or logits_processor"
+            )
+        if token == FAILED:
+            error = LlamaError(f"row {s.index}: {failure}")
+            error.__cause__ = cause
+            return error
+        return None
+
+
+def accept(sequence: TokenSequence, choice: Sequence[float]) -> Step:
+    """The step that a choice makes, a column of `describe_choices`."""
+    token, logprob, *top = choice
+    best = top[: 2 * sequence.output.top]
+    likeliest = tuple((int(t), p) for t, p in zip(best[::2], best[1::2], strict=True)) if best else None
+    return sequence.accept(int(token), logprob if sequence.output.logprobs else None, likeliest)

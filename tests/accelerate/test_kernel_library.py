@@ -1,0 +1,113 @@
+"""The CPU kernels' library is compiled once, mended if it is damaged, and done without where it can't be made."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_numbers import compiled, library_anew
+
+from llama.accelerate.kernels import build, cpu
+from llama.accelerate.kernels import dispatch as kernels
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of one's own, whose kernels are compiled fast and run slowly."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(build, "FLAGS", ["-O0", "-march=native"])
+    return tmp_path
+
+
+def made(home: Path) -> list[Path]:
+    return [path for path in home.rglob("*") if path.is_file()]
+
+
+@compiled
+def test_it_is_compiled_once(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library_anew() is not None
+    (library,) = made(home)
+    written = library.stat().st_mtime_ns
+    monkeypatch.setattr(build, "compile_in", pytest.fail)
+    assert library_anew() is not None
+    assert made(home) == [library] and library.stat().st_mtime_ns == written
+
+
+@compiled
+@pytest.mark.parametrize("damage", ["nothing", "a beginning", "half", "all but a byte", "other"])
+@pytest.mark.slow
+def test_a_damaged_file_is_made_again(home: Path, damage: str) -> None:
+    assert library_anew() is not None
+    (library,) = made(home)
+    whole = library.read_bytes()
+    other = bytearray(whole)
+    other[len(whole) // 2] ^= 1
+    damaged = {
+        "nothing": b"",
+        "a beginning": whole[:100],
+        "half": whole[: len(whole) // 2],
+        "all but a byte": whole[:-1],
+    }
+    os.unlink(library)  # this process has it mapped
+    library.write_bytes(damaged.get(damage, bytes(other)))
+    assert not build.is_complete(library), "loading it would end this process"
+    assert library_anew() is not None
+    assert build.is_complete(library) and made(home) == [library]
+
+
+@compiled
+def test_several_may_compile_at_once(home: Path) -> None:
+    found: list[object] = []
+    running = [threading.Thread(target=lambda: found.append(library_anew())) for _ in range(3)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert len(found) == 3 and None not in found
+    assert len(made(home)) == 1, "nothing else is left behind"
+
+
+def failing_compiler(home: Path, patch: pytest.MonkeyPatch) -> None:
+    (home / "cc").write_text("#!/bin/sh\nexit 1\n")
+    (home / "cc").chmod(0o755)
+    patch.setenv("PATH", str(home))
+
+
+def no_home(home: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("HOME")
+    patch.setattr("pwd.getpwuid", {}.__getitem__)
+
+
+def home_is_a_file(home: Path, patch: pytest.MonkeyPatch) -> None:
+    (home / "file").touch()
+    patch.setenv("HOME", str(home / "file"))
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        pytest.param(lambda home, patch: patch.setenv("PATH", str(home)), id="no compiler"),
+        failing_compiler,
+        no_home,
+        home_is_a_file,
+        pytest.param(lambda home, patch: patch.setenv("HOME", "/proc/self"), id="a home that can't be written"),
+        pytest.param(lambda home, patch: patch.setattr(build, "SECONDS_TO_COMPILE", 0.001), id="no time"),
+        pytest.param(lambda home, patch: patch.setattr(build, "FLAGS", ["-march=none"]), id="no such processor"),
+    ],
+)
+def test_where_it_cannot_be_compiled_there_is_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, trouble: Callable[[Path, pytest.MonkeyPatch], None]
+) -> None:
+    trouble(home, monkeypatch)
+    assert library_anew() is None
+    monkeypatch.setattr(cpu, "library", library_anew)
+    assert not kernels.is_available(torch.zeros(1)) and not kernels.can_pack(torch.zeros(2, 2))
+
+
+@compiled
+def test_processors_with_short_vectors_have_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There torch's own products are faster, and compiling takes half a minute."""
+    monkeypatch.setattr(build, "FLAGS", ["-O3", "-march=x86-64-v3"])
+    assert library_anew() is None
