@@ -6,9 +6,7 @@ torchrun --nproc_per_node 1 example_chat_completion.py --ckpt_dir DIR --tokenize
 
 from typing import Literal
 
-from llama import Dialog, Llama
 from llama.cli.program import checkpoint_or_demo, run
-from llama.parallel import is_main_process
 
 
 def main(
@@ -24,6 +22,7 @@ def main(
     seed: int = 1,
     compile: bool = False,
     quantization: Literal["int8", "int4"] | None = None,
+    adapter_dir: str | None = None,
 ) -> None:
     """Answer the example dialogs.
 
@@ -36,13 +35,17 @@ def main(
         max_batch_size: most dialogs at a time.
         max_gen_len: most tokens of an answer (default: as max_seq_len allows).
         device: cpu, cuda or mps (default: the best there is).
-        dtype: bfloat16, float16 or float32 (default: the best for the device).
+        dtype: bfloat16, float16, float32, or auto: as in the files (default: the best for the device).
         seed: the same seed gives the same answers.
         compile: compile or capture decoding steps before the first answer.
         quantization: int8 or int4 rounds matrices while loading (default: none).
+        adapter_dir: directory of an adapter of peft's, merged while loading (default: none).
     """
+    from llama import Dialog, Llama  # here, so that Ctrl-C ends the program in one line while torch is imported
+    from llama.parallel import is_main_process
+
     llama = Llama.build(
-        ckpt_dir=checkpoint_or_demo(ckpt_dir),
+        ckpt_dir=checkpoint_or_demo(ckpt_dir, adapter_dir),
         tokenizer_path=tokenizer_path,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
@@ -51,6 +54,7 @@ def main(
         dtype=dtype,
         compile=compile,
         quantization=quantization,
+        adapter_dir=adapter_dir,
     )
 
     dialogs: list[Dialog] = [

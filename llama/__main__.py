@@ -1,6 +1,6 @@
 """`python -m llama`: see `llama.cli.commands`."""
 
-from .cli.commands import main
+from ._util.interrupt import run_main
 
 if __name__ == "__main__":
-    main()
+    run_main("llama.cli.commands")

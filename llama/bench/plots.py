@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .._util.files import read_json
-from .._util.plots import create_figure, has_matplotlib, save_figure
-from ..errors import LlamaError
+from .._util.files import check_file, read_json
+from .._util.packages import find_missing, missing_error
+from .._util.plots import create_figure, save_figure
+from ..errors import LlamaError, shorten
 from .report import BenchReport
 
 SUFFIXES = (".png", ".svg", ".pdf")
@@ -51,12 +52,15 @@ class Chart:
         Raises LlamaError for whatever would keep the picture from being drawn later.
         """
         self.path = Path(path)
-        if not has_matplotlib():
-            raise LlamaError("--plot needs a package that isn't here: pip install matplotlib")
+        if find_missing("matplotlib"):
+            raise missing_error("--plot", "matplotlib")
         if self.path.suffix not in SUFFIXES:
-            raise LlamaError(f"--plot is {path!r}, expected the name of a file that ends in {', '.join(SUFFIXES)}")
+            raise LlamaError(
+                f"--plot is {shorten(path)}, expected the name of a file that ends in {', '.join(SUFFIXES)}"
+            )
         if not self.path.parent.is_dir():
-            raise LlamaError(f"--plot is {path!r}, but there is no directory {self.path.parent}: make it first")
+            raise LlamaError(f"--plot is {shorten(path)}, but there is no directory {self.path.parent}: make it first")
+        check_file(self.path, "written")
         self.points = [point for name in earlier for point in read_points(Path(name))]
 
     def draw(self, report: BenchReport) -> None:
@@ -73,7 +77,7 @@ def read_points(path: Path) -> list[Point]:
     try:
         return list(collect_points(report))
     except (KeyError, TypeError) as e:
-        raise LlamaError(f"{path} isn't what `python -m llama bench --json` prints: {e!r} in it") from e
+        raise LlamaError(f"{path} isn't what `python -m llama bench --json` prints: {shorten(e)} in it") from e
 
 
 def collect_points(report: dict[str, Any]) -> Iterator[Point]:

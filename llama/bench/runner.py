@@ -20,13 +20,13 @@ from .. import parallel
 from .._util.validate import check_count
 from ..accelerate.accelerator import Acceleration, Accelerator
 from ..accelerate.fast_model import FastModel
-from ..accelerate.kernels.cpu import cpuinfo
+from ..accelerate.kernels.build import cpuinfo
 from ..accelerate.quantization import BITS, Quantization, QuantizedMatrix, bits_of
 from ..checkpoints.demo import demo_checkpoint
 from ..checkpoints.fit import check_memory, check_ranks
 from ..checkpoints.loader import survey
 from ..checkpoints.schema import part_sizes
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..generation import Llama
 from ..model import ModelArgs, Transformer
 from ..parallel import Place
@@ -47,6 +47,7 @@ class BenchConfig:
     """What to measure, on which model. Raises LlamaError for values that no run can have."""
 
     ckpt_dir: str | None = None  # a checkpoint; None: random weights of `shape`
+    adapter_dir: str | None = None  # an adapter of the checkpoint
     shape: str | None = None  # a name in SHAPES, or DEMO_SHAPE; None: DEFAULT_SHAPE
     # As of `Llama.build`:
     device: str | None = None
@@ -67,13 +68,15 @@ class BenchConfig:
                 check_count(name, count)
         if self.gen < 2:
             raise LlamaError(f"--gen is {self.gen}, expected at least 2: decoding begins with the second token")
+        if self.adapter_dir is not None and self.ckpt_dir is None:
+            raise LlamaError("--adapter_dir was given without --ckpt_dir: give the base's directory too")
         if self.ckpt_dir is not None and self.shape is not None:
             raise LlamaError("both --ckpt_dir and --shape were given: a checkpoint has a shape of its own, give one")
 
     @staticmethod
     def from_options(options: argparse.Namespace, **measured: Any) -> "BenchConfig":
         """The model from a command's options. measured: the other fields."""
-        names = ("ckpt_dir", "shape", "device", "dtype", "compile", "quantization")
+        names = ("ckpt_dir", "adapter_dir", "shape", "device", "dtype", "compile", "quantization")
         return BenchConfig(**{name: getattr(options, name) for name in names}, **measured)
 
     @property
@@ -98,6 +101,7 @@ class BenchConfig:
             return build_random_llama(args, place, self.compile, self.quantization)
         llama = Llama.build(
             self.ckpt_dir,
+            adapter_dir=self.adapter_dir,
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             device=self.device,
@@ -114,7 +118,9 @@ def parse_counts(option: str, text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        raise LlamaError(f"{option} is {text!r}, expected whole numbers with commas between, such as 1,8") from None
+        raise LlamaError(
+            f"{option} is {shorten(text)}, expected whole numbers with commas between, such as 1,8"
+        ) from None
 
 
 def find_shape(name: str) -> ModelArgs:
@@ -122,7 +128,7 @@ def find_shape(name: str) -> ModelArgs:
     if name == DEMO_SHAPE:
         return survey(demo_checkpoint()).sizes
     if name not in SHAPES:
-        raise LlamaError(f"--shape is {name!r}, expected one of {', '.join([*SHAPES, DEMO_SHAPE])}")
+        raise LlamaError(f"--shape is {shorten(name)}, expected one of {', '.join([*SHAPES, DEMO_SHAPE])}")
     return SHAPES[name]
 
 
@@ -167,7 +173,7 @@ def run_benchmark(config: BenchConfig) -> BenchReport:
     args = ours.llama.model.params
     place = replace(place, dtype=ours.llama.model.dtype)
     quantization = find_quantization(ours.llama.model)
-    peers = build_peers(config.peers, ours.llama.model, place, config.ckpt_dir, quantization)
+    peers = build_peers(config.peers, ours.llama.model, place, config.ckpt_dir, quantization, config.adapter_dir)
     for peer in peers:
         warm_up(peer, config.all_batches, args.vocab_size)
     figures, ratios = compare_subjects([ours, *peers], config, args, place)

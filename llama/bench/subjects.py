@@ -5,25 +5,27 @@ when its model is built.
 """
 
 import copy
-import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from fairscale.nn.model_parallel.initialize import get_model_parallel_world_size
+from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from .._util.packages import find_missing, missing_error
 from ..accelerate.accelerator import accelerate
 from ..accelerate.fast_model import FastModel
 from ..accelerate.quantization import Quantization
 from ..checkpoints.fit import check_memory
-from ..checkpoints.hf_config import config_of
-from ..checkpoints.loader import PackWeight, build_on_meta, load_model, open_checkpoint, place_tensor
+from ..checkpoints.hf_config_writing import config_of
+from ..checkpoints.loader import PackWeight, build_on_meta, load_model, place_tensor
 from ..checkpoints.schema import tensor_shapes
-from ..errors import LlamaError
-from ..generation import PREFILL_CHUNK, Llama
+from ..errors import LlamaError, shorten
+from ..generation import PREFILL_CHUNK, Llama, open_model
 from ..model import ModelArgs, Transformer
 from ..parallel import Place
 from ..tokenizer import Tokenizer
@@ -35,6 +37,8 @@ PACKAGES = {  # modules that a peer imports: their names in pip
     "transformers": {"transformers": "transformers"},
     "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
 }
+Product = Callable[[Tensor], Tensor]
+LINEAR = (ColumnParallelLinear, RowParallelLinear)
 CACHES = ("cache_k", "cache_v")  # names of buffers
 STD = 0.02  # standard deviation of random weights
 
@@ -150,13 +154,14 @@ class ProductsSubject:
 
     @torch.inference_mode()
     def run(self, prompts: list[list[int]], gen: int) -> Iterator[list[int]]:
-        args, mp_size, fast = self.model.params, get_model_parallel_world_size(), cast(FastModel, self.model.fast)
-        new_ones = partial(torch.ones, dtype=fast.dtype, device=fast.device)
+        args, mp_size = self.model.params, get_model_parallel_world_size()
+        new_ones = partial(torch.ones, dtype=self.model.dtype, device=self.model.device)
+        products, output = list_products(self.model)
         widths = {"wo": args.n_heads * args.head_size // mp_size, "w2": args.hidden_dim // mp_size}
 
         def multiply(rows: int) -> None:
-            for name, linear in fast.network.linears:
-                linear.product(new_ones((rows, widths.get(name, args.dim))))
+            for name, product in products:
+                product(new_ones((rows, widths.get(name, args.dim))))
 
         tokens = sum(map(len, prompts))
         for start in range(0, tokens, PREFILL_CHUNK):
@@ -164,8 +169,23 @@ class ProductsSubject:
         for step in range(gen):
             if step > 0:
                 multiply(len(prompts))
-            logits = fast.network.output.product(new_ones((len(prompts), args.dim)))
+            logits = output(new_ones((len(prompts), args.dim)))
             yield logits.argmax(-1).tolist()
+
+
+def list_products(model: Transformer) -> tuple[list[tuple[str, Product]], Product]:
+    """(the products with the matrices of all layers, by the last part of their names; that with the output's matrix).
+
+    The fast form's where there is one, else torch's.
+    """
+    if isinstance(model.fast, FastModel):
+        network = model.fast.network
+        return [(name, linear.product) for name, linear in network.linears], network.output.product
+    modules = [(path.rpartition(".")[2], module) for path, module in model.layers.named_modules()]
+    matrices = [(name, module.weight) for name, module in modules if isinstance(module, LINEAR)]
+    return [(name, partial(F.linear, weight=weight)) for name, weight in matrices], partial(
+        F.linear, weight=model.output.weight
+    )
 
 
 def count_weight_bytes(model: nn.Module, embedding: nn.Module) -> int:
@@ -215,6 +235,7 @@ def build_peers(
     place: Place,
     ckpt_dir: str | None,
     quantization: Quantization | None = None,
+    adapter_dir: str | None = None,
 ) -> list[ModelSubject]:
     """The peers of these names, with the sizes of `ours`, in the order of `names`.
 
@@ -225,7 +246,7 @@ def build_peers(
     if names:
         models = 1 + len({"plain" if name == "meta" else name for name in names} - {"products"})
         check_memory(args, replace(place, world_size=models * place.world_size))
-    checkpoint = None if ckpt_dir is None else open_checkpoint(ckpt_dir)
+    checkpoint = None if ckpt_dir is None else open_model(ckpt_dir, adapter_dir, place.dtype)
     peers: dict[str, ModelSubject] = {"products": ProductsSubject(ours)}
     if "transformers" in names:
         peers["transformers"] = TransformersSubject(build_random_transformers(args, place))
@@ -252,15 +273,15 @@ def check_peers(names: Sequence[str], place: Place) -> None:
     """Raise LlamaError for peers that are unknown, or can't run here."""
     for name in names:
         if name not in PEERS:
-            raise LlamaError(f"--compare has {name!r}, expected one or more of {', '.join(PEERS)}")
+            raise LlamaError(f"--compare has {shorten(name)}, expected one or more of {', '.join(PEERS)}")
         packages = PACKAGES.get(name, {})
         if packages and place.world_size > 1:
             raise LlamaError(
                 f"--compare {name} runs in one process, and {place.world_size} are here: leave out torchrun, or "
                 "compare with plain"
             )
-        if missing := [package for module, package in packages.items() if importlib.util.find_spec(module) is None]:
-            raise LlamaError(f"--compare {name} needs a package that isn't here: pip install {' '.join(missing)}")
+        if missing := find_missing(*packages):
+            raise missing_error(f"--compare {name}", *(packages[module] for module in missing))
     if "llama.cpp" in names and place.device.type != "cpu":
         raise LlamaError(f"--compare llama.cpp runs on the CPU, and this on {place.device}: add --device cpu")
 

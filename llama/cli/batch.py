@@ -1,41 +1,46 @@
-"""`complete --input`: reads prompts from a file of JSON lines, answers them in full batches, writes a record for each.
+"""`complete --input`: reads prompts from a file of JSON lines, has them answered, and writes a record for each.
 
-Records are in the order of the lines. Knows lines, batches and records; what survives a kill is `resumable_output`'s
-job, generation `Llama.complete`'s.
+Records are in the order of the lines. Knows lines, requests and records; what survives a kill is `resumable_output`'s
+job, generation the engine's.
 """
 
 import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from difflib import get_close_matches
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import ProcessGroup
 
 from .._util.console import progress_bar
-from .._util.files import unreadable_error
+from .._util.files import open_file, unreadable_error
 from .._util.json_lines import parse_object
-from .._util.ranks import is_main_process
-from .._util.validate import is_integer
-from ..engine.outputs import Completion, describe_completion
+from .._util.ranks import is_main_process, new_long_timeout_group
+from .._util.validate import is_integer, suggest
+from ..engine.engine import CallOptions, raise_failures
+from ..engine.outputs import Completion, describe_completion, make_completion
 from ..engine.request_checks import check_room, check_token_ids
+from ..engine.sequence import OutputOptions, Sequence, Step
 from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
-from ..parallel import broadcast_object, new_long_timeout_group, raise_together
-from ..settings import NAMES, Options, Settings
-from ..tokenization.chat_template import make_formatter
+from ..parallel import broadcast_object, raise_together
+from ..settings import CALL_OPTIONS, NAMES, Settings
+from ..tokenization.chat_template import find_variables, make_formatter
+from ..tokenization.messages import DIALOG_OPTIONS
+from ..tokenization.texts import read_content
 from .resumable_output import ResumableRecords, sibling_path
 
 LINE_OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}
-FOREIGN_OPTIONS = (Options.__annotations__.keys() | {"echo", "max_tokens", "max_new_tokens"}) - LINE_OPTIONS
+FOREIGN_OPTIONS = (NAMES | CALL_OPTIONS | {"echo", "max_tokens", "max_new_tokens"}) - LINE_OPTIONS
 RECORD_KEYS = {"line", "generation", "finish_reason", "tokens", "error"}
+LINES_PER_ROW = 2  # lines under way for each row of a pass, so that one is there whenever a row is free
 MISSPELT_SIMILARITY = 0.88  # a key that is as similar to an option counts as a misspelt one
 
 
@@ -45,6 +50,7 @@ class LineRequest:
 
     number: int  # of the line, from 1
     prompt_tokens: list[int]
+    is_dialog: bool
     settings: Mapping[str, Any]  # of each of the n answers
     n: int
     logprobs: bool
@@ -63,6 +69,7 @@ class RequestReader:
         """Raises LlamaError for a line that can't be answered."""
         fields = parse_object(line)
         options = {name: fields.pop(name) for name in LINE_OPTIONS & fields.keys()}
+        is_dialog = "messages" in fields
         prompt_tokens = self._pop_prompt(fields)
         for name in fields:
             check_extra_key(name)
@@ -70,8 +77,6 @@ class RequestReader:
         params = self._llama.model.params
         if not is_integer(n, 1):
             raise LlamaError(f"n is {shorten(n)}, expected a whole number of at least 1")
-        if n > params.max_batch_size:
-            raise LlamaError(f"n is {n}, but max_batch_size is {params.max_batch_size}: raise --max_batch_size")
         if not isinstance(logprobs, bool):
             raise LlamaError(f"logprobs is {shorten(logprobs)}, expected true or false")
         if isinstance(bias := options.get("logit_bias"), dict):  # keys of JSON are texts
@@ -81,18 +86,22 @@ class RequestReader:
             settings["seed"] = derive_seed(self._seed, number)
         check_token_ids([Settings(**settings)], 0, params.vocab_size)
         check_room(prompt_tokens, params.max_seq_len)
-        return LineRequest(number, prompt_tokens, settings, n, logprobs, fields)
+        return LineRequest(number, prompt_tokens, is_dialog, settings, n, logprobs, fields)
 
     def _pop_prompt(self, fields: dict[str, Any]) -> list[int]:
         """Remove the prompt or the messages from `fields`; returns their tokens."""
         if ("prompt" in fields) == ("messages" in fields):
             present = "both prompt and messages" if "prompt" in fields else "neither prompt nor messages"
             raise LlamaError(f"the line has {present}, expected one of them")
+        names = DIALOG_OPTIONS | (find_variables(self._formatter) if "messages" in fields else frozenset())
+        asked = {name: fields.pop(name) for name in names & fields.keys()}
         if "messages" in fields:
             messages = fields.pop("messages")
             if not isinstance(messages, list):
                 raise LlamaError(f"messages is {describe(messages)}, expected a list of them")
-            return self._formatter.encode_dialog_prompt(messages)
+            return self._formatter.encode_dialog_prompt(messages, **asked)
+        if asked:
+            raise LlamaError(f"{min(asked)} goes with messages, and the line has a prompt")
         text = fields.pop("prompt")
         if not isinstance(text, str):
             raise LlamaError(f"prompt is {describe(text)}, expected a text")
@@ -105,10 +114,14 @@ class RequestReader:
 def check_extra_key(name: str) -> None:
     """Refuse a key that the record has itself, or that looks like an option and would have no effect."""
     if name in RECORD_KEYS:
-        raise LlamaError(f"{name!r} is a name that the record has itself: call yours something else")
+        raise LlamaError(f"{shorten(name)} is a name that the record has itself: call yours something else")
     plain = name.lower().replace("-", "_")
     if name in FOREIGN_OPTIONS or get_close_matches(plain, LINE_OPTIONS, 1, MISSPELT_SIMILARITY):
-        raise LlamaError(f"{name!r} is no setting: known are {', '.join(sorted(LINE_OPTIONS))}")
+        known = ", ".join(sorted(LINE_OPTIONS))
+        raise LlamaError(f"{shorten(name)} is no setting: known are {known}{suggest(plain, LINE_OPTIONS)}")
+    if get_close_matches(plain, DIALOG_OPTIONS, 1, MISSPELT_SIMILARITY):
+        known = ", ".join(sorted(DIALOG_OPTIONS))
+        raise LlamaError(f"{shorten(name)} is no option of a dialog: known are {known}{suggest(plain, DIALOG_OPTIONS)}")
 
 
 def derive_seed(seed: int, number: int) -> int:
@@ -120,7 +133,7 @@ class BatchFiles:
     """The input file, and the records that were written so far; on the one rank that reads and writes them."""
 
     count: int  # lines of the input that aren't empty
-    part: ResumableRecords  # the records
+    records: ResumableRecords
     earlier: int  # records that earlier runs wrote
 
     def __init__(self, source: str, output: str, about: dict[str, Any], force: bool):
@@ -131,73 +144,74 @@ class BatchFiles:
         if Path(source).exists() and not Path(source).is_file():
             raise LlamaError(f"{source} is no file: expected one of JSON lines, which is read more than once")
         try:
-            self._source = open(source, "rb")  # noqa: SIM115 (it stays open, so that replacing the file has no effect)
+            self._source = open_file(source)  # it stays open, so that replacing the file has no effect
             digest = hashlib.file_digest(self._source, "sha256").hexdigest()
             self.count = sum(1 for _ in self._lines())
         except OSError as e:
             raise unreadable_error(Path(source), e) from e
-        self.part = ResumableRecords(target, {"input": digest, **about}, {"today": datetime.now().isoformat()}, force)
-        self.earlier = len(self.part.places)
+        self.records = ResumableRecords(
+            target, {"input": digest, **about}, {"today": datetime.now().isoformat()}, force
+        )
+        self.earlier = len(self.records.places)
 
     @property
     def remaining(self) -> int:
         """How many lines have no record yet."""
-        return self.count - len(self.part.places)
+        return self.count - len(self.records.places)
 
-    def _lines(self) -> Iterator[tuple[int, int, bytes]]:
-        """(number, offset in bytes, line) of each line that isn't empty."""
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """(number, line) of each line that isn't empty."""
         self._source.seek(0)
-        offset = 0
         for number, line in enumerate(self._source, start=1):
             if line.strip():
-                yield number, offset, line
-            offset += len(line)
+                yield number, line
 
-    def iterate_batches(self, llama: Llama, shared: Mapping[str, Any], seed: int) -> Iterator[list[LineRequest]]:
-        """The lines without a record, in batches of one n and of similar lengths, the longest first.
+    def read_requests(self, llama: Llama, shared: Mapping[str, Any], seed: int) -> Iterator[LineRequest]:
+        """The lines without a record, in their order. A line that can't be answered gets its record here.
 
-        A line that can't be answered gets its record here. Only offsets are kept in memory, so that the file may be
-        larger than it. After a kill, the remaining lines are cut into the same batches as before.
+        The file may be larger than the memory.
         """
-        reader = RequestReader(llama, shared, seed, datetime.fromisoformat(self.part.fixed["today"]))
-        plan = []
-        for number, offset, line in self._lines():
-            if number in self.part.places:
+        reader = RequestReader(llama, shared, seed, datetime.fromisoformat(self.records.fixed["today"]))
+        for number, line in self._lines():
+            if number in self.records.places:
                 continue
             try:
-                request = reader.read(number, line)
-                plan.append((request.n, -len(request.prompt_tokens), number, offset))
+                yield reader.read(number, line)
             except LlamaError as e:
-                self.part.add([{"line": number, "error": str(e)}])
-        plan.sort()
-        for n, lines in groupby(plan, key=lambda planned: planned[0]):
-            while batch := list(islice(lines, llama.model.params.max_batch_size // n)):
-                yield [reader.read(number, self._line_at(offset)) for _, _, number, offset in batch]
-
-    def _line_at(self, offset: int) -> bytes:
-        self._source.seek(offset)
-        return self._source.readline()
+                self.records.add([{"line": number, "error": str(e)}])
 
     def summarize(self) -> str:
         before = f", {self.earlier} by earlier runs" if self.earlier else ""
-        counts = f"{pluralize(len(self.part.places), 'line')} done, {pluralize(self.part.errors, 'error')}"
-        return f"{self.part.output}: {counts}{before}"
+        counts = f"{pluralize(len(self.records.places), 'line')} done, {pluralize(self.records.errors, 'error')}"
+        return f"{self.records.output}: {counts}{before}"
 
 
-def complete_batch(
-    llama: Llama, batch: Sequence[LineRequest], speculation: Mapping[str, Any]
-) -> list[list[Completion] | LlamaError]:
-    """The n answers to each request, or its error. All ranks make the same calls, and get the same errors."""
-    n, logprobs = batch[0].n, any(request.logprobs for request in batch)
-    prompts, settings = [request.prompt_tokens for request in batch], [request.settings for request in batch]
-    try:
-        completions = llama.complete(prompts, logprobs=logprobs, n=n, rows=settings, **speculation)
-    except LlamaError as e:
-        if len(batch) == 1:
-            return [e]
-        # One by one, so that only the requests that are wrong have an error.
-        return [answer for request in batch for answer in complete_batch(llama, [request], speculation)]
-    return [completions[start : start + n] for start in range(0, len(completions), n)]
+class RunningLine:
+    """A line whose n answers are under way."""
+
+    def __init__(self, llama: Llama, line: LineRequest, speculation: Mapping[str, Any]):
+        """Raises LlamaError for a line that can't be answered."""
+        self.line = line
+        options = CallOptions(OutputOptions(line.logprobs), line.n, **speculation, reuse=True, is_drained=True)
+        self._requests = llama.engine.make_requests([line.prompt_tokens], line.settings, None, options)
+        self._steps: list[list[Step]] = [[] for _ in self._requests]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [request.sequence for request in self._requests]
+
+    def is_over(self) -> bool:
+        """Whether all answers are there; takes their steps so far."""
+        for request, steps in zip(self._requests, self._steps, strict=True):
+            steps += request.take()
+        return all(request.is_over for request in self._requests)
+
+    def answers(self) -> list[Completion] | LlamaError:
+        try:
+            raise_failures(self.sequences)
+        except LlamaError as e:
+            return e
+        return [make_completion(*pair) for pair in zip(self.sequences, self._steps, strict=True)]
 
 
 def make_record(llama: Llama, request: LineRequest, answers: list[Completion] | LlamaError) -> dict[str, Any]:
@@ -207,7 +221,8 @@ def make_record(llama: Llama, request: LineRequest, answers: list[Completion] | 
     fields: list[dict[str, Any]] = []
     for completion in answers:
         shown = completion if request.logprobs else replace(completion, logprobs=None)
-        fields.append({"generation": completion.text, **describe_completion(shown, llama.tokenizer)})
+        text = read_content(llama.tokenizer, completion.text) if request.is_dialog else completion.text
+        fields.append({"generation": text, **describe_completion(shown, llama.tokenizer)})
     names = dict.fromkeys(name for answer in fields for name in answer)
     values = fields[0] if request.n == 1 else {name: [answer.get(name) for answer in fields] for name in names}
     return {"line": request.number, **request.extra, **values}
@@ -222,24 +237,43 @@ def complete_remaining(
     ranks: ProcessGroup | None,
 ) -> None:
     """Write a record for every line without one. files: None on the ranks that get their batches from rank 0."""
-    batches = files.iterate_batches(llama, shared, seed) if files else iter(())
-    tokens, seconds = 0, 0.0
+    lines = files.read_requests(llama, shared, seed) if files else iter(())
+    most = LINES_PER_ROW * llama.model.params.max_batch_size
+    running: list[RunningLine] = []
+    tokens, started = 0, time.monotonic()
     total, earlier = (files.count, files.earlier) if files else (0, 0)
     with progress_bar("completing", total, " lines", done=earlier) as bar:
         while True:
             with raise_together(ranks):
-                batch = next(batches, None)
-            if (batch := broadcast_object(batch, ranks)) is None:
+                arriving = list(islice(lines, most - len(running)))
+            records = []
+            for line in broadcast_object(arriving, ranks):
+                try:
+                    running.append(RunningLine(llama, line, speculation))
+                except LlamaError as e:
+                    records.append(make_record(llama, line, e))
+            if not running and not records:
                 return
-            started = time.monotonic()
-            answers = complete_batch(llama, batch, speculation)
-            seconds += time.monotonic() - started
-            tokens += sum(len(one.tokens) for group in answers if isinstance(group, list) for one in group)
-            bar.set_postfix_str(f"{tokens / seconds:.0f} tokens/s", refresh=False)
+            for one in wait_for_lines(llama, running):
+                answers = one.answers()
+                tokens += sum(len(answer.tokens) for answer in answers) if isinstance(answers, list) else 0
+                records.append(make_record(llama, one.line, answers))
+            bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
             with raise_together(ranks):
                 if files:
-                    files.part.add([make_record(llama, *pair) for pair in zip(batch, answers, strict=True)])
-                    bar.update(len(files.part.places) - bar.n)
+                    files.records.add(records)
+                    bar.update(len(files.records.places) - bar.n)
+
+
+def wait_for_lines(llama: Llama, running: list[RunningLine]) -> list[RunningLine]:
+    """Those that are over, at least one if there are any; removes them from `running`."""
+    while running and not (over := [line for line in running if line.is_over()]):
+        if going := [s for line in running for s in line.sequences if not s.is_over]:
+            llama.engine.wait_any(going)
+    if not running:
+        return []
+    running[:] = [line for line in running if line not in over]
+    return over
 
 
 def complete_file(
@@ -269,5 +303,5 @@ def complete_file(
         complete_remaining(build(), files, shared, seed, speculation or {}, ranks)
     with raise_together(ranks):
         if files:
-            files.part.finish()
+            files.records.finish()
     return files.summarize() if files else None

@@ -9,13 +9,18 @@ from ..bench.plots import Chart
 from ..bench.runner import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, BenchConfig, parse_counts, run_benchmark
 from ..bench.subjects import PEERS
 from ..errors import LlamaError
-from .model_options import DEVICE, DTYPE, INTEGER, add_speed_options
+from .model_options import ADAPTER_DIR, DEVICE, DTYPE, INTEGER, add_speed_options
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("model").add_argument
     shapes = ", ".join([*SHAPES, DEMO_SHAPE])
-    add("--ckpt_dir", metavar="DIR", help="directory or URL of a checkpoint (default: random weights of --shape)")
+    add(
+        "--ckpt_dir",
+        metavar="DIR",
+        help="directory of a checkpoint, or its gs:// or az:// URL (default: random weights of --shape)",
+    )
+    add("--adapter_dir", metavar="DIR", help=ADAPTER_DIR)
     add("--shape", help=f"sizes of the random weights: {shapes} (default: {DEFAULT_SHAPE})")
     add("--device", help=DEVICE)
     add("--dtype", help=DTYPE)

@@ -5,6 +5,7 @@ Knows the conversation and the commands; knows nothing of how keys are read and 
 
 import argparse
 import contextlib
+import sys
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
@@ -12,14 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .._util.console import is_interactive, print_note, say
+from .._util.validate import suggest
 from ..engine.request_checks import check_room
 from ..errors import LlamaError, make_printable, pluralize
 from ..generation import Llama
 from ..session import Session
+from ..tokenization.messages import DialogOptions
+from ..tokenization.texts import read_content
 from ..tokenizer import Message
-from .conversation import Conversation, read_dialog, write_dialog
+from .conversation import Conversation, read_dialog, read_dialog_options, write_dialog
 from .keyboard import Keyboard
-from .model_options import add_model_options, build_model, read_settings, read_speculation
+from .mistakes import format_error
+from .model_options import add_model_options, build_model, read_settings, read_speculation, recommend_settings
 
 GREETING = '(/help lists commands, """ begins a multi-line text, Ctrl-C stops an answer)'
 OTHER_KEYS = {
@@ -27,6 +32,7 @@ OTHER_KEYS = {
     '"""': "begins and ends a text of several lines",
     "Ctrl-C": "drops the line that is typed, or stops the answer",
 }
+LEAVING = ("/quit", "/exit", "quit", "exit")  # entries, as a whole, in upper or lower case
 WINDOW_SHARE = 4  # one in so many tokens of the context window is kept free for an answer
 
 
@@ -60,8 +66,14 @@ class Stats:
 class Chat:
     """A chat, which runs alike on every rank. What only rank 0 can decide comes through `keyboard`."""
 
-    def __init__(self, llama: Llama, keyboard: Keyboard, system: str | None, options: Mapping[str, Any]):
-        self._llama, self._keyboard, self._options = llama, keyboard, options
+    answered: bool | None  # whether there was an answer; None: nothing was asked
+
+    def __init__(
+        self, llama: Llama, keyboard: Keyboard, system: str | None, options: Mapping[str, Any], asked: DialogOptions
+    ):
+        """options: settings of answers. asked: of the dialog: its tools and so on."""
+        self._llama, self._keyboard, self._options, self._asked = llama, keyboard, options, asked
+        self.answered = None
         self._session = Session(llama)
         self._conversation = Conversation(system)
         self._shows_stats = False
@@ -74,30 +86,30 @@ class Chat:
             "/save": Command("FILE", "write the dialog to FILE, as JSON", self._save),
             "/load": Command("FILE", "go on with the dialog in FILE, its system message included", self._load),
             "/stats": Command("", "show, or hide, each answer's speed and reuse of the cache", self._toggle_stats),
-            "/quit": Command("", "leave, as Ctrl-D does", lambda _: None),
+            "/quit": Command("", "leave, as quit, exit and Ctrl-D do", lambda _: None),
         }
 
     def run(self) -> None:
         """Read messages and commands, and act on them, until /quit or the end of the input."""
         while (entry := self._keyboard.read_entry()) is not None:
             try:
+                if entry.text.lower() in LEAVING and not entry.literal:
+                    return
                 if entry.literal or not entry.text.startswith("/"):
                     if entry.text:
                         self._reply([*self._conversation.messages, {"role": "user", "content": entry.text}])
                     continue
                 name, *arguments = entry.text.split(maxsplit=1)
                 command = self._find_command(name, arguments)
-                if name == "/quit":
-                    return
                 command.run("".join(arguments))
             except LlamaError as e:
-                print_note(f"(error: {make_printable(str(e))})", dim=False)
+                print_note(f"({format_error(e)})", dim=False)
 
     def _find_command(self, name: str, arguments: list[str]) -> Command:
         """Raises LlamaError for an unknown command, and for an argument too many or too few."""
         command = self._commands.get(name)
         if command is None:
-            raise LlamaError(f"unknown command {name}; /help lists all")
+            raise LlamaError(f"unknown command {name}; /help lists all{suggest(name, self._commands)}")
         if arguments and not command.argument:
             raise LlamaError(f"{name} takes nothing after it")
         if command.argument == "FILE" and not arguments:
@@ -108,6 +120,7 @@ class Chat:
 
     def _reply(self, messages: list[Message]) -> None:
         """Answer the last of these messages, and make them the conversation. A LlamaError leaves it as it was."""
+        self.answered = bool(self.answered)
         first, prompt_tokens = self._fit(messages)
         window = self._llama.model.params.max_seq_len
         if first > self._conversation.first_visible:
@@ -117,6 +130,7 @@ class Chat:
             print_note(f"(the window of {window} tokens is full: {oldest} no longer read)")
             self._conversation.first_visible = first
         text = self._generate(prompt_tokens)
+        self.answered = True
         self._conversation.messages = [*messages, {"role": "assistant", "content": text}]
 
     def _fit(self, messages: list[Message]) -> tuple[int, list[int]]:
@@ -130,7 +144,7 @@ class Chat:
 
         def encode_from(first: int) -> list[int]:
             visible = self._conversation.prepend_system(messages[first:])
-            return self._llama.formatter.encode_dialog_prompt(visible)
+            return self._llama.formatter.encode_dialog_prompt(visible, **self._asked)
 
         starts = self._conversation.possible_starts(messages)
         prompt_tokens = encode_from(starts[0])
@@ -144,15 +158,16 @@ class Chat:
 
     def _generate(self, prompt_tokens: list[int]) -> str:
         """Generate and print the assistant's next message, up to its end or Ctrl-C; returns its text."""
-        stats, text, window_is_full = Stats(), "", False
+        stats, written, text, window_is_full = Stats(), "", "", False
         window = self._llama.model.params.max_seq_len
         try:
             stream = self._session.stream(prompt_tokens, **self._options)
             with self._keyboard.stoppable(), contextlib.closing(stream) as steps:
                 for step in steps:
                     stats.count()
-                    say(step.text, end="")
-                    text += step.text
+                    written += step.text
+                    shown, text = len(text), read_content(self._llama.tokenizer, written)
+                    say(text[shown:], end="")
                     window_is_full = step.finish_reason == "length" and len(prompt_tokens) + step.length == window
                     if self._keyboard.is_stop_requested():
                         if is_interactive():
@@ -203,7 +218,7 @@ class Chat:
     def _load(self, name: str) -> None:
         def read() -> list[Message]:
             messages = read_dialog(name)
-            self._llama.formatter.encode_dialog_prompt(messages)  # a chat template may refuse the dialog
+            self._llama.formatter.encode_dialog_prompt(messages, **self._asked)  # a chat template may refuse the dialog
             return messages
 
         messages = self._keyboard.run_on_rank_0(read)
@@ -216,20 +231,32 @@ class Chat:
         print_note(shown if self._shows_stats else "(an answer's speed is no longer shown)")
 
 
-def talk(llama: Llama, system: str | None, options: Mapping[str, Any]) -> None:
-    """Chat until /quit or the end of the input. system: the system message to start with."""
+def talk(llama: Llama, system: str | None, options: Mapping[str, Any], asked: DialogOptions | None = None) -> None:
+    """Chat until /quit or the end of the input. system: the system message to start with. asked: see `Chat`.
+
+    Exits with status 1 if no message of a program's was answered.
+    """
     with Keyboard() as keyboard:
         if is_interactive():
             print_note(GREETING)
-        Chat(llama, keyboard, system, options).run()
+        chat = Chat(llama, keyboard, system, options, asked or {})
+        chat.run()
+    if chat.answered is False and not is_interactive():
+        sys.exit(1)
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
+    command.epilog = "In the chat, /help lists its commands; quit, exit and Ctrl-D leave it."
     command.add_argument("--system", metavar="TEXT", help="the system message to start with")
+    command.add_argument("--tools", metavar="FILE", help="JSON list of the schemas of functions that it may call")
+    command.add_argument("--documents", metavar="FILE", help="JSON list of documents, for templates that take some")
+    kwargs = "JSON object of variables of the chat template, such as '{\"enable_thinking\": false}'"
+    command.add_argument("--chat_template_kwargs", metavar="JSON", help=kwargs)
     add_model_options(command)
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    settings = {**read_settings(options), **read_speculation(options)}
-    talk(build_model(options), options.system, settings)
+    settings = {**read_settings(options, recommend_settings(options)), **read_speculation(options)}
+    asked = read_dialog_options(options.tools, options.documents, options.chat_template_kwargs)
+    talk(build_model(options), options.system, settings, asked)

@@ -5,13 +5,19 @@ import os
 import sys
 
 from .._util.console import say
+from .._util.urls import is_url
 from .._util.validate import check_count, check_texts
-from ..checkpoints.download import is_url
 from ..engine.request_checks import check_room
 from ..errors import LlamaError, make_printable
-from ..parallel import initialize
 from .batch import complete_file
-from .model_options import INTEGER, add_model_options, build_model, read_settings, read_speculation
+from .model_options import (
+    INTEGER,
+    add_model_options,
+    build_model,
+    read_settings,
+    read_speculation,
+    recommend_settings,
+)
 from .program import checkpoint_or_demo
 
 FILE_OPTIONS = ("output", "max_batch_size", "force")  # that only go with --input
@@ -19,7 +25,8 @@ FILE_OPTIONS = ("output", "max_batch_size", "force")  # that only go with --inpu
 
 def add_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("text", nargs="?", help="the text to continue")
+    command.epilog = 'For example: python -m llama complete "The sea is" --max_gen_len 40'
+    add("text", metavar="TEXT", nargs="?", help="the text to continue, in quotes")
     add("--input", metavar="FILE", help='instead of a text: JSON lines of {"prompt": ...} or {"messages": [...]}')
     add("--output", metavar="FILE", help="where the answers to --input go, one line each, in the same order")
     add("--max_batch_size", **INTEGER, help="answers to --input at a time (default: 4)")
@@ -41,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
 def complete_text(options: argparse.Namespace) -> None:
     """Print what follows the text, piece by piece as it is generated."""
     check_texts([options.text])
-    settings = {**read_settings(options), **read_speculation(options)}
+    settings = {**read_settings(options, recommend_settings(options)), **read_speculation(options)}
     llama = build_model(options)
     prompt_tokens = llama.tokenizer.encode(options.text, bos=True, eos=False)
     check_room(prompt_tokens, options.max_seq_len)
@@ -56,15 +63,17 @@ def complete_lines(options: argparse.Namespace) -> None:
         raise LlamaError("--input needs --output: name the file that the answers shall go to")
     max_batch_size = 4 if options.max_batch_size is None else options.max_batch_size
     check_count("max_batch_size", max_batch_size)
-    initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
-    ckpt_dir = checkpoint_or_demo(options.ckpt_dir)
+    settings = read_settings(options, recommend_settings(options))
+    ckpt_dir, adapter_dir = checkpoint_or_demo(options.ckpt_dir, options.adapter_dir), options.adapter_dir
     # What the text of the answers depends on, beside the settings: a run goes on only with a run of the same.
     about = {name: getattr(options, name) for name in ("tokenizer_path", "max_seq_len", "dtype", "quantization")}
     about["ckpt_dir"] = ckpt_dir if is_url(ckpt_dir) else os.path.realpath(ckpt_dir)
+    if adapter_dir is not None:
+        about["adapter_dir"] = adapter_dir if is_url(adapter_dir) else os.path.realpath(adapter_dir)
     summary = complete_file(
         options.input,
         options.output,
-        {**read_settings(options)},
+        settings,
         options.seed,
         about,
         options.force,

@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
-from .._util.files import unreadable_error, write_whole
+from .._util.files import describe_failure, read_bytes, unreadable_error, write_whole
 from ..errors import LlamaError, shorten
+from ..tokenization.messages import DialogOptions, check_options, read_messages
 from ..tokenizer import ROLES, Message
 
 EXPECTED = 'a JSON list of {"role": ..., "content": ...}'
@@ -62,27 +64,50 @@ class Conversation:
 def read_dialog(name: str) -> list[Message]:
     """The messages in a file that `write_dialog` wrote. Raises LlamaError for a file that holds anything else."""
     path = Path(os.path.expanduser(name))
+    dialog = _read_json(path, EXPECTED)
+    if not isinstance(dialog, list) or not dialog:
+        raise LlamaError(f"{path} holds {shorten(dialog)}: expected {EXPECTED}")
+    for number, message in enumerate(dialog, start=1):
+        which = f"{path}: message {number} of {len(dialog)}"
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list | None):
+            raise LlamaError(f"{which} is {shorten(message)}: expected {EXPECTED}, both of them texts")
+        if not isinstance(message.get("role"), str):
+            raise LlamaError(f"{which} has the role {shorten(message.get('role'))}: expected {', '.join(ROLES)} ...")
+        if message["role"] == "system" and number > 1:
+            raise LlamaError(f"{which} is a system message: expected it before all others, or not at all")
+    try:
+        read_messages(dialog)
+    except LlamaError as e:
+        raise LlamaError(f"{path}: {e}") from None
+    return dialog
+
+
+def _read_json(path: Path, expected: str) -> Any:
     try:
         if path.exists() and not path.is_file():
-            raise LlamaError(f"{path} is no file: expected {EXPECTED}")
-        dialog = json.loads(path.read_bytes())
+            raise LlamaError(f"{path} is no file: expected {expected}")
+        return json.loads(read_bytes(path))
     except OSError as e:
         raise unreadable_error(path, e) from None
     except LlamaError:
         raise
     except (ValueError, RecursionError) as e:
-        raise LlamaError(f"{path} is not JSON ({e}): expected {EXPECTED}") from None
-    if not isinstance(dialog, list) or not dialog:
-        raise LlamaError(f"{path} holds {shorten(dialog)}: expected {EXPECTED}")
-    for number, message in enumerate(dialog, start=1):
-        which = f"{path}: message {number} of {len(dialog)}"
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise LlamaError(f"{which} is {shorten(message)}: expected {EXPECTED}, both of them texts")
-        if message.get("role") not in ROLES:
-            raise LlamaError(f"{which} has the role {shorten(message.get('role'))}: expected {', '.join(ROLES)}")
-        if message["role"] == "system" and number > 1:
-            raise LlamaError(f"{which} is a system message: expected it before all others, or not at all")
-    return [{"role": message["role"], "content": message["content"]} for message in dialog]
+        raise LlamaError(f"{path} is not JSON ({e}): expected {expected}") from None
+
+
+def read_dialog_options(tools: str | None, documents: str | None, kwargs: str | None) -> DialogOptions:
+    """What is asked for the dialog: from two files of JSON lists, and a JSON object. None: nothing of the kind."""
+    asked: dict[str, Any] = {}
+    for name, file in (("tools", tools), ("documents", documents)):
+        if file is not None:
+            asked[name] = _read_json(Path(os.path.expanduser(file)), "a JSON list of objects")
+    if kwargs is not None:
+        try:
+            asked["chat_template_kwargs"] = json.loads(kwargs)
+        except (ValueError, RecursionError) as e:
+            raise LlamaError(f"--chat_template_kwargs is not JSON ({e}): expected an object, as {{...}}") from None
+    check_options(asked)
+    return cast(DialogOptions, asked)
 
 
 def write_dialog(name: str, messages: Sequence[Message]) -> None:
@@ -97,5 +122,5 @@ def write_dialog(name: str, messages: Sequence[Message]) -> None:
     try:
         write_whole(path, lambda f: f.write(text.encode()))
     except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
+        reason = describe_failure(e) if isinstance(e, OSError) else e
         raise LlamaError(f"{path} can't be written ({reason}): expected a directory that you may write to") from None

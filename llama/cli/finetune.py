@@ -26,13 +26,22 @@ CONFIG_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {  # fields of TrainingC
 }
 
 
+RECORDS = """what a line of --data and --eval holds, for each --task:
+  classify  {"text": "...", "label": "music"}; a number as label makes it a regression
+            {"text": "...", "labels": ["music", "sports"]} makes it several labels a text
+  tag       {"text": "Ida lives in Oslo.", "spans": [{"start": 13, "end": 17, "label": "PLACE"}]}
+  answer    {"question": "...", "context": "...", "answers": [{"text": "Riga", "start": 18}]}
+  language  {"text": "..."} or {"prompt": "...", "completion": "..."} or {"messages": [...]}"""
+
+
 def add_options(command: argparse.ArgumentParser) -> None:
+    command.formatter_class, command.epilog = argparse.RawDescriptionHelpFormatter, RECORDS
     add = command.add_argument
     add(
         "--task",
         required=True,
         choices=list(TRAINING_TASKS),
-        help="what to train; docs/training.md shows the records of each",
+        help="what to train: see below",
     )
     add("--data", required=True, metavar="FILE", help="JSON lines to train on")
     add("--eval", metavar="FILE", help="JSON lines to evaluate on, which are not trained on")
@@ -40,6 +49,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="start over, even if --output exists or was begun")
     add = command.add_argument_group("model").add_argument
     add("--ckpt_dir", metavar="DIR", help=CKPT_DIR)
+    add("--adapter_dir", metavar="DIR", help="an adapter of peft's to train further, in place of a new one")
     add("--tokenizer_path", metavar="FILE", help=TOKENIZER_PATH)
     add(
         "--model_parallel_size",
@@ -66,7 +76,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     adapter_options = [name for name, value in vars(options).items() if name.startswith("lora_") and value is not None]
-    adapter_options += ["adapter_only"] * options.adapter_only
+    adapter_options += ["adapter_only"] * (options.adapter_only and options.adapter_dir is None)
     if adapter_options and options.lora_r is None:
         raise LlamaError(f"--{adapter_options[0]} was given without --lora_r: say of what rank adapters shall be")
     lora = None
@@ -76,10 +86,11 @@ def run(options: argparse.Namespace) -> None:
         lora = Lora(options.lora_r, alpha, targets, options.lora_dropout or 0.0)
     names = ("task", "data", "output", "eval", "recompute", *CONFIG_OPTIONS)
     fields = {name: getattr(options, name) for name in names}
-    config = TrainingConfig(**fields, lora=lora, merge=not options.adapter_only)
+    fields |= {"adapter_dir": options.adapter_dir, "merge": not options.adapter_only}
+    config = TrainingConfig(**fields, lora=lora)
     finetune(
         config,
-        checkpoint_or_demo(options.ckpt_dir),
+        checkpoint_or_demo(options.ckpt_dir, options.adapter_dir),
         options.tokenizer_path,
         options.model_parallel_size,
         device=options.device,

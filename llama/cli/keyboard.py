@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 from .._util.console import is_interactive, print_note
-from .._util.files import cache_home, write_whole
-from .._util.ranks import is_main_process
+from .._util.files import cache_home, read_bytes, write_whole
+from .._util.ranks import is_main_process, new_long_timeout_group
 from ..errors import LlamaError
-from ..parallel import broadcast_object, new_long_timeout_group
+from ..parallel import broadcast_object
 
 if sys.platform != "win32":
     import termios
@@ -87,7 +87,7 @@ class LineEditor:
             return
         history = self._read_history()
         kept = [*history, *([] if history[-1:] == [typed] else [typed])][-HISTORY_ENTRIES:]
-        with contextlib.suppress(OSError, RuntimeError):  # without a home, or on a full disk, the chat goes on
+        with contextlib.suppress(OSError, RuntimeError, LlamaError):  # without a home, on a full disk: the chat goes on
             path = cache_home() / "chat_history.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda f: f.write(json.dumps(kept, indent=0).encode()), mode=0o600)
@@ -98,7 +98,7 @@ class LineEditor:
 
     def _read_history(self) -> list[str]:
         try:
-            history = json.loads((cache_home() / "chat_history.json").read_bytes())
+            history = json.loads(read_bytes(cache_home() / "chat_history.json"))
         except (OSError, RuntimeError, ValueError):
             return []
         return [entry for entry in history if isinstance(entry, str)] if isinstance(history, list) else []

@@ -4,18 +4,28 @@ Knows argparse, `Llama.build` and the names of settings; knows no command.
 """
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
+from .._util.console import print_note, working_note
 from ..accelerate.quantization import BITS
+from ..adapters.opening import find_base
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.loader import fetch_checkpoint, find_checkpoint
+from ..checkpoints.recommended import FILE, read_recommended
+from ..checkpoints.trained_length import describe_excess
 from ..engine.request_checks import check_speculation
 from ..engine.speculative import SPECULATE_K
+from ..errors import make_printable
 from ..generation import Llama
+from ..parallel import initialize, raise_together
 from ..settings import SETTINGS, Settings
 from .program import checkpoint_or_demo
 
 INTEGER: dict[str, Any] = {"metavar": "N", "type": int}
 NUMBER: dict[str, Any] = {"metavar": "X", "type": float}
-CKPT_DIR = "directory or URL of the checkpoint (default: the demo model)"
+CKPT_DIR = "directory of the checkpoint, or its gs:// or az:// URL (default: the demo model)"
+ADAPTER_DIR = "directory or URL of an adapter of peft's (its base, without ckpt_dir: the one that it names)"
 TOKENIZER_PATH = "tokenizer.model or tokenizer.json (default: the one in ckpt_dir)"
 DEVICE = "cpu, cuda or mps (default: the best there is)"
 DTYPE = "bfloat16, float16, float32, or auto: as in the files (default: the best for the device)"
@@ -25,6 +35,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     """The options of commands that generate text."""
     add = command.add_argument_group("model").add_argument
     add("--ckpt_dir", metavar="DIR", help=CKPT_DIR)
+    add("--adapter_dir", metavar="DIR", help=f"{ADAPTER_DIR}; merged while loading")
     add("--tokenizer_path", metavar="FILE", help=TOKENIZER_PATH)
     add("--max_seq_len", **INTEGER, default=512, help="most tokens of prompt and answer (default: 512)")
     add("--device", help=DEVICE)
@@ -40,7 +51,8 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 def add_sampling_options(command: argparse.ArgumentParser) -> None:
     """The fields of `Settings` that are options of commands, and the seed of a run."""
-    group, defaults = command.add_argument_group("sampling"), Settings()
+    why = "The model's generation_config.json, where it has one, overrides these defaults."
+    group, defaults = command.add_argument_group("sampling", why), Settings()
     for name, setting in SETTINGS.items():
         default, parse = getattr(defaults, name), setting.values.parse
         if not setting.on_command_line:
@@ -49,7 +61,7 @@ def add_sampling_options(command: argparse.ArgumentParser) -> None:
             group.add_argument(f"--{name}", metavar="TEXT", action="append", default=[], help=setting.help)
         else:
             text = setting.help if default is None else f"{setting.help} (default: {default:g})"
-            group.add_argument(f"--{name}", **INTEGER if parse is int else NUMBER, default=default, help=text)
+            group.add_argument(f"--{name}", **INTEGER if parse is int else NUMBER, help=text)
     group.add_argument("--seed", **INTEGER, default=1, help="the same seed gives the same text (default: 1)")
 
 
@@ -62,25 +74,58 @@ def add_speed_options(command: argparse.ArgumentParser) -> None:
 
 def build_model(options: argparse.Namespace, max_batch_size: int = 1) -> Llama:
     """The model that `add_model_options` describe."""
-    return Llama.build(
-        ckpt_dir=checkpoint_or_demo(options.ckpt_dir),
-        tokenizer_path=options.tokenizer_path,
-        max_seq_len=options.max_seq_len,
-        max_batch_size=max_batch_size,
-        seed=options.seed,
-        draft_ckpt_dir=options.draft_ckpt_dir,
-        compile=options.compile,
-        quantization=options.quantization,
-        device=options.device,
-        dtype=options.dtype,
-    )
+    ckpt_dir = checkpoint_or_demo(options.ckpt_dir, options.adapter_dir)
+    with working_note(f"loading {make_printable(ckpt_dir)}"):
+        return Llama.build(
+            ckpt_dir=ckpt_dir,
+            adapter_dir=options.adapter_dir,
+            tokenizer_path=options.tokenizer_path,
+            max_seq_len=options.max_seq_len,
+            max_batch_size=max_batch_size,
+            seed=options.seed,
+            draft_ckpt_dir=options.draft_ckpt_dir,
+            compile=options.compile,
+            quantization=options.quantization,
+            device=options.device,
+            dtype=options.dtype,
+        )
 
 
-def read_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The sampling settings. Raises LlamaError for a value that is out of range."""
-    settings = {name: getattr(options, name) for name, setting in SETTINGS.items() if setting.on_command_line}
+def read_settings(options: argparse.Namespace, recommended: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The sampling settings: as the user set them, or else as recommended, or else the defaults of `Settings`.
+
+    Raises LlamaError for a value that is out of range.
+    """
+    defaults = Settings()
+    names = [name for name, setting in SETTINGS.items() if setting.on_command_line]
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = {**{name: getattr(defaults, name) for name in names}, **(recommended or {}), **chosen}
     Settings(**settings)
     return settings
+
+
+def recommend_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the model's authors recommend; what comes of them is told in a line. Called on all ranks alike.
+
+    So is a max_seq_len that the model wasn't made for.
+    Raises LlamaError for an option that is out of range, where there is no checkpoint, or its file says what can't be.
+    """
+    read_settings(options)  # what is out of range is told before a checkpoint is looked for
+    initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
+    directory = fetch_checkpoint(checkpoint_or_demo(options.ckpt_dir, options.adapter_dir))
+    with raise_together():
+        base, _ = find_base(directory, options.adapter_dir)
+        checkpoint = Checkpoint(*find_checkpoint(base))
+        found, excess = read_recommended(checkpoint), describe_excess(checkpoint, options.max_seq_len)
+    if excess is not None:
+        print_note(f"({excess})")
+    defaults = Settings()
+    used = {name: value for name, value in found.settings.items() if getattr(options, name, None) is None}
+    told = [f"{name} {value}" for name, value in used.items() if value != getattr(defaults, name)]
+    if told or found.ignored:
+        ignored = f"; not used here: {', '.join(found.ignored)}" if found.ignored else ""
+        print_note(f"({FILE}: {', '.join(told) or 'the defaults'}{ignored})")
+    return found.settings
 
 
 def read_speculation(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._util.files import refuse_unwritable
+from .._util.files import open_file, refuse_unwritable
 from .._util.resumable import BEGIN_ANEW, check_same_job, refuse_damaged
 from ..errors import LlamaError
 
@@ -51,7 +51,7 @@ class ResumableRecords:
         if output.exists() and not self.path.exists() and not force:
             raise LlamaError(f"{output} is complete already: {BEGIN_ANEW}")
         with refuse_unwritable(self.path):
-            self._file = self.path.open("a+b")
+            self._file = open_file(self.path, "a+b")
             self._lock()
             if force:
                 self._file.truncate(0)
@@ -125,7 +125,7 @@ class ResumableRecords:
     def finish(self) -> None:
         """Write all records in the order of their numbers to the output, whole or not at all; remove `path`."""
         with refuse_unwritable(self.output):
-            with self._sorted.open("wb") as f:
+            with open_file(self._sorted, "wb") as f:
                 for number in sorted(self.places):
                     offset, length = self.places[number]
                     self._file.seek(offset)

@@ -104,7 +104,8 @@ def test_asides_are_dim_unless_no_color_is_asked_for(
         terminal.close()
     assert (re.search(r"\x1b\[2m\([\d.]+ tokens/s, .* reused\)\x1b\[0m\r\n", shown) is not None) == coloured
     assert ("\x1b[2m" in shown) == coloured
-    lines = re.sub(r"\x1b\[[?\d]*[a-z]", "", shown).replace("\r", "").split("\n")
+    kept = re.sub(r"[^\n]*\x1b\[K", "", shown)  # what was shown while it started is erased
+    lines = re.sub(r"\x1b\[[?\d]*[a-z]", "", kept).replace("\r", "").split("\n")
     assert max(map(len, lines)) < 80
 
 

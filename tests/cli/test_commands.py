@@ -48,10 +48,10 @@ def test_examples_take_metas_options(directory: str) -> None:
     ("options", "message"),
     [
         (["--ckpt_dir", "/nowhere"], "ckpt_dir /nowhere: found nothing there"),
-        (["--max_batch_size", "2"], "4 prompts were given, but max_batch_size is 2"),
+        (["--max_batch_size", "0"], "max_batch_size is 0"),
         (["--max_seq_len", "8"], "max_seq_len is 8"),
         (["--temperature", "-1"], "temperature is -1"),
-        (["--temprature", "1"], "unknown option --temprature; known are --ckpt_dir,"),
+        (["--temprature", "1"], "unknown option --temprature; known are --adapter_dir, --ckpt_dir,"),
         (["-x", "1"], "unknown option -x"),
         (["--seed", "foo"], "seed is 'foo'"),
         (["--ckpt_dir"], "--ckpt_dir has no value"),

@@ -1,6 +1,6 @@
 """Every long step shows a progress bar at a terminal, and none if its output is piped.
 
-(Loading: checkpoints/test_loader.py; lines of a file: test_batch.py.)
+(Loading: checkpoints/test_loader.py; lines of a file: test_batch_command.py.)
 """
 
 import re
@@ -41,7 +41,7 @@ def command(tmp_path: Path) -> list[str]:
 def test_a_terminal_gets_bars_and_a_pipe_gets_none(command: list[str]) -> None:
     piped = run_program(*command)
     assert (piped.returncode, piped.stderr) == (0, "")
-    assert re.fullmatch(r"step 1, epoch 1.00: loss [\d.]+\n", piped.stdout)
+    assert re.fullmatch(r"step 1, epoch 1.00: loss [\d.]+\nwrote [^\n]+\n", piped.stdout)
     terminal = Terminal(*command)
     try:
         for step in ("writing", "scoring", "embedding", "training", "tagging"):
