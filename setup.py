@@ -16,8 +16,9 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama.accelerate.kernels": ["csrc/*"]},
+    packages=[*find_packages(include=["llama", "llama.*"]), "llama.demo_model"],
+    package_dir={"llama.demo_model": "demo/model"},  # it lies there in the source, and in the package once installed
+    package_data={"llama.accelerate.kernels": ["csrc/*"], "llama.demo_model": ["*"]},
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
@@ -27,6 +28,7 @@ setup(
         ],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.5",  # several tests at a time
             "hypothesis>=6.100",
             "transformers>=4.44",  # the independent implementation that logits are compared with
             "peft>=0.17",  # the independent implementation of low-rank adapters

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llama.checkpoints.hf_config import config_of
+from llama.checkpoints.hf_config_writing import config_of
 from llama.checkpoints.huggingface import hf_name
 from llama.checkpoints.meta import params_of
 from llama.checkpoints.schema import tensor_shapes

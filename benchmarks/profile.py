@@ -52,6 +52,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt_dir", help="directory or URL of a checkpoint (default: random weights of --shape)")
+    add("--adapter_dir", help="directory of an adapter of peft's")
     add("--shape", help=f"{', '.join([*SHAPES, DEMO_SHAPE])}: sizes of random weights (default: {DEFAULT_SHAPE})")
     add("--batch", type=int, default=1, help="prompts at a time (default: %(default)s)")
     add("--context", type=int, default=512, help="tokens of each prompt (default: %(default)s)")

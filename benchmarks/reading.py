@@ -1,13 +1,16 @@
 """What it costs a model with a fast form that somebody has read its parameters, or saved it: time, and memory kept.
 
-    python -m benchmarks.reading [--ckpt_dir DIR] [--repeats 30]
+    python -m benchmarks.reading [--ckpt_dir DIR] [--repeats 30] [--quantization int8]
 
 Models take turns, so that what slows the machine slows all of them; ratios are to a model that nobody reached inside.
 """
 
 import argparse
+import ctypes
+import gc
 import io
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -42,6 +45,14 @@ READS: dict[str, Callable[[Transformer], None]] = {
 }
 
 
+def memory_in_use() -> int:
+    """Bytes of this process, without what the C library keeps of freed memory."""
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+    return status_bytes("RssAnon") or 0
+
+
 def generate(llama: Llama, prompt: list[int]) -> None:
     llama.tokenizer.stop_tokens = set()
     llama.generate([prompt], TOKENS, temperature=0)
@@ -58,18 +69,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt_dir")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--quantization")
     options = parser.parse_args()
-    build = {"max_seq_len": 2 * TOKENS, "max_batch_size": 1, "device": "cpu"}
+    build = {"max_seq_len": 2 * TOKENS, "max_batch_size": 1, "device": "cpu", "quantization": options.quantization}
     llamas = {name: Llama.build(checkpoint_or_demo(options.ckpt_dir), **build) for name in READS}
     prompt = llamas["untouched"].tokenizer.encode("The capital of France is", bos=True, eos=False)
     for llama in llamas.values():
         generate(llama, prompt), forward_by_hand(llama, prompt)
     kept = {}
     for name, read in READS.items():
-        before = status_bytes("RssAnon") or 0
+        before = memory_in_use()
         read(llamas[name].model)
         llamas[name].model.refresh()
-        kept[name] = (status_bytes("RssAnon") or 0) - before
+        kept[name] = memory_in_use() - before
     seconds: dict[tuple[str, str], list[float]] = {}
     for _ in range(options.repeats):
         for work in (generate, forward_by_hand):

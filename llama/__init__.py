@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters.lora import Lora
+    from .adapters.lora import Lora, add_lora, merge_lora
     from .adapters.peft import load_adapter, save_adapter
     from .checkpoints.convert import convert
     from .checkpoints.inspect import inspect
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .training.trainer import finetune
 
 NAMES = {
-    "adapters.lora": "Lora",
+    "adapters.lora": "Lora add_lora merge_lora",
     "adapters.peft": "load_adapter save_adapter",
     "checkpoints.convert": "convert",
     "checkpoints.inspect": "inspect",

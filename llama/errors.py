@@ -3,6 +3,8 @@
 Knows nothing of the other modules; all of them may raise it.
 """
 
+from typing import Any
+
 
 class LlamaError(ValueError):
     """A mistake in what was given to the library.
@@ -11,6 +13,8 @@ class LlamaError(ValueError):
     """
 
     everywhere = False  # whether all ranks raise it together, so that one of them may show it for all
+    # Of a call that answers several prompts: the completions of those that didn't fail, None in the places of others.
+    answers: list[Any] | None = None
 
 
 def make_printable(text: str) -> str:

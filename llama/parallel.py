@@ -9,7 +9,6 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import fairscale.nn.model_parallel.initialize as fs_init
@@ -17,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from ._util.device import choose_device, choose_dtype
-from ._util.ranks import env_rank
+from ._util.heartbeat import start_heartbeat, stop_heartbeat
+from ._util.ranks import checked_env_rank, env_rank
 from ._util.ranks import is_main_process as is_main_process
-from .errors import LlamaError
+from .errors import LlamaError, shorten, to_one_line
 
 T = TypeVar("T")
 
@@ -42,33 +42,27 @@ def initialize(
 ) -> Place:
     """Join the process groups, or use those that exist, and return where this rank runs.
 
-    Under torchrun the world is torchrun's. Otherwise it is this process alone, with a store in its own memory: there is
-    no port to choose and no environment variable to set. `model_parallel_size` defaults to the world size; a larger
-    world is divided into data-parallel copies of the model-parallel group. Raises LlamaError where numbers or device
-    don't fit.
+    Under torchrun the world is torchrun's; else it is this process alone, without a port or environment variables.
+    `model_parallel_size` defaults to the world size; a larger world is divided into data-parallel copies of the
+    model-parallel group. Raises LlamaError where numbers or device don't fit.
     """
-    _, world_size, local_rank = env_rank()
+    start_heartbeat()  # looks at torchrun already while this rank waits for others
+    _, world_size, local_rank = checked_env_rank()
     if dist.is_initialized():
         world_size = dist.get_world_size()
     chosen = choose_device(device, local_rank, world_size)
     mp_size = world_size if model_parallel_size is None else model_parallel_size
     if not isinstance(mp_size, int) or mp_size < 1:
-        raise LlamaError(f"model_parallel_size is {mp_size!r}, expected a whole number of at least 1")
+        raise LlamaError(f"model_parallel_size is {shorten(mp_size)}, expected a whole number of at least 1")
     if world_size % mp_size:
         raise LlamaError(
-            f"model_parallel_size is {mp_size} and {world_size} processes run: the processes must be a multiple of it; "
+            f"model_parallel_size is {mp_size} and the number of processes {world_size}, expected a multiple of it; "
             f"start with torchrun --nproc_per_node {mp_size}"
         )
     if not dist.is_initialized():
         if fs_init.model_parallel_is_initialized():  # left over from a world that was destroyed
             fs_init.destroy_model_parallel()
-        if world_size == 1:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        elif chosen.type == "cuda":
-            # Tensors travel by nccl, and objects such as error messages by gloo, so no rank needs a current device.
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
+        join_group(world_size, chosen)
         atexit.register(leave)
     if not fs_init.model_parallel_is_initialized():
         with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints three lines here
@@ -78,7 +72,23 @@ def initialize(
             f"this process already runs model_parallel_size={fs_init.get_model_parallel_world_size()}, and "
             f"{mp_size} was asked for: build models of different sizes in different processes"
         )
+    start_heartbeat()
     return Place(chosen, choose_dtype(dtype, chosen), world_size, fs_init.get_model_parallel_rank(), mp_size)
+
+
+def join_group(world_size: int, device: torch.device) -> None:
+    """Meet the other ranks. Raises LlamaError where they, or their launcher, have ended meanwhile."""
+    try:
+        if world_size == 1:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        elif device.type == "cuda":
+            # Tensors travel by nccl, and objects such as error messages by gloo, so no rank needs a current device.
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    except dist.DistError as e:
+        lost = f"rank {env_rank()[0]} has lost its launcher, or a rank that it waited for"
+        raise LlamaError(f"{lost}: {to_one_line(e)}") from e
 
 
 def leave() -> None:
@@ -87,6 +97,7 @@ def leave() -> None:
     After an uncaught error this does nothing: the other ranks may not leave their groups, and this rank would wait.
     """
     if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        stop_heartbeat()
         fs_init.destroy_model_parallel()  # drops its references to the groups; else they outlive the next line
         dist.destroy_process_group()
 
@@ -112,26 +123,6 @@ def broadcast(tensor: torch.Tensor) -> torch.Tensor:
 def group() -> dist.ProcessGroup:
     """The model-parallel group: the ranks that share one model with this one."""
     return fs_init.get_model_parallel_group()
-
-
-def new_long_timeout_group() -> dist.ProcessGroup | None:
-    """A group of all ranks that waits for 30 days; None where there is one rank.
-
-    It is for steps that take long on one rank, such as waiting for a person who types. Other groups give up after
-    minutes, as if the rank were dead.
-    """
-    return dist.new_group(backend="gloo", timeout=timedelta(days=30)) if dist.get_world_size() > 1 else None
-
-
-@contextlib.contextmanager
-def long_timeout_group() -> Iterator[dist.ProcessGroup | None]:
-    """A `new_long_timeout_group` that is destroyed afterwards, since each holds sockets and threads."""
-    ranks = new_long_timeout_group()
-    try:
-        yield ranks
-    finally:
-        if ranks is not None:
-            dist.destroy_process_group(ranks)
 
 
 def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .errors import LlamaError
+from .errors import LlamaError, shorten
 
 SMALLEST, LARGEST = 1e-6, 2**31  # bounds of any number in a configuration
 LENGTHS = ("factor", "original_max_position_embeddings")  # fields that are at least 1
@@ -38,16 +38,16 @@ class RopeScaling:
     truncate: bool = True  # yarn: round the bounds outwards to whole pairs
 
     def __post_init__(self) -> None:
-        if self.type not in get_args(ScalingType):
-            raise LlamaError(f"rope scaling {self.type!r} is not known: expected {', '.join(get_args(ScalingType))}")
+        if self.type not in (types := get_args(ScalingType)):
+            raise LlamaError(f"rope scaling {shorten(self.type)} is not known: expected {', '.join(types)}")
         if not isinstance(self.truncate, bool):
-            raise LlamaError(f"rope scaling has truncate {self.truncate!r}, expected true or false")
+            raise LlamaError(f"rope scaling has truncate {shorten(self.truncate)}, expected true or false")
         for name in NUMBERS:
             value, least = getattr(self, name), 1 if name in LENGTHS else SMALLEST
             if value is None and name == "attention_factor":
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < LARGEST:
-                raise LlamaError(f"rope scaling has {name} {value!r}, expected a number of at least {least}")
+                raise LlamaError(f"rope scaling has {name} {shorten(value)}, expected a number of at least {least}")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if not getattr(self, low) < getattr(self, high):
                 bounds = f"{low} {getattr(self, low)} and {high} {getattr(self, high)}"
@@ -126,4 +126,4 @@ def _yarn_ramp(dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
-    return ((torch.arange(dim // 2).float() - first) / max(last - first, 0.001)).clamp(0, 1)
+    return ((torch.arange(dim // 2).float() - first) / (last - first or 0.001)).clamp(0, 1)

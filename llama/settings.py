@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from torch import Tensor
 
-from ._util.validate import is_integer, is_number
+from ._util.validate import is_integer, is_number, suggest
 from .errors import LlamaError, shorten
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
@@ -24,35 +24,11 @@ Stage = Literal["logits", "narrowing", "stopping", "length", "randomness"]
 LARGEST_PENALTY = 2.0  # of presence and frequency, in both directions, as the OpenAI API has them
 
 
-class Options(TypedDict, total=False):
-    """What `Llama.generate`, `text_completion` and `chat_completion` take by name, beside the arguments they list."""
-
-    # Settings of all sequences; `Settings` describes them.
-    logit_bias: Mapping[int, float]
-    repetition_penalty: float
-    presence_penalty: float
-    frequency_penalty: float
-    no_repeat_ngram_size: int
-    min_gen_len: int
-    logits_processor: LogitsProcessor | None
-    top_k: int | None
-    min_p: float
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    seed: int | None
-    # Arguments of `Llama.stream`.
-    top_logprobs: int
-    rows: Sequence[Mapping[str, Any] | None] | None
-    lookup_ngram: int | None
-    speculate_k: int
-    # Arguments of `Llama.complete`.
-    n: int
-    best_of: int | None
-    prompt_logprobs: bool
-    num_beams: int
-    length_penalty: float
-    early_stopping: bool | Literal["never"]
-    num_return_sequences: int
+# What `Llama.generate`, `text_completion` and `chat_completion` take by name beside the settings: of `complete`.
+CALL_OPTIONS = frozenset(
+    {"n", "best_of", "rows", "top_logprobs", "prompt_logprobs", "lookup_ngram", "speculate_k"}
+    | {"num_beams", "length_penalty", "early_stopping", "num_return_sequences", "prefix_cache", "ordered_rows"}
+)
 
 
 @dataclass(frozen=True)
@@ -224,8 +200,9 @@ def _merge(index: int, shared: Mapping[str, Any], row: Mapping[str, Any] | None)
     values = {**shared, **(row or {})}
     try:
         if unknown := sorted(map(str, values.keys() - NAMES)):
-            others = "" if row else f"; calls also take {', '.join(sorted(Options.__annotations__.keys() - NAMES))}"
-            raise LlamaError(f"{unknown[0]!r} is no setting: known are {', '.join(sorted(NAMES))}{others}")
+            others = "" if row else f"; calls also take {', '.join(sorted(CALL_OPTIONS))}"
+            others += suggest(unknown[0], NAMES if row else NAMES | CALL_OPTIONS)
+            raise LlamaError(f"{shorten(unknown[0])} is no setting: known are {', '.join(sorted(NAMES))}{others}")
         return Settings(**values)
     except LlamaError as e:
         raise LlamaError(f"rows[{index}]: {e}") if row else e from None

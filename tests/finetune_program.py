@@ -1,4 +1,4 @@
-"""What tests/training/test_trainer.py runs on ranks, and in processes that are killed."""
+"""What the tests of fine-tuning run on ranks (test_trainer_ranks.py) and kill (test_trainer_resume.py)."""
 
 import io
 import json

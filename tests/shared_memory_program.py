@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from llama import parallel
+from llama._util.processes import machine_name
 from llama.accelerate import shared_memory
 from llama.accelerate.shared_memory import SharedMemory, share_memory
 from llama.cli.program import errors_in_one_line
@@ -52,14 +53,20 @@ def check_sums_and_sequences() -> None:
         assert found[0] == ranks and found[1].isnan() and found[2].isinf()
 
 
-def shares_memory_without(directory: Path) -> list[bool]:
-    """Whether ranks meet where shared memory is missing on none of them, on either, and on both."""
+def shares_memory_without() -> list[bool]:
+    """Whether ranks meet where memory is missing on none of them, on either, and on both; and on several machines."""
     parallel.initialize(device="cpu", dtype="float32")
-    map_memory, shared = shared_memory.map_memory, []
+    create_memory, map_memory = shared_memory.create_memory, shared_memory.map_memory
+    rank, here = dist.get_rank(), machine_name()
+    shared = []
     for missing in ([], [0], [1], [0, 1]):
-        own = directory / "none" if dist.get_rank() in missing else Path("/dev/shm")
-        shared_memory.SHARED = own
-        shared_memory.map_memory = lambda path, *rest, own=own: map_memory(own / path.name, *rest)
+        is_missing = rank in missing
+        shared_memory.create_memory = (lambda ranks: None) if is_missing else create_memory
+        shared_memory.map_memory = (lambda *_: None) if is_missing else map_memory
+        shared.append(share_memory() is not None)
+    shared_memory.create_memory, shared_memory.map_memory = create_memory, map_memory
+    for names in ([here, here], [here, "another"], [None, "another"]):
+        shared_memory.machine_name = lambda name=names[rank]: name
         shared.append(share_memory() is not None)
     return shared
 

@@ -37,6 +37,9 @@ def test_everything_lives_where_it_was_put_in_the_dtype_asked_for(directory: Pat
     llama = Llama.build(directory, device=device)
     expected = choose_dtype(None, torch.device(device))
     llama.text_completion(PROMPTS, max_gen_len=3)
-    for tensor in (*llama.model.parameters(), *llama.model.buffers()):
+    attentions = [layer.attention for layer in llama.model.layers]
+    slots = [cache for a in attentions for cache in llama.model.kv_cache.caches(a, torch.empty(0))]
+    llama.model(torch.ones(1, 2, dtype=torch.long, device=device), 0)
+    for tensor in (*llama.model.parameters(), *llama.model.buffers(), *slots):
         assert (tensor.device.type, tensor.dtype) == (device, expected)
     assert len(list(llama.model.buffers())) == 2 * llama.model.n_layers

@@ -218,7 +218,8 @@ def test_finished_rows_cost_nothing(tiny_dir: Path, monkeypatch: pytest.MonkeyPa
     prompts = [[1] * 90, [2] * 20, [3] * 93]  # 6, 76 and 3 tokens fit
     tokens, _ = llama.generate(prompts, None, temperature=0)
     assert [len(t) for t in tokens] == [6, 76, 3]
-    assert shapes == [(3, 20), (2, 73)] + [(3, 1)] * 2 + [(2, 1)] * 3 + [(1, 1)] * 70
+    assert sum(rows * length for rows, length in shapes if length > 1) <= 90 + 20 + 93 + 32, "little is padding"
+    assert sum(rows for rows, length in shapes if length == 1) == 5 + 75 + 2, "the first tokens are the prompts'"
     llama.tokenizer.stop_tokens = set()
     assert tokens[1] == greedy_by_hand(llama, prompts[1], 76)
 
@@ -265,7 +266,6 @@ def test_chat_is_generate_on_the_dialogs_prompt(tiny_dir: Path) -> None:
     [
         ({"prompts": []}, "no prompt"),
         ({"prompts": [""]}, "prompt 0 is empty"),
-        ({"prompts": ["a"] * 5}, "5 prompts were given, but max_batch_size is 4"),
         ({"prompts": ["a" * 96]}, "prompt 0 has 97 tokens, but max_seq_len is 96"),
         ({"prompts": "abc"}, "prompts is 'abc', expected a list of strings"),
         ({"prompts": ["a", 3]}, "expected a list of strings"),
@@ -320,18 +320,16 @@ def test_logits_that_are_not_finite_are_named(llama: Llama) -> None:
         llama.generate([ids(llama, "hello")], 3)
 
 
-def test_a_newer_call_ends_an_open_stream(llama: Llama) -> None:
-    """The older stream leaves the newer one's cache alone, also where it was about to move its slots."""
+def test_a_newer_call_leaves_an_open_stream(llama: Llama) -> None:
     llama.tokenizer.stop_tokens = set()
-    expected = greedy_by_hand(llama, [9, 8, 7], 6)
+    expected = greedy_by_hand(llama, [9, 8, 7], 6), greedy_by_hand(llama, [2] * 60, 4)
     old = llama.stream([[1] * 96, [2] * 60], 4, temperature=0, echo=True)
     next(old)
     new = llama.stream([[9, 8, 7]], 6, temperature=0)
     tokens = [next(new)[0].token]
-    with pytest.raises(LlamaError, match="ended by a newer call"):
-        next(old)
+    older = [step.token for steps in old for step in steps]
     tokens += [step.token for (step,) in new]
-    assert tokens == expected
+    assert (tokens, older) == expected
 
 
 def test_numpys_integers_are_tokens_and_count(llama: Llama) -> None:

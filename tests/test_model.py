@@ -83,19 +83,6 @@ def test_ragged_rows_equal_each_row_alone(twin: Twin, data: st.DataObject) -> No
         assert_close(torch.cat(parts), twin.expected(row[None])[0])
 
 
-def test_a_copied_cache_row_continues_as_its_source(grouped: Twin) -> None:
-    tokens = grouped.tokens(3, 12)
-    grouped.ours(tokens, 0)
-    before = [cache.clone() for cache in caches(grouped.ours)]
-    grouped.ours.copy_cache_slot(0, 2, 7)
-    for cache, old in zip(caches(grouped.ours), before, strict=True):
-        assert torch.equal(cache[2], torch.cat([old[0, :7], old[2, 7:]])) and torch.equal(cache[:2], old[:2])
-    step = torch.cat([tokens[:2, 8:10], tokens[2:, 7:9]])
-    logits = grouped.ours(step, torch.tensor([8, 8, 7]))
-    assert_close(logits[2:], grouped.expected(torch.cat([tokens[:1, :7], tokens[2:, 7:9]], dim=1))[:, 7:])
-    assert_close(logits[:2], grouped.expected(tokens[:2, :10])[:, 8:])
-
-
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(twin: Twin) -> None:
     """The mean error is at most 1.5 times that of transformers, which rounds in other places: one size, other luck.
 

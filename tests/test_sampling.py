@@ -36,13 +36,16 @@ def whole_rows(draw: st.DrawFn, size: int | None = None) -> list[int]:
 
 
 def nucleus(row: list[int], steps: int) -> list[int]:
-    """The tokens that top-p = steps / STEPS keeps, the likeliest first, equal ones by id. Zeros are never kept."""
+    """The tokens that top-p = steps / STEPS keeps, the likeliest first, equal ones by id. Zeros are never kept.
+
+    Where top-p is 1, by id.
+    """
     kept, before = [], 0
     for token in sorted(range(len(row)), key=lambda i: (-row[i], i)):
         if row[token] and before * STEPS <= steps * UNIT:
             kept.append(token)
         before += row[token]
-    return kept
+    return kept if steps < STEPS else sorted(kept)
 
 
 def quantile(row: list[int], kept: list[int], step: int) -> int:
@@ -146,7 +149,7 @@ def test_p_one_drops_no_tail_when_rounding_makes_the_sum_exceed_one(seed: int) -
     probs = (torch.randn(20000, generator=torch.Generator().manual_seed(seed)) * 4).softmax(-1)
     token = int(sample_top_p(probs, 1.0, uniform=torch.tensor([BELOW_ONE])))
     exact = probs.double()
-    assert float(exact[exact < exact[token]].sum()) <= 4 * 2**-23  # 4 steps of float32 below 1
+    assert float(exact[token + 1 :].sum()) <= 4 * 2**-23  # 4 steps of float32 below 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
@@ -241,7 +244,7 @@ def test_rows_are_sampled_at_their_temperature_without_their_neighbours(
     expected = []
     for row, (u,) in zip(logits.astype(np.float64), uniform.astype(np.float64), strict=True):
         probs = np.exp((row - row.max()) / temperature)
-        order = np.argsort(-probs, kind="stable")
+        order = np.argsort(-probs, kind="stable") if p < 1 else np.arange(len(probs))
         mass = np.cumsum(probs[order] / probs.sum())
         before = np.concatenate([[0], mass[:-1]])
         assume(np.abs(before - p).min() > 1e-5)  # float32 may see a boundary on either side
@@ -298,3 +301,21 @@ def test_only_a_few_of_a_large_vocabulary_are_sorted(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch, "sort", lambda x, **options: sorts.append(x.shape[-1]) or sort(x, **options))
     assert torch.equal(sample_top_p(probs, 0.9, uniform=torch.tensor([[0.5], [0.99]])), expected)
     assert max(sorts) <= 1 << 14
+
+
+def test_a_draw_at_a_boundary_takes_the_next_token() -> None:
+    """The token at quantile u has the interval [mass before it, mass with it)."""
+    probs = torch.tensor([[0.25, 0.5, 0.25]])
+    for p, quantiles, expected in (
+        (0.999, (0.0, 0.499, 0.5, 0.749, 0.75, 0.999), [1, 1, 0, 0, 2, 2]),  # from the likeliest on
+        (1.0, (0.0, 0.249, 0.25, 0.749, 0.75, 0.999), [0, 0, 1, 1, 2, 2]),  # by id
+    ):
+        assert [int(sample_top_p(probs, p, uniform=torch.tensor([[u]]))) for u in quantiles] == expected
+
+
+def test_logprobs_of_large_logits_are_finite() -> None:
+    logits = torch.tensor([[1000.0, 999.0, -1000.0]])
+    expected = torch.log_softmax(logits.double(), -1)[0].float()
+    for token in range(3):
+        exact = float(expected[token])
+        assert float(token_logprobs(logits, torch.tensor([token]))) == pytest.approx(exact, abs=1e-4)  # 1000's rounding

@@ -49,10 +49,8 @@ def test_turns_are_as_fresh_ones(llama: Llama, turns: list[tuple[int, list[int],
         talk = [*talk[:kept], *new]
         tokens = [step.token for step in session.stream(talk, length, temperature=0)]
         assert session.reused + session.prefilled == len(talk)
-        reused, ticket = session.reused, llama.engine.runner.cache_owner
-        expected, _ = llama.generate([talk], length, temperature=0)  # which takes the cache
+        expected, _ = llama.generate([talk], length, temperature=0)
         assert tokens == expected[0]
-        assert llama.engine.runner.cache_owner is not ticket and reused == session.reused
         list(session.stream(talk, length, temperature=0))
         talk = [*talk, *tokens]
 
@@ -70,13 +68,20 @@ def test_only_what_is_new_is_prefilled(llama: Llama, prefilled: list[int]) -> No
     assert session.prefilled == 1, "the last token goes through again, for its logits"
 
 
-def test_whatever_else_is_done_takes_the_cache(llama: Llama) -> None:
+def test_sessions_go_on_beside_each_other(llama: Llama) -> None:
+    """A turn of one, or a call of something else, leaves the others what they have."""
     session, other = Session(llama), Session(llama)
-    list(session.stream([1, 2, 3], 2, temperature=0))
-    list(other.stream([1, 2, 3, 4], 2, temperature=0))
+    list(session.stream([1, 2, 3, 4, 5], 2, temperature=0))
+    list(other.stream([9, 2, 3, 4, 5], 2, temperature=0))
     assert other.reused == 0
-    list(session.stream([1, 2, 3, 4], 2, temperature=0))
-    assert session.reused == 0
+    llama.generate([[9, 9, 9]], 5)
+    llama.score(["a text", "another"])
+    for one, first in ((session, 1), (other, 9)):
+        list(one.stream([first, 2, 3, 4, 5, 6], 2, temperature=0))
+        assert one.reused == 5
+    third = Session(llama)
+    list(third.stream([9, 2, 3, 4, 5, 7], 2, temperature=0))
+    assert third.reused == 5, "sessions share what they have in common"
 
 
 def test_an_answer_that_was_broken_off_is_kept(llama: Llama) -> None:
@@ -88,17 +93,17 @@ def test_an_answer_that_was_broken_off_is_kept(llama: Llama) -> None:
     assert session.reused == 6
 
 
-def test_an_error_leaves_nothing_to_rely_on(llama: Llama) -> None:
+def test_after_an_error_the_next_turn_is_right(llama: Llama) -> None:
     session = Session(llama)
-    list(session.stream([1, 2, 3], 2, temperature=0))
+    list(session.stream([21, 22, 23], 2, temperature=0))
 
     def spoil(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
         raise LlamaError("spoilt")
 
     with pytest.raises(LlamaError, match="spoilt"):
-        list(session.stream([1, 2, 3, 4], 2, logits_processor=spoil))
-    list(session.stream([1, 2, 3, 4], 2, temperature=0))
-    assert session.reused == 0
+        list(session.stream([21, 22, 23, 24, 25, 26], 2, logits_processor=spoil))
+    expected = llama.generate([[21, 22, 23, 24, 25, 26]], 2, temperature=0)[0][0]
+    assert [step.token for step in session.stream([21, 22, 23, 24, 25, 26], 2, temperature=0)] == expected
 
 
 def test_angles_that_depend_on_the_length_are_made_anew(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from dataclasses import fields
+from inspect import signature
 from typing import Any, get_args
 
 import pytest
@@ -12,10 +13,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llama import LlamaError
+from llama import Llama, LlamaError
 from llama.cli.model_options import add_sampling_options, read_settings
 from llama.sampling import FUNCTIONS, Context, apply_logits_processors, narrow
-from llama.settings import NAMES, SETTINGS, Options, Settings, Stage, settings_of_rows
+from llama.settings import CALL_OPTIONS, NAMES, SETTINGS, Settings, Stage, settings_of_rows
 
 ACTING = ("logits", "narrowing")  # stages whose settings are functions
 NUMBERS = [name for name, setting in SETTINGS.items() if "number" in setting.values.description.split()]
@@ -40,7 +41,8 @@ def test_every_field_says_where_it_acts_and_what_it_does() -> None:
 
 def test_names_are_those_of_the_fields() -> None:
     assert {f.name for f in fields(Settings)} == NAMES
-    assert NAMES - Options.__annotations__.keys() == {"max_gen_len", "temperature", "top_p"}  # which calls list
+    listed = {"self", "prompt_tokens", "max_gen_len", "temperature", "top_p", "logprobs", "settings"}
+    assert signature(Llama.complete).parameters.keys() - listed == CALL_OPTIONS
     assert settings_of_rows(1, {}, None) == [DEFAULTS]
     for name in NAMES:
         settings_of_rows(1, {name: getattr(DEFAULTS, name)}, None)

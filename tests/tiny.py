@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llama import Llama, ModelArgs, Transformer, parallel
+from llama.checkpoints.convert import convert
 from llama.checkpoints.meta import save_checkpoint
 from llama.checkpoints.schema import split_dim
 
@@ -37,6 +38,12 @@ def write_checkpoint(directory: Path, args: ModelArgs = ARGS, endless: bool = Fa
     save_checkpoint(directory, args, model.state_dict())
     write_tokenizer(directory / "tokenizer.model")
     return directory
+
+
+def write_hf_checkpoint(folder: Path, endless: bool = False) -> Path:
+    """As `write_checkpoint`, in Hugging Face's format."""
+    convert(write_checkpoint(folder / "meta", ARGS, endless), folder / "hf", "hf")
+    return folder / "hf"
 
 
 def split_checkpoint(directory: Path, target: Path, shards: int) -> Path:

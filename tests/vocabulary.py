@@ -35,6 +35,7 @@ def write(path: Path, lines: list[bytes]) -> str:
 
 # A busy machine is no failure.
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+some = settings(unhurried, max_examples=30)
 
 # Text that is likely to trip a tokenizer: control tokens' names, white space, contractions, many alphabets.
 texts = st.lists(

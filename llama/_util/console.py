@@ -3,15 +3,17 @@
 Knows terminals and pipes; knows no dialog and no model.
 """
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 from tqdm import tqdm as ProgressBar
 
-from .ranks import is_main_process
+from .ranks import env_rank, is_main_process
 
 UNPRINTABLE = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+DIM, PLAIN, ERASE_LINE = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
 SECONDS_BEFORE_BAR = 2  # that a step must take before its bar appears, if the step is usually short
 
 
@@ -37,6 +39,22 @@ def print_note(text: str, dim: bool = True, end: str = "\n") -> None:
     text = text.translate(UNPRINTABLE)
     dimmed = dim and is_interactive() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     print(f"{DIM}{text}{PLAIN}" if dimmed else text, end=end, file=stream, flush=True)
+
+
+@contextlib.contextmanager
+def working_note(text: str) -> Iterator[None]:
+    """A context for a step of some seconds: `text` stands on standard error until it ends, if that is a terminal."""
+    stream = sys.stderr
+    if env_rank()[0] != 0 or stream is None or not stream.isatty():
+        yield
+        return
+    can_erase = os.environ.get("TERM") != "dumb"
+    print(f"({text} ...)", end="" if can_erase else "\n", file=stream, flush=True)
+    try:
+        yield
+    finally:
+        if can_erase:
+            print(ERASE_LINE, end="", file=stream, flush=True)
 
 
 def progress_bar(label: str, total: int, unit: str, done: int = 0, delayed: bool = False) -> ProgressBar:

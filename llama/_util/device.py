@@ -4,10 +4,12 @@ Knows torch; knows no ranks beyond their number.
 """
 
 import os
+import re
 
 import torch
 
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
+from .validate import suggest
 
 DTYPES = {  # by the names that users may give
     "bfloat16": torch.bfloat16,
@@ -17,6 +19,7 @@ DTYPES = {  # by the names that users may give
     "float32": torch.float32,
     "fp32": torch.float32,
 }
+FEW_BITS = re.compile(r"(float|fp|f|e4m3|e5m2|u?int|i|q|nf|w|^)_?[2-8]($|[^0-9])|bit")  # such as fp8, int4, q4_0, 8bit
 
 
 def choose_device(device: str | torch.device | None, local_rank: int, world_size: int) -> torch.device:
@@ -32,36 +35,53 @@ def choose_device(device: str | torch.device | None, local_rank: int, world_size
     try:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
-        raise LlamaError(f"device {device!r} is not known: expected cpu, cuda, cuda:N or mps") from None
+        raise LlamaError(f"device {shorten(device)} is not known: expected cpu, cuda, cuda:N or mps") from None
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise LlamaError(f"device {device!r} is not supported: expected cpu, cuda, cuda:N or mps")
+        raise LlamaError(f"device {shorten(device)} is not supported: expected cpu, cuda, cuda:N or mps")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise LlamaError("device 'mps' was asked for, but this machine or this torch has none: use --device cpu")
+        raise LlamaError(
+            "device 'mps' was asked for, but this machine or this torch has none: use --device cpu (device='cpu')"
+        )
     if chosen.type == "mps" and world_size > 1:
-        raise LlamaError(f"device 'mps' runs one process, not {world_size}: use --device cpu, or no torchrun")
+        raise LlamaError(
+            f"device 'mps' runs one process, not {world_size}: use --device cpu (device='cpu'), or no torchrun"
+        )
     if chosen.type == "cuda":
         if chosen.index is not None and world_size > 1:
-            raise LlamaError(f"device {device!r} would put {world_size} ranks on one GPU: use cuda, for one each")
+            raise LlamaError(
+                f"device {shorten(device)} would put {world_size} ranks on one GPU: use cuda, for one each"
+            )
         count = torch.cuda.device_count()
         index = local_rank if chosen.index is None else chosen.index
         if index >= count:
-            raise LlamaError(f"device cuda:{index} was asked for, but {count} CUDA devices are here: use --device cpu")
+            raise LlamaError(
+                f"device cuda:{index} was asked for, but {count} CUDA devices are here: use --device cpu (device='cpu')"
+            )
         chosen = torch.device("cuda", index)
     return chosen
 
 
 def parse_dtype(name: str) -> torch.dtype:
     """The dtype of a name such as "bfloat16", "bf16" or "torch.bfloat16". Raises LlamaError."""
-    if str(name).removeprefix("torch.") not in DTYPES:
-        raise LlamaError(f"dtype {name!r} is not known: expected bfloat16, float16 or float32")
-    return DTYPES[str(name).removeprefix("torch.")]
+    plain = str(name).removeprefix("torch.")
+    if plain not in DTYPES:
+        raise LlamaError(f"dtype {shorten(name)} is not known: {_expected_dtypes(plain)}")
+    return DTYPES[plain]
+
+
+def _expected_dtypes(name: str) -> str:
+    """For an error message: what may be given instead of `name`."""
+    expected = "expected bfloat16, float16 or float32"
+    if FEW_BITS.search(name.lower()):
+        return f"{expected}; to keep matrices in 8 or 4 bits, give --quantization int8 or int4 (quantization='int8')"
+    return expected + suggest(name, DTYPES, similarity=0.86)
 
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for, or the best for `device`: bfloat16 if it computes in it, else float16, on a CPU float32."""
     if isinstance(dtype, torch.dtype):
         if dtype not in DTYPES.values():
-            raise LlamaError(f"dtype {dtype} is not supported: expected bfloat16, float16 or float32")
+            raise LlamaError(f"dtype {dtype} is not supported: {_expected_dtypes(str(dtype))}")
         return dtype
     if dtype is not None:
         return parse_dtype(dtype)

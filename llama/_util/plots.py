@@ -3,16 +3,11 @@
 Knows files; knows nothing of what is drawn.
 """
 
-import importlib.util
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .files import write_whole
-
-
-def has_matplotlib() -> bool:
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def create_figure(width: float, height: float) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import LlamaError, shorten, to_one_line
 
-BEGIN_ANEW = "name another --output, or start with --force to begin anew"
+BEGIN_ANEW = "name another output (--output), or begin anew with --force (force=True)"
 
 
 def check_same_job(path: Path, recorded: Mapping[str, Any], job: Mapping[str, Any]) -> None:
@@ -22,8 +22,9 @@ def check_same_job(path: Path, recorded: Mapping[str, Any], job: Mapping[str, An
     """
     for name, value in job.items():
         if recorded.get(name) != value:
+            before, now = ("not set" if v is None else shorten(v) for v in (recorded.get(name), value))
             raise LlamaError(
-                f"{path} was begun with another {name} ({shorten(recorded.get(name))}, now {shorten(value)}): "
+                f"{path} was begun with another {name} ({before}, now {now}): "
                 f"use the same {name} as before, {BEGIN_ANEW}"
             )
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Set
 from typing import Literal
 
-from ..errors import LlamaError, describe
+from ..errors import LlamaError, describe, shorten
 
 
 def check_special(
@@ -31,7 +31,7 @@ def check_special(
         disallowed -= allowed
     if match := next(find_names(disallowed, s), None):
         raise LlamaError(
-            f"text contains the control token {match[0]!r} at character {match.start()}, which "
+            f"text contains the control token {shorten(match[0])} at character {match.start()}, which "
             "disallowed_special forbids; remove it from the text, or put it in allowed_special"
         )
     return allowed
@@ -40,7 +40,9 @@ def check_special(
 def _resolve_names(names: Literal["all"] | Collection[str], special_names: Set[str], argument: str) -> Set[str]:
     if isinstance(names, str):
         if names != "all":  # a bare name would be taken for a collection of letters
-            raise LlamaError(f"{argument} is the str {names!r}; expected 'all' or a set of names, as {{{names!r}}}")
+            raise LlamaError(
+                f"{argument} is the str {shorten(names)}; expected 'all' or a set of names, as {{{shorten(names)}}}"
+            )
         return special_names
     return frozenset(names)
 

@@ -4,8 +4,10 @@ Knows no tokenizer.
 """
 
 import base64
+import os
 
 from ..errors import LlamaError, shorten
+from .files import check_file
 
 _EXPECTED = (
     "expected Llama 3's tokenizer.model, a text file of 'base64 rank' lines, or a tokenizer.json (not Llama 2's "
@@ -25,10 +27,14 @@ def _read(path: str) -> bytes:
     """The file's bytes as they are now: tiktoken's own loader would cache them by path."""
     import blobfile  # here, since its import takes longer than the rest of this file's
 
+    if not os.path.isdir(path):  # its message is below
+        check_file(path)
     try:
         return blobfile.read_bytes(path)
     except IsADirectoryError:
-        raise LlamaError(f"{path}: found a directory; give the path of the tokenizer.model in it") from None
+        here = [name for name in ("tokenizer.json", "tokenizer.model") if os.path.isfile(os.path.join(path, name))]
+        name = here[0] if here else "tokenizer.model"
+        raise LlamaError(f"{path}: found a directory; give the path of the {name} in it") from None
     except FileNotFoundError:
         raise LlamaError(f"{path}: no such file; {_EXPECTED}") from None
     except (OSError, ValueError, blobfile.Error) as error:

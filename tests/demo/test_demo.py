@@ -107,6 +107,7 @@ def test_training_learns_and_writes_what_the_tokenizer_reads(tmp_path: Path) -> 
     assert loss < 0.9 * torch.tensor(float(model.vocab_size)).log().item()
 
 
+@pytest.mark.slow
 def test_training_is_seeded() -> None:
     chat = ChatFormat(Tokenizer(str(MODEL / "tokenizer.model")))
     one, same, other = (next(generate_batches(seed, chat)) for seed in (1, 1, 2))
