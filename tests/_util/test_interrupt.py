@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from tiny import ROOT, environment, launched, run_program
 
-RUN = "{}\nprint('begun', flush=True)\nrun_{}, run_name='__main__')"
-COMMAND = RUN.format("sys.argv[1:] = 'chat --device cpu'.split()", "module('llama'")  # it waits for its input
+RUN = "{}\nprint('begun', flush=True)\n{}, run_name='__main__')"
+COMMAND = RUN.format("sys.argv[1:] = 'chat --device cpu'.split()", "run_module('llama'")  # it waits for its input
+WITHOUT_END = "builtins.print = lambda *_, file=None, **__: file or time.sleep(600)"  # a fast machine is soon done
 EXAMPLE = RUN.format(
-    "import fire, llama.cli.program; sys.argv[1:] = '--device cpu --max_seq_len 512 --max_gen_len 480'.split()",
-    "path('example_text_completion.py'",
+    "import builtins, fire, llama.cli.program, time; sys.argv[1:] = '--device cpu'.split()",
+    f"{WITHOUT_END}\nrun_path('example_text_completion.py'",
 )
 GUARDED = "from llama.cli.program import errors_in_one_line\nwith errors_in_one_line():\n"
 
