@@ -4,7 +4,7 @@ Knows numbers; knows no model and no clock. The names of fields are the keys of 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ..errors import make_printable
@@ -100,7 +100,7 @@ class PeerRatio:
 
 
 @dataclass(frozen=True)
-class BenchReport:
+class ReportHead:
     """What was measured, on which model and which machine."""
 
     model: str  # the checkpoint's name, or that of the shape
@@ -115,6 +115,24 @@ class BenchReport:
     threads: int  # of each rank
     torch: str  # its version
     repeats: int
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def describe_head(self) -> dict[str, str]:
+        """Facts about model and machine, by their labels."""
+        weights = "random weights" if self.random_weights else "a checkpoint"
+        form = self.dtype + f", {self.quantization}" * bool(self.quantization) + ", compiled" * self.compile
+        return {
+            "model": f"{self.model}, {weights}: {self.parameters / 1e6:,.0f} million parameters, {form}",
+            "machine": f"{self.processor}; {self.ranks} x {self.threads} threads on {self.device}, torch {self.torch}",
+        }
+
+
+@dataclass(frozen=True)
+class BenchReport(ReportHead):
+    """The report of the plain benchmark."""
+
     ready_seconds: float  # to load the model, or to make its random weights
     # Bytes that rank 0 held at most while it loaded and ran, before any peer was built; None if the system doesn't say.
     peak_private: int | None  # see `PeakMemory`
@@ -123,24 +141,17 @@ class BenchReport:
     figures: list[SubjectFigures]
     ratios: list[PeerRatio]
 
-    def as_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
-
     def as_text(self) -> str:
         """Facts about model and machine, and a table of the figures."""
-        weights, ready = ("random weights", "made in") if self.random_weights else ("a checkpoint", "loaded in")
-        form = self.dtype + f", {self.quantization}" * bool(self.quantization) + ", compiled" * self.compile
         peaks = {"private": self.peak_private, "resident": self.peak_resident, f"on {self.device}": self.peak_device}
         facts = {
-            "model": f"{self.model}, {weights}: {self.parameters / 1e6:,.0f} million parameters, {form}",
-            "machine": f"{self.processor}; {self.ranks} x {self.threads} threads on {self.device}, torch {self.torch}",
-            ready: f"{format_number(self.ready_seconds)} s",
+            **self.describe_head(),
+            "made in" if self.random_weights else "loaded in": f"{format_number(self.ready_seconds)} s",
             "peak memory": ", ".join(f"{peak / 1e9:.2f} GB {kind}" for kind, peak in peaks.items() if peak is not None),
             "figures": f"median (least-most) of {self.repeats} repeats after a warm-up"
             + ", rank 0's" * (self.ranks > 1),
         }
-        lines = [f"{label:{LABEL_WIDTH}} {text or 'unknown'}" for label, text in facts.items()]
-        return "\n".join(make_printable(line) for line in [*lines, "", *align_columns(self._table())])
+        return format_report(facts, self._table())
 
     def _table(self) -> list[list[str]]:
         rows = [TABLE_HEADER]
@@ -148,6 +159,12 @@ class BenchReport:
             rows += [figures.cells() for figures in self.figures if figures.batch == batch]
             rows += [ratio.cells() for ratio in self.ratios if ratio.batch == batch]
         return rows
+
+
+def format_report(facts: Mapping[str, str], table: Sequence[Sequence[str]], text_columns: int = TEXT_COLUMNS) -> str:
+    """Facts by their labels, and a table."""
+    lines = [f"{label:{LABEL_WIDTH}} {text or 'unknown'}" for label, text in facts.items()]
+    return "\n".join(make_printable(line) for line in [*lines, "", *align_columns(table, text_columns)])
 
 
 def format_number(value: float) -> str:
@@ -161,12 +178,12 @@ def format_spread(values: Spread, unit: str = "") -> str:
     return f"{median}{unit} ({least}-{most})"
 
 
-def align_columns(rows: list[list[str]]) -> list[str]:
+def align_columns(rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = zip(row, widths, strict=True)
         lines.append(
-            "  ".join(c.ljust(w) if i < TEXT_COLUMNS else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip()
+            "  ".join(c.ljust(w) if i < text_columns else c.rjust(w) for i, (c, w) in enumerate(cells)).rstrip()
         )
     return lines

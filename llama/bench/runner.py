@@ -10,9 +10,9 @@ import argparse
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -27,7 +27,7 @@ from ..checkpoints.fit import check_memory, check_ranks
 from ..checkpoints.loader import survey
 from ..checkpoints.schema import part_sizes
 from ..errors import LlamaError, shorten
-from ..generation import Llama
+from ..generation import PREFILL_CHUNK, Llama
 from ..model import ModelArgs, Transformer
 from ..parallel import Place
 from .measure import RAGGED, STEPS_PER_TURN, BandwidthMeter, Batch, PeakMemory, TimedRun, time_interleaved
@@ -43,8 +43,8 @@ DEFAULT_SHAPE, DEMO_SHAPE = "1b", "demo"
 
 
 @dataclass(frozen=True)
-class BenchConfig:
-    """What to measure, on which model. Raises LlamaError for values that no run can have."""
+class ModelConfig:
+    """Which model to measure, and in which form. Raises LlamaError for values that don't go together."""
 
     ckpt_dir: str | None = None  # a checkpoint; None: random weights of `shape`
     adapter_dir: str | None = None  # an adapter of the checkpoint
@@ -54,6 +54,57 @@ class BenchConfig:
     dtype: str | None = None
     compile: bool = False
     quantization: Quantization | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapter_dir is not None and self.ckpt_dir is None:
+            raise LlamaError("--adapter_dir was given without --ckpt_dir: give the base's directory too")
+        if self.ckpt_dir is not None and self.shape is not None:
+            raise LlamaError("both --ckpt_dir and --shape were given: a checkpoint has a shape of its own, give one")
+
+    @classmethod
+    def from_options(cls, options: argparse.Namespace, **measured: Any) -> Self:
+        """The model from a command's options. measured: the fields of a subclass."""
+        names = [field.name for field in fields(ModelConfig)]
+        return cls(**{name: getattr(options, name) for name in names}, **measured)
+
+    @property
+    def model(self) -> str:
+        """The model's name in the report."""
+        return self.ckpt_dir or self.shape or DEFAULT_SHAPE
+
+    def find_place(self) -> Place:
+        """Where this rank computes, and in which numbers; with dtype "auto", in the device's best until it is built."""
+        return parallel.initialize(None, self.device, None if self.dtype == "auto" else self.dtype)
+
+    def build_llama(self, place: Place, max_seq_len: int, max_batch_size: int, prefill_chunk: int) -> Llama:
+        """The model with room for so many rows. No token stops generation, so that its length is known.
+
+        Raises LlamaError if it can't be loaded or doesn't fit.
+        """
+        if self.ckpt_dir is None:
+            args = replace(find_shape(self.model), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            check_ranks(Path(f"shape {self.model}"), args, place.mp_size)
+            check_memory(args, place, bits_of(self.quantization))
+            return build_random_llama(args, place, self.compile, self.quantization, prefill_chunk)
+        llama = Llama.build(
+            self.ckpt_dir,
+            adapter_dir=self.adapter_dir,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            prefill_chunk=prefill_chunk,
+            device=self.device,
+            dtype=self.dtype,
+            compile=self.compile,
+            quantization=self.quantization,
+        )
+        llama.tokenizer.stop_tokens = set()
+        return llama
+
+
+@dataclass(frozen=True)
+class BenchConfig(ModelConfig):
+    """What to measure, on which model. Raises LlamaError for values that no run can have."""
+
     # Every number of `batches` is run with every one of `prompts`.
     batches: Sequence[int] = (1,)  # prompts at a time
     prompts: Sequence[int] = (512,)  # tokens of each prompt
@@ -68,21 +119,7 @@ class BenchConfig:
                 check_count(name, count)
         if self.gen < 2:
             raise LlamaError(f"--gen is {self.gen}, expected at least 2: decoding begins with the second token")
-        if self.adapter_dir is not None and self.ckpt_dir is None:
-            raise LlamaError("--adapter_dir was given without --ckpt_dir: give the base's directory too")
-        if self.ckpt_dir is not None and self.shape is not None:
-            raise LlamaError("both --ckpt_dir and --shape were given: a checkpoint has a shape of its own, give one")
-
-    @staticmethod
-    def from_options(options: argparse.Namespace, **measured: Any) -> "BenchConfig":
-        """The model from a command's options. measured: the other fields."""
-        names = ("ckpt_dir", "adapter_dir", "shape", "device", "dtype", "compile", "quantization")
-        return BenchConfig(**{name: getattr(options, name) for name in names}, **measured)
-
-    @property
-    def model(self) -> str:
-        """The model's name in the report."""
-        return self.ckpt_dir or self.shape or DEFAULT_SHAPE
+        super().__post_init__()
 
     @property
     def all_batches(self) -> list[Batch]:
@@ -94,23 +131,7 @@ class BenchConfig:
         """The model to measure, with room for every batch. Raises LlamaError if it can't be loaded or doesn't fit."""
         max_seq_len = max(max(batch.lengths) + batch.gen for batch in self.all_batches)
         max_batch_size = max(len(batch.lengths) for batch in self.all_batches)
-        if self.ckpt_dir is None:
-            args = replace(find_shape(self.model), max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-            check_ranks(Path(f"shape {self.model}"), args, place.mp_size)
-            check_memory(args, place, bits_of(self.quantization))
-            return build_random_llama(args, place, self.compile, self.quantization)
-        llama = Llama.build(
-            self.ckpt_dir,
-            adapter_dir=self.adapter_dir,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            device=self.device,
-            dtype=self.dtype,
-            compile=self.compile,
-            quantization=self.quantization,
-        )
-        llama.tokenizer = NoText()
-        return llama
+        return self.build_llama(place, max_seq_len, max_batch_size, PREFILL_CHUNK)
 
 
 def parse_counts(option: str, text: str) -> list[int]:
@@ -132,12 +153,14 @@ def find_shape(name: str) -> ModelArgs:
     return SHAPES[name]
 
 
-def build_random_llama(args: ModelArgs, place: Place, compile: bool, quantization: Quantization | None) -> Llama:
+def build_random_llama(
+    args: ModelArgs, place: Place, compile: bool, quantization: Quantization | None, prefill_chunk: int
+) -> Llama:
     """A Llama of these sizes with random weights and a tokenizer without text."""
     accelerator = Accelerator(Acceleration(quantization, compile))
     model = build_random_model(args, place, accelerator.pack_weight)
     accelerator.finish(model)
-    return Llama(model, NoText())
+    return Llama(model, NoText(), prefill_chunk=prefill_chunk)
 
 
 def find_quantization(model: Transformer) -> Quantization | None:
@@ -162,7 +185,7 @@ def run_benchmark(config: BenchConfig) -> BenchReport:
 
     Raises LlamaError if the model or a peer can't be built, or doesn't fit in memory.
     """
-    place = parallel.initialize(None, config.device, None if config.dtype == "auto" else config.dtype)
+    place = config.find_place()
     check_peers(config.peers, place)
     with PeakMemory() as peak:
         started = time.perf_counter()
@@ -178,18 +201,7 @@ def run_benchmark(config: BenchConfig) -> BenchReport:
         warm_up(peer, config.all_batches, args.vocab_size)
     figures, ratios = compare_subjects([ours, *peers], config, args, place)
     return BenchReport(
-        model=config.model,
-        random_weights=config.ckpt_dir is None,
-        parameters=sum(part_sizes(args, 1).values()),
-        dtype=str(place.dtype).removeprefix("torch."),
-        compile=config.compile,
-        quantization=quantization,
-        device=place.device.type,
-        processor=find_processor_name(place.device),
-        ranks=place.world_size,
-        threads=torch.get_num_threads(),
-        torch=str(torch.__version__),
-        repeats=config.repeats,
+        **describe_run(config, ours.llama.model, place, config.repeats),
         ready_seconds=ready_seconds,
         peak_private=peak.private,
         peak_resident=peak.resident,
@@ -197,6 +209,24 @@ def run_benchmark(config: BenchConfig) -> BenchReport:
         figures=figures,
         ratios=ratios,
     )
+
+
+def describe_run(config: ModelConfig, model: Transformer, place: Place, repeats: int) -> dict[str, Any]:
+    """The fields of `ReportHead`."""
+    return {
+        "model": config.model,
+        "random_weights": config.ckpt_dir is None,
+        "parameters": sum(part_sizes(model.params, 1).values()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "compile": config.compile,
+        "quantization": find_quantization(model),
+        "device": place.device.type,
+        "processor": find_processor_name(place.device),
+        "ranks": place.world_size,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "repeats": repeats,
+    }
 
 
 def warm_up(subject: ModelSubject, batches: Sequence[Batch], vocab_size: int) -> None:

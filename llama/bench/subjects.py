@@ -269,12 +269,17 @@ def build_peers(
     return [peers[name] for name in names]
 
 
-def check_peers(names: Sequence[str], place: Place) -> None:
-    """Raise LlamaError for peers that are unknown, or can't run here."""
+def check_peers(
+    names: Sequence[str],
+    place: Place,
+    peers: Sequence[str] = PEERS,
+    packages_of: Mapping[str, Mapping[str, str]] = PACKAGES,
+) -> None:
+    """Raise LlamaError for peers that are unknown, or can't run here. packages_of: by peer, as in PACKAGES."""
     for name in names:
-        if name not in PEERS:
-            raise LlamaError(f"--compare has {shorten(name)}, expected one or more of {', '.join(PEERS)}")
-        packages = PACKAGES.get(name, {})
+        if name not in peers:
+            raise LlamaError(f"--compare has {shorten(name)}, expected one or more of {', '.join(peers)}")
+        packages = packages_of.get(name, {})
         if packages and place.world_size > 1:
             raise LlamaError(
                 f"--compare {name} runs in one process, and {place.world_size} are here: leave out torchrun, or "

@@ -1,15 +1,34 @@
 """`python -m llama bench`: its options, and the report that it prints or draws."""
 
 import argparse
+from typing import Any
 
 from .._util.console import say
 from .._util.ranks import is_main_process
+from ..bench.load import Range, ServeLoad
 from ..bench.measure import RAGGED
 from ..bench.plots import Chart
 from ..bench.runner import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, BenchConfig, parse_counts, run_benchmark
+from ..bench.serve_runner import SERVE_PEERS, ServeConfig, run_serve_benchmark
 from ..bench.subjects import PEERS
-from ..errors import LlamaError
-from .model_options import ADAPTER_DIR, DEVICE, DTYPE, INTEGER, add_speed_options
+from ..errors import LlamaError, shorten
+from ..generation import PREFILL_CHUNK
+from .model_options import ADAPTER_DIR, DEVICE, DTYPE, INTEGER, NUMBER, add_speed_options
+
+# Options of one benchmark: what is taken where they aren't given. The parser's own default is None, which tells.
+BATCH_DEFAULTS: dict[str, Any] = {"batch": "1", "prompt": "512", "gen": 64, "ragged": False, "plot": None, "with": []}
+LOAD = ServeLoad()
+SERVE_DEFAULTS: dict[str, Any] = {
+    "requests": LOAD.requests,
+    "clients": LOAD.clients,
+    "rate": LOAD.rate,
+    "prompt_range": str(LOAD.prompt_range),
+    "gen_range": str(LOAD.gen_range),
+    "slots": ServeConfig.slots,
+    "prefill_chunk": PREFILL_CHUNK,
+    "load_seed": LOAD.seed,
+}
+COUNTERPARTS = {"batch": "slots", "prompt": "prompt_range", "gen": "gen_range"}  # of --serve
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -25,21 +44,44 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--device", help=DEVICE)
     add("--dtype", help=DTYPE)
     add = command.add_argument_group("what is measured").add_argument
-    add("--batch", metavar="N", default="1", help="prompts at a time, or several such numbers: 1,8 (default: 1)")
-    add("--prompt", metavar="N", default="512", help="tokens of a prompt, or several: 128,512,2048 (default: 512)")
-    add("--gen", **INTEGER, default=64, help="tokens to generate for each prompt (default: 64)")
-    add("--ragged", action="store_true", help=f"also prompts of {RAGGED.name} tokens, with {RAGGED.gen} new ones each")
-    add("--repeats", **INTEGER, default=3, help="runs of each batch, after a warm-up (default: 3)")
-    add("--compare", default="", metavar="PEERS", help=f"run these beside it: {', '.join(PEERS)}")
+    add("--batch", metavar="N", help="prompts at a time, or several such numbers: 1,8 (default: 1)")
+    add("--prompt", metavar="N", help="tokens of a prompt, or several: 128,512,2048 (default: 512)")
+    add("--gen", **INTEGER, help="tokens to generate for each prompt (default: 64)")
+    ragged = f"also prompts of {RAGGED.name} tokens, with {RAGGED.gen} new ones each"
+    add("--ragged", action="store_true", default=None, help=ragged)
+    add("--repeats", **INTEGER, default=3, help="runs of each batch or load, after a warm-up (default: 3)")
+    peers = f"run these beside it: {', '.join(PEERS)}; with --serve: {', '.join(SERVE_PEERS)}"
+    add("--compare", default="", metavar="PEERS", help=peers)
+    add_serve_options(command)
     add_speed_options(command)
     add = command.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print one JSON object, for programs and for --with")
     add("--plot", metavar="FILE", help="draw speed by batch size, prompt length and ranks: .png, .svg or .pdf")
-    add("--with", nargs="+", default=[], dest="earlier", metavar="FILE", help="also draw these outputs of --json")
+    add("--with", nargs="+", metavar="FILE", help="also draw these outputs of --json")
     command.set_defaults(run=run)
 
 
+def add_serve_options(command: argparse.ArgumentParser) -> None:
+    """The options of the serving benchmark."""
+    why = "Requests of random lengths come and go; instead of --batch, --prompt and --gen."
+    add = command.add_argument_group("serving", why).add_argument
+    add("--serve", action="store_true", help="measure tokens a second of all requests, and how long each waits")
+    add("--requests", **INTEGER, help=f"how many (default: {LOAD.requests})")
+    add("--clients", **INTEGER, help=f"that send a request as soon as they have an answer (default: {LOAD.clients})")
+    add("--rate", **NUMBER, help="requests a second that arrive at random, whoever still waits, in place of clients")
+    add("--prompt_range", metavar="N-N", help=f"tokens of a prompt (default: {LOAD.prompt_range})")
+    add("--gen_range", metavar="N-N", help=f"tokens of an answer (default: {LOAD.gen_range})")
+    add("--slots", **INTEGER, help=f"requests that go on at a time (default: {ServeConfig.slots})")
+    add("--prefill_chunk", **INTEGER, help=f"tokens of prompts in one pass (default: {PREFILL_CHUNK})")
+    add("--load_seed", **INTEGER, help=f"the same seed gives the same load (default: {LOAD.seed})")
+
+
 def run(options: argparse.Namespace) -> None:
+    settle_options(options)
+    if options.serve:
+        serve_report = run_serve_benchmark(read_serve_config(options))
+        say(serve_report.as_json() if options.json else serve_report.as_text())
+        return
     config = BenchConfig.from_options(
         options,
         batches=parse_counts("--batch", options.batch),
@@ -47,12 +89,60 @@ def run(options: argparse.Namespace) -> None:
         gen=options.gen,
         ragged=options.ragged,
         repeats=options.repeats,
-        peers=[name for name in options.compare.split(",") if name],
+        peers=parse_peers(options.compare),
     )
-    if options.earlier and options.plot is None:
+    earlier = getattr(options, "with")
+    if earlier and options.plot is None:
         raise LlamaError("--with was given without --plot: name the picture that it shall be drawn in")
-    chart = Chart(options.plot, options.earlier) if options.plot is not None else None
+    chart = Chart(options.plot, earlier) if options.plot is not None else None
     report = run_benchmark(config)
     say(report.as_json() if options.json else report.as_text())
     if chart is not None and is_main_process():
         chart.draw(report)
+
+
+def settle_options(options: argparse.Namespace) -> None:
+    """Fill in defaults. Raises LlamaError for options of the benchmark that isn't run."""
+    for name in BATCH_DEFAULTS if options.serve else SERVE_DEFAULTS:
+        if getattr(options, name) is None:
+            continue
+        if not options.serve:
+            raise LlamaError(f"--{name} was given without --serve: add --serve, or leave it out")
+        instead = f"take --{COUNTERPARTS[name]} in its place" if name in COUNTERPARTS else "leave it out"
+        raise LlamaError(f"--{name} is an option of the benchmark without --serve: {instead}")
+    if options.clients is not None and options.rate is not None:
+        raise LlamaError("both --clients and --rate were given: requests come from clients or at a rate, give one")
+    for name, default in (SERVE_DEFAULTS if options.serve else BATCH_DEFAULTS).items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+
+
+def read_serve_config(options: argparse.Namespace) -> ServeConfig:
+    load = ServeLoad(
+        requests=options.requests,
+        clients=options.clients,
+        rate=options.rate,
+        prompt_range=parse_range("--prompt_range", options.prompt_range),
+        gen_range=parse_range("--gen_range", options.gen_range),
+        seed=options.load_seed,
+    )
+    return ServeConfig.from_options(
+        options,
+        load=load,
+        slots=options.slots,
+        prefill_chunk=options.prefill_chunk,
+        repeats=options.repeats,
+        peers=parse_peers(options.compare),
+    )
+
+
+def parse_peers(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def parse_range(option: str, text: str) -> Range:
+    """The range of an option such as 16-512. Raises LlamaError for anything else."""
+    least, dash, most = text.partition("-")
+    if not (dash and least.isdecimal() and most.isdecimal() and int(least) <= int(most)):
+        raise LlamaError(f"{option} is {shorten(text)}, expected two whole numbers, the smaller first, such as 16-512")
+    return Range(int(least), int(most))

@@ -1,0 +1,93 @@
+"""Runs the serving benchmark: many requests at once, how many tokens a second they get and how long each waits.
+
+    python -m llama bench --serve                                          8 clients, random weights
+    python -m llama bench --serve --ckpt_dir DIR --rate 2 --compare closed     an open loop, beside closed batches
+
+Knows the order of runs; `load` knows what is asked, `serving` how it is answered, `serve_report` what is printed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from .._util.validate import check_count, check_seed, is_number
+from ..errors import LlamaError
+from ..generation import PREFILL_CHUNK
+from .engine_costs import REUSE_PROMPT, measure_python, measure_reuse
+from .load import ServeLoad
+from .runner import ModelConfig, describe_run
+from .serve_report import LoadRun, ServeFigures, ServeReport
+from .serving import ClosedServing, EngineServing, ServingSubject
+from .subjects import check_peers
+
+SERVE_PEERS = ("closed",)
+
+
+@dataclass(frozen=True)
+class ServeConfig(ModelConfig):
+    """What to measure, on which model. Raises LlamaError for values that no run can have."""
+
+    load: ServeLoad = field(default_factory=ServeLoad)
+    slots: int = 8  # requests that go on at a time; more of them wait
+    prefill_chunk: int = PREFILL_CHUNK  # as of `Llama.build`
+    repeats: int = 3  # of the load, after a warm-up
+    peers: Sequence[str] = ()  # names in SERVE_PEERS
+
+    def __post_init__(self) -> None:
+        load = self.load
+        counts = {"--requests": load.requests, "--clients": load.clients, "--slots": self.slots}
+        counts |= {"--prefill_chunk": self.prefill_chunk, "--repeats": self.repeats}
+        for name, count in counts.items():
+            check_count(name, count)
+        if load.rate is not None and not (is_number(load.rate) and load.rate > 0):
+            raise LlamaError(f"--rate is {load.rate:g}, expected a number of requests a second above 0")
+        if load.gen_range.least < 2:
+            raise LlamaError(f"--gen_range is {load.gen_range}, expected at least 2: time passes between two tokens")
+        check_count("--prompt_range", load.prompt_range.least)
+        check_seed(load.seed)
+        super().__post_init__()
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens for which a slot has room."""
+        return max(self.load.prompt_range.most + self.load.gen_range.most, REUSE_PROMPT + 1)
+
+
+def run_serve_benchmark(config: ServeConfig) -> ServeReport:
+    """Measure. Raises LlamaError if the model or a peer can't be built, doesn't fit in memory, or under torchrun."""
+    place = config.find_place()
+    if place.world_size > 1:
+        raise LlamaError(f"--serve runs in one process, and {place.world_size} are here: leave out torchrun")
+    check_peers(config.peers, place, SERVE_PEERS, {})
+    llama = config.build_llama(place, config.max_seq_len, config.slots, config.prefill_chunk)
+    place = replace(place, dtype=llama.model.dtype)
+    peers: dict[str, ServingSubject] = {"closed": ClosedServing(llama, config.slots)}
+    subjects = [EngineServing(llama), *(peers[name] for name in config.peers)]
+    runs = repeat_load(subjects, config.load, llama.model.params.vocab_size, config.repeats)
+    ours, *theirs = runs
+    return ServeReport(
+        **describe_run(config, llama.model, place, config.repeats),
+        load=config.load,
+        slots=config.slots,
+        prefill_chunk=config.prefill_chunk,
+        figures=[ServeFigures.of(subject.name, own) for subject, own in zip(subjects, runs, strict=True)],
+        ratios=[ServeFigures.ratios(name, ours, own) for name, own in zip(config.peers, theirs, strict=True)],
+        reuse=measure_reuse(llama, config.repeats),
+        python_seconds=measure_python(llama, config.slots) if place.device.type == "cpu" else None,
+    )
+
+
+def repeat_load(
+    subjects: Sequence[ServingSubject], load: ServeLoad, vocab_size: int, repeats: int
+) -> list[list[LoadRun]]:
+    """Each subject's runs of the load, one for each repeat, after one that warms it up.
+
+    Subjects take turns, so that whatever slows the machine for a while slows all of them. Each repeat has new tokens.
+    """
+    runs: list[list[LoadRun]] = [[] for _ in subjects]
+    for turn in range(1 + repeats):
+        requests = load.make_requests(vocab_size, turn)
+        for subject, own in zip(subjects, runs, strict=True):
+            answers = subject.serve(load, requests)
+            if turn > 0:
+                own.append(LoadRun.of(answers))
+    return runs
