@@ -21,7 +21,7 @@ from .accelerate.quantization import Quantization
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.loader import check_prepared, fetch_checkpoint, holds_adapter, open_checkpoint, prepare_model
 from .checkpoints.tokenizer_of import open_tokenizer_of
-from .engine.beam_search import Beams
+from .engine.beam_search import Beams, search_beams
 from .engine.engine import CallOptions, Engine
 from .engine.outputs import (
     ChatPrediction,
@@ -261,7 +261,7 @@ class Llama:
             others |= {"prefix_cache": prefix_cache, "ordered_rows": ordered_rows}
             beam_settings = beams.check(shared, others)
         if beam_settings is not None:
-            return self.engine.search_beams(prompt_tokens, beams, beam_settings)
+            return search_beams(self.engine, prompt_tokens, beams, beam_settings)
         output = OutputOptions(logprobs or prompt_logprobs or best_of is not None, prompt_logprobs, top_logprobs)
         options = CallOptions(output, best_of or n, lookup_ngram, speculate_k, prefix_cache, ordered_rows, True)
         requests = self.engine.make_requests(prompt_tokens, shared, rows, options)

@@ -1,10 +1,9 @@
-"""The KV cache: where a pass stands in it, what its queries see, how keys and values are written, how slots are copied.
+"""The KV cache: where a pass stands in it, what its queries see, how keys and values are written.
 
 A layer's caches are (slots, S, KV, D) each, in memory (slots, KV, S, D). Calls by hand have their own, in which row b
 uses slot b. The engine names the slot of each row. Knows no layer, no text.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -85,17 +84,3 @@ def update(
         cache_k[places, columns] = xk
         cache_v[places, columns] = xv
     return cache_k[rows, :end], cache_v[rows, :end]
-
-
-def reorder_slots(caches: Iterable[Tensor], sources: Tensor, length: int) -> None:
-    """Give slot i the first `length` positions of slot sources[i], in every cache.
-
-    sources: integers (B,), on the CPU; a slot may be the source of several. Slots that keep what they hold aren't
-    written.
-    """
-    targets = (sources != torch.arange(len(sources))).nonzero().flatten()
-    if len(targets) == 0:
-        return
-    for cache in caches:
-        to, from_ = targets.to(cache.device), sources[targets].to(cache.device)
-        cache[to, :length] = cache[from_, :length]  # all are read before one is written

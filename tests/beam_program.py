@@ -16,11 +16,11 @@ def fail_at_the_third_token(logprobs: Tensor, prompt: list[int], answer: list[in
 
 def search(ckpt_dir: str, prompts: list[list[int]]) -> tuple[list[list[Beam]], str]:
     """(the beams of each prompt, the message of the search that fails)."""
-    model = Llama.build(ckpt_dir, max_seq_len=96, max_batch_size=12, device="cpu", dtype="float32").model
+    engine = Llama.build(ckpt_dir, max_seq_len=96, max_batch_size=12, device="cpu", dtype="float32").engine
     stops = frozenset(range(0, 512, 16))
-    beams = beam_search(model, prompts, Beams(4, num_return_sequences=4), 20, stops, None, 2048)
+    beams = beam_search(engine, prompts, Beams(4, num_return_sequences=4), 20, stops)
     try:
-        beam_search(model, [[1]], Beams(2), 9, frozenset(), fail_at_the_third_token, 2048)
+        beam_search(engine, [[1]], Beams(2), 9, frozenset(), fail_at_the_third_token)
     except LlamaError as e:
         return beams, str(e)
     return beams, "nothing was refused"

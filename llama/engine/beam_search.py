@@ -1,14 +1,16 @@
 """Beam search: several unfinished answers to each prompt are continued side by side, and the likeliest are kept.
 
-The answers, their scores and the end of the search are those of transformers 5's `generate(num_beams=...)`. Knows the
-model and the slots of its cache; knows no text. A function that changes log-probabilities may be passed in.
+The answers, their scores and the end of the search are those of transformers 5's `generate(num_beams=...)`. For each
+token, every unfinished answer is a text that the engine reads; what it goes on from is in the KV cache. Knows the
+engine; knows no slot. A function that changes log-probabilities may be passed in.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +18,13 @@ from torch import Tensor
 from .. import parallel
 from .._util.validate import check_count, check_list, is_number
 from ..errors import LlamaError, shorten
-from ..kv_cache import reorder_slots
-from ..model import Attention, ModelArgs, Transformer
+from ..sampling import Context, apply_logits_processors
 from ..settings import Settings, settings_of_rows
-from .forward_pass import compute_logits, compute_states
+from ..tokenization.texts import decode_after
+from .engine import Engine
 from .not_finite import not_finite_error
-from .prefill import prefill
-from .request_checks import check_prompts
+from .outputs import Completion
+from .request_checks import check_budget, check_prompts, check_token_ids
 from .transfer import copy_to_device, exact_dtype
 
 # From an unfinished answer's logprobs, float32 (vocab_size), its prompt and its tokens so far, to the logprobs to use.
@@ -110,7 +112,6 @@ class _Branch:
 
     tokens: list[int]
     total: float  # the sum of its tokens' logprobs
-    slot: int  # the cache's slot that holds all but its last token
 
 
 @dataclass
@@ -120,19 +121,40 @@ class _Search:
     index: int  # the prompt's place in the batch
     prompt: list[int]
     room: int  # tokens that an answer may have
-    live: list[_Branch] = field(default_factory=list)  # in the order of their slots
+    scope: int  # what its texts share in the KV cache
+    live: list[_Branch] = field(default_factory=lambda: [_Branch([], 0.0)])  # the best first
     finished: list[Beam] = field(default_factory=list)  # the best first, num_beams at most
+
+
+def search_beams(
+    engine: Engine, prompt_tokens: Sequence[Sequence[int]], beams: Beams, settings: Settings
+) -> list[Completion]:
+    """The best answers to the first prompt, then to the second ... Raises LlamaError."""
+    with parallel.raise_together(parallel.group()):
+        check_token_ids([settings], 0, engine.model.params.vocab_size)
+    stops = engine.stop_tokens(settings)
+
+    def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+        return apply_logits_processors(logprobs, settings, Context(prompt, answer, stops))
+
+    max_gen_len = settings.max_gen_len or engine.model.params.max_seq_len
+    best = beam_search(engine, prompt_tokens, beams, max_gen_len, stops, process if settings.changes_logits else None)
+    decode = partial(decode_after, engine.tokenizer)
+    return [
+        Completion(list(prompt), b.tokens, decode(prompt, b.tokens), b.finish_reason, b.stop, score=b.score)
+        for prompt, prompt_beams in zip(prompt_tokens, best, strict=True)
+        for b in prompt_beams
+    ]
 
 
 @torch.no_grad()
 def beam_search(
-    model: Transformer,
+    engine: Engine,
     prompt_tokens: Sequence[Sequence[int]],
     beams: Beams,
     max_gen_len: int,
     stops: frozenset[int],
-    process: Process | None,
-    prefill_chunk: int,
+    process: Process | None = None,
 ) -> list[list[Beam]]:
     """The `num_return_sequences` best answers to each prompt, the best first. Every rank makes the same call.
 
@@ -142,78 +164,78 @@ def beam_search(
     score -1e9 fill the list up.
     Raises LlamaError, before any forward pass, for arguments that can't work; and for logits that aren't finite.
     """
+    params = engine.model.params
     with parallel.raise_together(parallel.group()):
         check_count("max_gen_len", max_gen_len)
         check_list("prompts", prompt_tokens)
-        _check_rows(len(prompt_tokens), beams.num_beams, model.params)
-        check_prompts(prompt_tokens, model.params)
+        check_prompts(prompt_tokens, params)
+        settings = [Settings(max_gen_len=max_gen_len)] * len(prompt_tokens)
+        check_budget(prompt_tokens, settings, params.max_seq_len, engine.cache_tokens)
+    scopes = engine.open_scopes(len(prompt_tokens))
     searches = [
-        _Search(i, [int(token) for token in prompt], min(max_gen_len, model.params.max_seq_len - len(prompt)))
-        for i, prompt in enumerate(prompt_tokens)
+        _Search(i, [int(token) for token in prompt], min(max_gen_len, params.max_seq_len - len(prompt)), scope)
+        for i, (prompt, scope) in enumerate(zip(prompt_tokens, scopes, strict=True))
     ]
-    live = sorted((s for s in searches if s.room > 0), key=lambda search: -len(search.prompt))
-    for slot, search in enumerate(live):
-        search.live = [_Branch([], 0.0, slot)]
-    h = prefill(model, [s.prompt for s in live], prefill_chunk) if live else torch.empty(0)  # (B, dim)
-    while live:
-        candidates = _choose(model, h, live, beams.num_beams * max(2, 1 + len(stops)), process)
-        slots = 0
-        for search, branches in zip(live, candidates, strict=True):
-            _advance(search, branches, beams, stops)
-            search.live = _assign_slots(search.live, slots)
-            slots += len(search.live)
-        live = [search for search in live if search.live]
-        if live:
-            h = _decode(model, live)
+    try:
+        live = [search for search in searches if search.room > 0]
+        while live:
+            logits = _read(engine, live)
+            candidates = _choose(engine, logits, live, beams.num_beams * max(2, 1 + len(stops)), process)
+            for search, branches in zip(live, candidates, strict=True):
+                _advance(search, branches, beams, stops)
+            live = [search for search in live if search.live]
+    finally:
+        engine.close_scopes(scopes)
     missing = [Beam([], NO_SCORE, "length")] * beams.num_return_sequences
     return [(search.finished + missing)[: beams.num_return_sequences] for search in searches]
 
 
-def _check_rows(prompts: int, num_beams: int, params: ModelArgs) -> None:
-    if prompts * num_beams > params.max_batch_size:
-        raise LlamaError(
-            f"{prompts} prompts x num_beams {num_beams} = {prompts * num_beams} rows, but max_batch_size is "
-            f"{params.max_batch_size}: build with a larger max_batch_size, or pass fewer prompts or num_beams"
+def _read(engine: Engine, searches: list[_Search]) -> Tensor:
+    """The logits after each live branch of each search: float32 (B, vocab_size)."""
+    branches = [(search, branch) for search in searches for branch in search.live]
+    logits: list[Tensor] = [torch.empty(0)] * len(branches)
+    texts = [
+        engine.make_reading(
+            search.index, search.prompt, branch.tokens, search.scope, consume_logits=partial(logits.__setitem__, place)
         )
+        for place, (search, branch) in enumerate(branches)
+    ]
+    for _ in engine.read(texts):
+        pass
+    return torch.stack(logits)
 
 
 def _choose(
-    model: Transformer, h: Tensor, searches: list[_Search], count: int, process: Process | None
+    engine: Engine, logits: Tensor, searches: list[_Search], count: int, process: Process | None
 ) -> list[list[_Branch]]:
     """The `count` best continuations of each search's branches, the best first.
 
-    h: the states of all live branches (B, dim). The first rank of the model-parallel group chooses for all, in one
-    message: sums of logprobs, slots of the branches that are continued, and tokens. Raises LlamaError for NaN.
+    logits: after all live branches (B, vocab_size). The first rank of the model-parallel group chooses for all, in one
+    message: sums of logprobs, places of the branches that are continued, and tokens. Raises LlamaError for NaN.
     """
-    logits = compute_logits(model, h)  # (B, vocab_size)
     device, vocab_size = logits.device, logits.shape[-1]
     choices = torch.full((3, len(searches), count), -math.inf, dtype=exact_dtype(device), device=device)
     with nullcontext() if process is None else parallel.raise_together(parallel.group()):  # since `process` may raise
         if parallel.is_group_leader():
-            first = 0
             all_totals = _sum_logprobs(logits, searches, process)  # (B, vocab_size)
             for i, totals in enumerate(all_totals.split([len(s.live) for s in searches])):
                 best, places = totals.flatten().topk(min(count, totals.numel()))
                 choices[0, i, : len(best)] = best
-                choices[1, i, : len(best)] = first + places // vocab_size
+                choices[1, i, : len(best)] = places // vocab_size
                 choices[2, i, : len(best)] = places % vocab_size
-                first += len(totals)
-    parents = [branch for search in searches for branch in search.live]  # by slot
     by_search = list(zip(*parallel.broadcast(choices).tolist(), strict=True))
     for search, (totals, _, _) in zip(searches, by_search, strict=True):
         if any(map(math.isnan, totals)):
             position = len(search.prompt) + len(search.live[0].tokens)
-            raise not_finite_error(model, f"row {search.index}: the logits at position {position} are")
-    return [_make_branches(search, parents, *chosen) for search, chosen in zip(searches, by_search, strict=True)]
+            raise not_finite_error(engine.model, f"row {search.index}: the logits at position {position} are")
+    return [_make_branches(search, *chosen) for search, chosen in zip(searches, by_search, strict=True)]
 
 
-def _make_branches(
-    search: _Search, parents: list[_Branch], totals: list[float], slots: list[float], tokens: list[float]
-) -> list[_Branch]:
+def _make_branches(search: _Search, totals: list[float], parents: list[float], tokens: list[float]) -> list[_Branch]:
     """The branches that `_choose` chose for a search, without banned ones."""
     return [
-        _Branch([*parents[int(slot)].tokens, int(token)], total, int(slot))
-        for total, slot, token in zip(totals, slots, tokens, strict=True)
+        _Branch([*search.live[int(parent)].tokens, int(token)], total)
+        for total, parent, token in zip(totals, parents, tokens, strict=True)
         if total > -math.inf
     ]
 
@@ -264,27 +286,3 @@ def _can_improve(search: _Search, total: float, length: int, beams: Beams) -> bo
         return False
     any_length = beams.early_stopping == "never" and beams.length_penalty > 0
     return beams.score(total, search.room if any_length else length) > search.finished[-1].score
-
-
-def _assign_slots(branches: list[_Branch], first: int) -> list[_Branch]:
-    """Order branches by the slots that they get, from `first` on, so that as many as possible keep their slot."""
-    slots = range(first, first + len(branches))
-    staying = {branch.slot: branch for branch in reversed(branches) if branch.slot in slots}
-    moving = iter([branch for branch in branches if staying.get(branch.slot) is not branch])
-    return [staying[slot] if slot in staying else next(moving) for slot in slots]
-
-
-def list_caches(model: Transformer) -> list[Tensor]:
-    """The caches of calls by hand that were used: (max_batch_size, max_seq_len, KV, D) each."""
-    attentions = [cast(Attention, layer.attention) for layer in model.layers]
-    return [cache for a in attentions for cache in (a.cache_k, a.cache_v) if cache is not None]
-
-
-def _decode(model: Transformer, searches: list[_Search]) -> Tensor:
-    """Move the live branches' cache to their slots, and run their last tokens: hidden states (B, dim)."""
-    live = [branch for search in searches for branch in search.live]
-    cached = [len(search.prompt) + len(branch.tokens) - 1 for search in searches for branch in search.live]
-    reorder_slots(list_caches(model), torch.tensor([branch.slot for branch in live]), max(cached))
-    tokens = copy_to_device(torch.tensor([[branch.tokens[-1]] for branch in live]), model.device)  # (B, 1)
-    start_pos = torch.tensor(cached, pin_memory=model.device.type == "cuda")  # (B)
-    return compute_states(model, tokens, start_pos)[:, -1]

@@ -1,7 +1,7 @@
 """The engine: requests to a model come and go between two steps, and whoever waits for one runs the steps of all.
 
-Everything that generates goes through `Engine.make_requests`, or through `search_beams`. Knows the model and the
-tokenizer; knows no file and no dialog.
+All that generates goes through `Engine.make_requests`, and all that only reads, beams too, through `Engine.read`. Knows
+the model and the tokenizer; knows no file and no dialog.
 """
 
 import contextlib
@@ -9,30 +9,23 @@ import threading
 from collections import Counter, abc, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import parallel
 from .._util.interrupt import hold_interrupt
 from .._util.validate import check_count
 from ..errors import LlamaError
 from ..model import Transformer
-from ..sampling import Context, apply_logits_processors
 from ..settings import Settings, settings_of_rows
 from ..tokenization.protocol import AnyTokenizer
-from ..tokenization.texts import decode_after
-from .beam_search import Beams, beam_search
 from .cache_book import CacheBook
-from .model_runner import settle
-from .outputs import Completion
 from .request import Request
 from .request_checks import check_budget, check_prompts, check_speculation, check_token_ids
 from .seeds import SequenceSeeds
-from .sequence import Consume, OutputOptions, Sequence, Step
+from .sequence import Consume, ConsumeLogits, OutputOptions, Sequence, Step
 from .speculative import SPECULATE_K, DraftProposer, make_lookup_proposer
 from .stepper import SHARED, Stepper
 from .stop_strings import StopFinder
@@ -87,6 +80,8 @@ class Engine:
         self._waited: Counter[int] = Counter()  # by key: callers that wait for a step
         self._arrived: deque[Sequence] = deque()  # since the last step
         self._cancelled: deque[Sequence] = deque()  # since the last step; appended to without a lock, at any moment
+        self._open_scopes: set[int] = set()  # those that get more sequences
+        self._closed_scopes: list[int] = []  # since the last step
         self._thread: int | None = None  # that uses the engine, on several ranks
         if model.fast is not None:
             with model.kv_cache.lock:
@@ -153,13 +148,25 @@ class Engine:
                 self.cancel(s)
 
     def make_reading(
-        self, index: int, tokens: list[int], first: int | None = None, consume: Consume | None = None
+        self,
+        index: int,
+        prompt: list[int],
+        answer: abc.Sequence[int] = (),
+        scope: int | None = None,
+        *,
+        first: int | None = None,
+        consume: Consume | None = None,
+        consume_logits: ConsumeLogits | None = None,
     ) -> Sequence:
-        """A sequence that is read and gets no answer. first: the first token whose logprob is wanted; None: none is."""
+        """A sequence that is read and gets no further token. scope: one of `open_scopes`; None: it shares nothing.
+
+        first: the first token of the prompt whose logprob is wanted; None: none is. consume, consume_logits: as in
+        `Sequence`.
+        """
         wanted = OutputOptions(logprobs=first is not None, echo=first is not None)
         return Sequence(
             index=index,
-            prompt=tokens,
+            prompt=prompt,
             settings=Settings(),
             stops=frozenset(),
             remaining=0,
@@ -167,12 +174,36 @@ class Engine:
             generator=torch.Generator(),
             stop_finder=StopFinder(()),
             output=wanted,
-            scope=None,
+            scope=scope,
             first=first or 1,
             is_read=True,
             consume=consume,
+            consume_logits=consume_logits,
             is_drained=True,
+            answer=list(answer),
         )
+
+    def open_scopes(self, count: int) -> list[int]:
+        """For each of so many prompts, what its texts share in the KV cache until `close_scopes`: equal ones share it.
+
+        With `dynamic` rotary scaling only texts of one prompt have the same angles.
+        """
+        with self._turn:
+            scopes = [next(self._scopes) for _ in range(count)]
+            scopes = scopes if self._is_dynamic else scopes[:1] * count
+            self._open_scopes.update(scopes)
+        return scopes
+
+    def close_scopes(self, scopes: list[int]) -> None:
+        """What texts of these scopes have left in the KV cache goes with the next step."""
+        with self._turn:
+            self._open_scopes.difference_update(scopes)
+            self._closed_scopes += set(scopes)
+        self._tidy()
+
+    def stop_tokens(self, settings: Settings) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
 
     def stream(self, requests: list[Request]) -> Iterator[list[Step]]:
         """The steps of requests, in lists of those that are there at a time, in the order of their rows.
@@ -241,13 +272,15 @@ class Engine:
         """One step, without holding back other threads that want to say something. Called with `_turn`."""
         arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
         cancelled = [self._cancelled.popleft().key for _ in range(len(self._cancelled))]
+        closed, self._closed_scopes = self._closed_scopes, []
         waited = list(self._waited)
         with hold_interrupt(), self._busy():
             if self._claim_slots():
                 self.stepper.reset()
             if arrived:
-                self.stepper.add_all(arrived)
+                self.stepper.add_all(arrived, self._open_scopes)
             self.stepper.cancel(cancelled)
+            self.stepper.close_scopes(closed)
             self.stepper.step(waited)
 
     def _tidy(self) -> None:
@@ -256,6 +289,8 @@ class Engine:
             if self._runner is not None or parallel.group().size() > 1 or self.model.kv_cache.owner is not self:
                 return
             self.stepper.cancel([self._cancelled.popleft().key for _ in range(len(self._cancelled))])
+            self.stepper.close_scopes(self._closed_scopes)
+            self._closed_scopes = []
             self.stepper.give_back()
 
     def _claim_slots(self) -> bool:
@@ -274,44 +309,6 @@ class Engine:
             self._turn.acquire()
             self._runner = None
             self._turn.notify_all()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """The model is this thread's; requests wait meanwhile."""
-        self._check_thread()
-        with self._turn:
-            while self._runner is not None:
-                self._turn.wait()
-            with self._busy():
-                yield
-
-    def search_beams(
-        self, prompt_tokens: abc.Sequence[abc.Sequence[int]], beams: Beams, settings: Settings
-    ) -> list[Completion]:
-        """The best answers to the first prompt, then to the second ... Raises LlamaError."""
-        with parallel.raise_together(parallel.group()):
-            check_token_ids([settings], 0, self.model.params.vocab_size)
-        stops = self._stop_tokens(settings)
-
-        def process(logprobs: Tensor, prompt: abc.Sequence[int], answer: abc.Sequence[int]) -> Tensor:
-            return apply_logits_processors(logprobs, settings, Context(prompt, answer, stops))
-
-        with self.alone(), settle(self.model, settings.logits_processor is not None):
-            best = beam_search(
-                self.model,
-                prompt_tokens,
-                beams,
-                settings.max_gen_len or self.model.params.max_seq_len,
-                stops,
-                process if settings.changes_logits else None,
-                self.prefill_chunk,
-            )
-        decode = partial(decode_after, self.tokenizer)
-        return [
-            Completion(list(prompt), b.tokens, decode(prompt, b.tokens), b.finish_reason, b.stop, score=b.score)
-            for prompt, prompt_beams in zip(prompt_tokens, best, strict=True)
-            for b in prompt_beams
-        ]
 
     # --- private ------------------------------------------------------------------------------------------------------
 
@@ -332,7 +329,7 @@ class Engine:
             index=index,
             prompt=prompt,
             settings=settings,
-            stops=self._stop_tokens(settings),
+            stops=self.stop_tokens(settings),
             remaining=room if settings.max_gen_len is None else min(room, settings.max_gen_len),
             decoder=self.tokenizer.stream_decoder(),
             generator=self._seeds.make_generator(prompt, settings.seed, copy),
@@ -350,14 +347,14 @@ class Engine:
 
         There the angles in the cache depend on the length of the text that they were computed for.
         """
-        scaling = self.model.params.rope_scaling
-        if scaling is not None and scaling.type == "dynamic":
+        if self._is_dynamic:
             return None
         return SHARED if reuse else next(self._scopes)
 
-    def _stop_tokens(self, settings: Settings) -> frozenset[int]:
-        """The tokens that end an answer."""
-        return frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
+    @property
+    def _is_dynamic(self) -> bool:
+        scaling = self.model.params.rope_scaling
+        return scaling is not None and scaling.type == "dynamic"
 
     def _check_thread(self) -> None:
         """Raise LlamaError for a call within a step, which would wait for itself, and for a second thread on ranks."""

@@ -88,7 +88,7 @@ def score(
     windows = [window for i, text in enumerate(tokens) for window in split_windows(i, len(text), size, stride)]
     windows.sort(key=lambda window: window.start - window.end)  # the longest first
     sequences = [
-        engine.make_reading(i, tokens[w.text][w.start : w.end], w.first - w.start) for i, w in enumerate(windows)
+        engine.make_reading(i, tokens[w.text][w.start : w.end], first=w.first - w.start) for i, w in enumerate(windows)
     ]
     for s in read_all(engine, sequences, "scoring"):
         window = windows[s.index]

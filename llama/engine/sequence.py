@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length"]
 Consume = Callable[[int, torch.Tensor], None]  # a position, and the states of tokens from there on (T, dim)
+ConsumeLogits = Callable[[torch.Tensor], object]  # float32 (vocab_size)
 Alternatives = tuple[tuple[int, float], ...]  # tokens and their logprobs, the likeliest first
 
 
@@ -69,6 +70,7 @@ class Sequence:
     first: int = 1  # the first token of the prompt whose logprob is wanted, if any is
     is_read: bool = False  # whether it is only read: it gets no answer, and nobody wants its text
     consume: Consume | None = None  # gets the states of the prompt's tokens, which are all computed
+    consume_logits: ConsumeLogits | None = None  # gets the logits after the last token
     key: int = 0  # its number among all that came to the engine; 0: it hasn't
     answer: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -147,6 +149,16 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether the logprobs of the prompt's tokens are to be computed for it."""
         return self.output.echo and self.output.logprobs and self.twin is None
+
+    @property
+    def reports_prompt(self) -> bool:
+        """Whether its caller is told something when its prompt is read, even where no token follows."""
+        return self.output.echo or self.consume is not None or self.consume_logits is not None
+
+    @property
+    def is_continued(self) -> bool:
+        """Whether it goes on with an answer that other sequences have begun."""
+        return self.is_read and bool(self.answer)
 
     @property
     def reads_all(self) -> bool:

@@ -4,7 +4,7 @@ A step is at most two passes, one with pieces of prompts and one that decodes; t
 together. Knows the model, the scheduler and the sequences that are going on; knows no thread and no caller.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -21,8 +21,8 @@ from .model_runner import PassRow, compute_prompt_logprobs, run_rows, settle
 from .model_version import read_version
 from .not_finite import not_finite_error
 from .scheduler import Scheduler
+from .sequence import ConsumeLogits, Step
 from .sequence import Sequence as TokenSequence
-from .sequence import Step
 from .speculative import propose
 from .step_plan import Row, SlotRelease, StepPlan
 from .transfer import HostCopy, copy_to_device
@@ -52,26 +52,31 @@ class Stepper:
         self._ahead = Ahead()
         self._version: object = None  # of the model that the cache was computed with
 
-    def add_all(self, sequences: Sequence[TokenSequence]) -> None:
-        """Sequences arrive, all of those of a call together."""
-        self.model.refresh()
-        version = read_version(self.model)
-        if version != self._version:  # nothing that was computed by another model is of use
-            self.scheduler.forget()
-            self._version = version
+    def add_all(self, sequences: Sequence[TokenSequence], open_scopes: Collection[int]) -> None:
+        """Sequences arrive, all of those of a call together. open_scopes: scopes that get more of them."""
+        if not all(s.is_continued for s in sequences):
+            self.model.refresh()
+            version = read_version(self.model)
+            if version != self._version:  # nothing that was computed by another model is of use
+                self.scheduler.forget()
+                self._version = version
         for sequence in sequences:
             self._add(sequence)
-        for scope in {s.scope for s in sequences if s.scope not in (None, SHARED)}:
+        self.close_scopes({s.scope for s in sequences if s.scope is not None} - {SHARED, *open_scopes})
+
+    def close_scopes(self, scopes: Iterable[int]) -> None:
+        """No more sequences come in these scopes."""
+        for scope in scopes:
             self.scheduler.close_scope(scope)
 
     def _add(self, sequence: TokenSequence) -> None:
-        if sequence.remaining == 0 and not sequence.output.echo and sequence.consume is None:
+        if sequence.remaining == 0 and not sequence.reports_prompt:
             sequence.is_over = True
             return
         self.sequences[sequence.key] = sequence
         self.scheduler.add(
             sequence.key,
-            sequence.prompt,
+            sequence.tokens,
             scope=sequence.scope,
             reads_all=sequence.reads_all,
             proposals=sequence.most_proposals,
@@ -130,15 +135,27 @@ class Stepper:
             self.model.kv_cache.copy(copy.source, copy.target, copy.length)
         fed, states = self._read_pieces(plan)
         more_fed, more_states = self._decode(plan.rows)
-        fed, states = fed + more_fed, states + more_states
+        fed, states = more_fed + fed, more_states + states
         if not fed:
             return
+        logits = compute_logits(self.model, torch.cat(states) if len(states) > 1 else states[0])
+        n_read = sum(row.sequence.is_read for row in fed)  # at the end
+        for row, own_logits in zip(fed[len(fed) - n_read :], logits[len(logits) - n_read :], strict=True):
+            cast(ConsumeLogits, row.sequence.consume_logits)(own_logits)
+            self.end(row.sequence.key)
+        if n_read < len(fed):
+            self._choose(fed[: len(fed) - n_read], states, logits[: len(logits) - n_read])
+
+    def _choose(self, fed: Sequence[PassRow], states: Sequence[Tensor], logits: Tensor) -> None:
+        """Choose tokens after rows, and after each of the proposals that they were fed; give them to the sequences.
+
+        states: of these rows, and of more behind them. logits: (N, vocab_size), of these rows.
+        """
         places = [
             Place(row.sequence, row.tokens[1 : 1 + i])
-            for row, hs in zip(fed, states, strict=True)
+            for row, hs in zip(fed, states, strict=False)
             for i in range(len(hs))
         ]
-        logits = compute_logits(self.model, torch.cat(states) if len(states) > 1 else states[0])
         choices = choose(logits, places, self._cancelled[:MOST_TOLD])
         del self._cancelled[:MOST_TOLD]
         on_host = HostCopy(choices.table)
@@ -153,7 +170,10 @@ class Stepper:
             self.model.kv_cache.release(release.slot, release.start)
 
     def _read_pieces(self, plan: StepPlan) -> tuple[list[PassRow], list[Tensor]]:
-        """Pieces of prompts through the model: those after which a token is chosen, and the states there (1, dim)."""
+        """Pieces of texts through the model: the ends after which logits are wanted, and the states there (1, dim).
+
+        Those that are only read come last.
+        """
         if not plan.pieces:
             return [], []
         rows = [
@@ -162,7 +182,7 @@ class Stepper:
         ]
         all_states = self._read_states(rows)
         compute_prompt_logprobs(self.model, rows, all_states)
-        ends, states = [], []
+        ends: list[tuple[PassRow, Tensor]] = []
         for piece, row, h in zip(plan.pieces, rows, all_states, strict=True):
             s = row.sequence
             if not s.answer:
@@ -173,12 +193,12 @@ class Stepper:
                 continue
             if not s.answer and s.output.echo and not s.is_read:
                 s.steps.extend(s.echo())
-            if s.remaining == 0:
+            if s.remaining == 0 and s.consume_logits is None:
                 self.end(s.key)
                 continue
-            ends.append(PassRow(s, piece.slot, piece.end - 1, row.tokens[-1:]))
-            states.append(h[-1:])
-        return ends, states
+            ends.append((PassRow(s, piece.slot, piece.end - 1, row.tokens[-1:]), h[-1:]))
+        ends.sort(key=lambda end: end[0].sequence.is_read)
+        return [row for row, _ in ends], [h for _, h in ends]
 
     def _read_states(self, rows: list[PassRow]) -> list[Tensor]:
         """The states of rows. Those that are a caller's result are no logits, whatever was done to the forward."""

@@ -6,6 +6,7 @@ Stops are drawn anew for each case, so that beams end at different times; what p
 import math
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, pairwise
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from beam_program import search
-from conftest import Twin, caches, make_twin, numbers_in, to_meta
+from conftest import Twin, make_twin, numbers_in, to_meta
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_pool import RankPool
@@ -23,9 +24,10 @@ from tiny import write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.engine.beam_search import NO_SCORE, Beam, Beams, Process, beam_search, list_caches
-from llama.engine.prefill import prefill
-from llama.kv_cache import reorder_slots
+from llama.bench.subjects import NoText
+from llama.engine.beam_search import NO_SCORE, Beam, Beams, Process, beam_search
+from llama.engine.engine import Engine
+from llama.engine.rows import rows
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Place
 
@@ -47,6 +49,10 @@ def twin(seed: int) -> Twin:
     return made
 
 
+def make_engine(model: Transformer, chunk: int = CHUNK) -> Engine:
+    return Engine(model, NoText(), 1, chunk, None)
+
+
 @dataclass(frozen=True)
 class Case:
     prompts: list[list[int]]
@@ -66,7 +72,7 @@ class Case:
         return Case(prompts, beams, chance.randint(1, 25), stops)
 
     def ours(self, model: Transformer, process: Process | None = None, chunk: int = CHUNK) -> list[list[Beam]]:
-        return beam_search(model, self.prompts, self.beams, self.max_gen_len, self.stops, process, chunk)
+        return beam_search(make_engine(model, chunk), self.prompts, self.beams, self.max_gen_len, self.stops, process)
 
     def theirs(self, model: Any, **options: Any) -> list[list[Beam]]:
         """What transformers answers. Prompts are padded on the left with a stop, which no prompt and no beam has."""
@@ -172,16 +178,8 @@ def test_never_looks_no_further_where_short_answers_are_favoured(place: Place, s
     assert_same(case.ours(both.ours), case.theirs(both.theirs))
 
 
-def test_the_cases_are_of_all_kinds(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cases contain what matters: beams that change places, and beams that end at different times."""
-    moved = 0
-
-    def watch(found: list[Tensor], sources: Tensor, length: int) -> None:
-        nonlocal moved
-        moved += int((sources != torch.arange(len(sources))).sum()) * (length > 15)  # not those that a prompt goes to
-        reorder_slots(found, sources, length)
-
-    monkeypatch.setattr("llama.engine.beam_search.reorder_slots", watch)
+def test_the_cases_are_of_all_kinds(place: Place) -> None:
+    """The cases contain what matters: beams that end in different ways and at different times."""
     beams: list[Beam] = []
     unlike = 0
     for seed in range(16):
@@ -190,7 +188,7 @@ def test_the_cases_are_of_all_kinds(place: Place, monkeypatch: pytest.MonkeyPatc
         beams += chain(*answers)
     reasons = [beam.finish_reason for beam in beams]
     assert min(reasons.count("stop"), reasons.count("length")) >= len(beams) / 5
-    assert len({beam.stop for beam in beams}) > 5 and unlike >= 4 and moved > 100
+    assert len({beam.stop for beam in beams}) > 5 and unlike >= 4
 
 
 PROCESSES: dict[str, tuple[dict[str, Any], Callable[[Case], Process]]] = {
@@ -288,98 +286,75 @@ def test_answers_are_different_and_the_best_comes_first(place: Place) -> None:
 
 def test_more_is_banned_than_a_search_can_do_without(place: Place) -> None:
     """All tokens are banned after two: the only answers are those that ended by then."""
-    model = twin(0).ours
+    engine = make_engine(twin(0).ours)
 
     def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         return banned(logprobs, range(61) if len(answer) == 2 else [*range(5), *range(7, 61)])
 
     missing = Beam([], NO_SCORE, "length")
-    (answers,) = beam_search(model, [[1, 2]], Beams(3, num_return_sequences=3), 9, frozenset([6]), process, CHUNK)
+    (answers,) = beam_search(engine, [[1, 2]], Beams(3, num_return_sequences=3), 9, frozenset([6]), process)
     assert [(beam.tokens, beam.stop) for beam in answers[:2]] in ([([], 6), ([5], 6)], [([5], 6), ([], 6)])
     assert answers[2:] == [missing]
-    (answers,) = beam_search(model, [[1, 2]], Beams(3), 9, frozenset(), process, CHUNK)
+    (answers,) = beam_search(engine, [[1, 2]], Beams(3), 9, frozenset(), process)
     assert answers == [missing]
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def test_reordered_rows_equal_freshly_prefilled_ones(place: Place, generator: torch.Generator) -> None:
-    model = twin(0).ours
-    prompts = [torch.randint(61, (9,), generator=generator).tolist() for _ in range(5)]
-    prefill(model, prompts, CHUNK)
-    before, places = [cache.clone() for cache in caches(model)], [cache.data_ptr() for cache in caches(model)]
-    sources = [3, 1, 1, 0, 2, 2]
-    reorder_slots(list_caches(model), torch.tensor(sources), 6)
-    assert [cache.data_ptr() for cache in caches(model)] == places, "in place"
-    reordered = [cache.clone() for cache in caches(model)]
-    prefill(model, [prompts[source] for source in sources], CHUNK)
-    for mine, old, fresh in zip(reordered, before, caches(model), strict=True):
-        torch.testing.assert_close(mine[:6, :6], fresh[:6, :6])
-        assert torch.equal(mine[:, 6:], old[:, 6:]) and torch.equal(mine[6:], old[6:])
-
-
-def test_rows_that_stay_are_not_touched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = twin(0).ours
-    prefill(model, [[1, 2, 3]] * 3, CHUNK)
-    before = [cache._version for cache in caches(model)]
-    reorder_slots(list_caches(model), torch.arange(3), 3)
-    assert [cache._version for cache in caches(model)] == before
-    written: list[int] = []
-    put = Tensor.__setitem__
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Tensor, "__setitem__", lambda x, key, value: (written.extend(key[0].tolist()), put(x, key, value))
-        )
-        reorder_slots(list_caches(model), torch.tensor([0, 0, 2]), 3)
-    assert set(written) == {1}
-
-
-def test_a_row_moves_only_into_one_that_nothing_continues(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = twin(0).ours
-    seen: list[list[int]] = []
-    monkeypatch.setattr(
-        "llama.engine.beam_search.reorder_slots",
-        lambda found, sources, length: (seen.append(sources.tolist()), reorder_slots(found, sources, length)),
-    )
-    beam_search(model, [[5, 6, 7]], Beams(5), 20, frozenset(), None, CHUNK)
-    assert len(seen) == 19 and seen[0] == [0] * 5
-    assert all(sources[row] == row for sources in seen for row in sources)
-    assert any(len(set(sources)) < 5 for sources in seen[1:])
-
-
-def test_at_every_step_the_cache_is_that_of_each_beams_own_tokens(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_at_every_step_a_row_has_the_state_of_its_own_tokens(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However branches move between slots. And no token of a branch is computed again for its successors."""
     both = twin(1)
-    case = Case([[5, 6, 7, 8], [9], [10, 11]], Beams(4, num_return_sequences=4), 12, frozenset(range(20, 24)))
+    case = Case(
+        [[5, 6, 7, 8], [9] * 6, list(range(10, 17))], Beams(4, num_return_sequences=4), 12, frozenset(range(20, 24))
+    )
     fresh = Transformer(replace(SIZES))
     fresh.load_state_dict(both.ours.state_dict())
-    run, steps = both.ours.hidden_states, 0
-    rows: list[list[int]] = [sorted(case.prompts, key=len, reverse=True)[i] for i in range(3)]
-
-    def reordered(found: list[Tensor], sources: Tensor, length: int) -> None:
-        nonlocal rows
-        rows = [rows[source] for source in sources.tolist()]
-        reorder_slots(found, sources, length)
+    run = both.ours.hidden_states
+    branched, widths = 0, []
 
     def watch(tokens: Tensor, start_pos: Any, *rest: Any) -> Tensor:
-        nonlocal steps, rows
+        nonlocal branched
         h = run(tokens, start_pos, *rest)
-        if isinstance(start_pos, Tensor):
-            steps += 1
-            rows = [[*row, token] for row, token in zip(rows, tokens[:, 0].tolist(), strict=True)]
-            for i, row in enumerate(rows):
-                expected = fresh.hidden_states(torch.tensor([row]), 0)[0, -1]
-                torch.testing.assert_close(h[i, -1], expected, rtol=1e-3, atol=1e-4)
-                for mine, theirs in zip(caches(both.ours), caches(fresh), strict=True):
-                    torch.testing.assert_close(mine[i, : len(row)], theirs[0, : len(row)], rtol=1e-3, atol=1e-4)
+        texts = [sequence.tokens for sequence in rows()]
+        for i, text in enumerate(texts):
+            piece = text[int(start_pos[i]) :][: tokens.shape[1]]
+            assert tokens[i, : len(piece)].tolist() == piece
+            expected = fresh.hidden_states(torch.tensor([text]), 0)[0, int(start_pos[i]) :][: len(piece)]
+            torch.testing.assert_close(h[i, : len(piece)], expected, rtol=1e-3, atol=1e-4)
+        branched += len({tuple(text[:-1]) for text in texts}) < len(texts)
+        widths.append(tokens.shape[1])
         return h
 
     monkeypatch.setattr(both.ours, "hidden_states", watch)
-    monkeypatch.setattr("llama.engine.beam_search.reorder_slots", reordered)
     case.ours(both.ours)
-    assert steps >= 5
+    assert branched >= 5 and set(widths[2:]) == {1} and len(widths) <= 13
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_searches_may_need_more_rows_and_slots_than_there_are(place: Place, seed: int) -> None:
+    """Branches take turns, and what the cache has no room for is computed again."""
+    model = twin(seed).ours
+    narrow = Transformer(replace(SIZES, max_batch_size=1))
+    narrow.load_state_dict(model.state_dict())
+    case = Case.drawn(seed, KINDS[seed % 3])
+    assert_same(case.ours(narrow), case.ours(model))
+
+
+def test_searches_of_one_engine_run_beside_each_other_and_leave_nothing(place: Place) -> None:
+    """In threads, beside requests that take the same prompts; afterwards no slot is kept."""
+    engine = make_engine(twin(2).ours)
+    cases = [Case.drawn(seed, KINDS[seed % 3]) for seed in range(6)]
+
+    def run(case: Case) -> list[list[Beam]]:
+        return beam_search(engine, case.prompts, case.beams, case.max_gen_len, case.stops)
+
+    expected = [case.ours(engine.model) for case in cases]
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(run, cases))
+    for result, other in zip(results, expected, strict=True):
+        assert_same(result, other)
+    assert engine.stepper.scheduler.running == 0 and engine.stepper.scheduler.book.held == 0
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -407,16 +382,14 @@ def test_bad_settings_are_refused(options: dict[str, Any], names: str) -> None:
 
 def test_what_does_not_fit_is_refused_before_any_forward_pass(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     model = twin(0).ours
+    engine = make_engine(model)
     monkeypatch.setattr(model, "hidden_states", lambda *_: pytest.fail("a forward pass was made"))
 
     def refused(prompts: Any, num_beams: int = 2, max_gen_len: Any = 5) -> str:
         with pytest.raises(LlamaError) as caught:
-            beam_search(model, prompts, Beams(num_beams), max_gen_len, frozenset(), None, CHUNK)
+            beam_search(engine, prompts, Beams(num_beams), max_gen_len, frozenset())
         return str(caught.value)
 
-    message = refused([[1]] * 3, 7)
-    assert {"3", "7", "21", "20"} <= numbers_in(message) and "max_batch_size" in message and "num_beams" in message
-    assert {"21", "2", "42", "20"} <= numbers_in(refused([[1]] * 21))
     assert "no prompt" in refused([])
     assert "prompt 1 is empty" in refused([[1], []])
     assert "61" in refused([[61]])
@@ -429,7 +402,7 @@ def test_logits_that_are_not_finite_are_an_error(place: Place) -> None:
     model.load_state_dict(twin(0).ours.state_dict())
     torch.nn.init.constant_(model.output.weight, math.inf)
     with pytest.raises(LlamaError, match="row 0: the logits at position 2 are not finite"):
-        beam_search(model, [[1, 2]], Beams(2), 5, frozenset(), None, CHUNK)
+        beam_search(make_engine(model), [[1, 2]], Beams(2), 5, frozenset())
 
 
 # --- models as they are built ----------------------------------------------------------------------------------------
@@ -444,7 +417,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def searched(model: Transformer) -> list[list[Beam]]:
-    return beam_search(model, RAGGED, Beams(4, num_return_sequences=4), 20, frozenset(range(0, 512, 16)), None, CHUNK)
+    return beam_search(make_engine(model), RAGGED, Beams(4, num_return_sequences=4), 20, frozenset(range(0, 512, 16)))
 
 
 @pytest.fixture(scope="module")

@@ -314,7 +314,6 @@ def test_beams_come_as_texts(llama: Llama) -> None:
         ({"stop": "x"}, "num_beams is 3 and stop was given: drop one"),
         ({"logprobs": True}, "num_beams is 3 and logprobs was given: drop one"),
         ({"rows": [{}]}, "num_beams is 3 and rows was given"),
-        ({"num_beams": 9}, "max_batch_size"),
         ({"num_beams": 1, "length_penalty": 2.0}, "length_penalty was given without beams: drop it, or set num_beams"),
         ({"num_return_sequences": 4}, "num_return_sequences is 4, expected a whole number from 1 to num_beams"),
         ({"early_stopping": "ever"}, "early_stopping is 'ever'"),

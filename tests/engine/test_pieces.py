@@ -1,4 +1,4 @@
-"""How prompts are divided into forward passes: by properties, and by what the model then computes."""
+"""How texts are divided into forward passes: by properties, and by what the model then computes."""
 
 from pathlib import Path
 
@@ -9,33 +9,37 @@ from hypothesis import strategies as st
 from tiny import write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.engine.pieces import WORTH_A_PASS
-from llama.engine.prefill import PrefillPass, plan_passes
+from llama.engine.pieces import WORTH_A_PASS, choose_pieces
+
+
+def read_all(lengths: list[int], chunk: int) -> list[tuple[int, int]]:
+    """The (rows, width) of the passes that read texts of these lengths to their ends."""
+    passes, left = [], list(lengths)
+    while left:
+        count, width = choose_pieces(left, chunk)
+        passes.append((count, width))
+        left = [length - width if i < count else length for i, length in enumerate(left)]
+        left = [length for length in left if length > 0]
+    return passes
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9), st.integers(1, 1000))
-def test_every_token_is_in_one_pass(lengths: list[int], chunk: int) -> None:
-    lengths = sorted(lengths, reverse=True)
-    passes = plan_passes(lengths, chunk)
-    assert [step.end for step in passes[:-1]] == [step.start for step in passes[1:]]
-    assert (passes[0].start, passes[-1].end) == (0, lengths[0])
-    for step in passes:
-        assert step.rows == sum(length > step.start for length in lengths) > 0
-        assert step.rows * (step.end - step.start) <= max(chunk, step.rows)
+def test_no_pass_is_larger_than_its_chunk(lengths: list[int], chunk: int) -> None:
+    passes = read_all(lengths, chunk)
+    assert all(0 < count * width <= chunk and count <= len(lengths) for count, width in passes)
+    assert sum(count * width for count, width in passes) >= sum(lengths)
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=9))
 def test_padding_is_less_than_it_costs_to_avoid_it(lengths: list[int]) -> None:
-    lengths = sorted(lengths, reverse=True)
-    computed = sum(step.rows * (step.end - step.start) for step in plan_passes(lengths, 10**9))
+    computed = sum(count * width for count, width in read_all(lengths, 10**9))
     assert computed - sum(lengths) < WORTH_A_PASS * len(lengths)
 
 
 def test_what_is_known() -> None:
-    three = [PrefillPass(0, 16, 3), PrefillPass(16, 128, 2), PrefillPass(128, 512, 1)]
-    assert plan_passes([512, 128, 16], 10**9) == three
-    assert plan_passes([500, 499, 498], 10**9) == [PrefillPass(0, 500, 3)]
-    assert plan_passes([5], 2) == [PrefillPass(0, 2, 1), PrefillPass(2, 4, 1), PrefillPass(4, 5, 1)]
+    assert read_all([512, 128, 16], 10**9) == [(3, 16), (2, 112), (1, 384)]
+    assert read_all([500, 499, 498], 10**9) == [(3, 500)]
+    assert read_all([5], 2) == [(1, 2), (1, 2), (1, 1)]
 
 
 @pytest.fixture(scope="module")
