@@ -22,7 +22,7 @@ from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.loader import check_prepared, fetch_checkpoint, holds_adapter, open_checkpoint, prepare_model
 from .checkpoints.tokenizer_of import open_tokenizer_of
 from .engine.beam_search import Beams, search_beams
-from .engine.engine import CallOptions, Engine
+from .engine.engine import Engine
 from .engine.outputs import (
     ChatPrediction,
     Completion,
@@ -34,6 +34,7 @@ from .engine.outputs import (
 from .engine.request_checks import check_best_of
 from .engine.scoring import Pooling, Score, ScoringOptions, embed, score
 from .engine.sequence import OutputOptions, Step
+from .engine.sequence_maker import CallOptions
 from .engine.speculative import SPECULATE_K
 from .model import Transformer
 from .sampling import sample_top_p
@@ -251,7 +252,7 @@ class Llama:
         The other arguments, and the errors, are those of `stream`.
         """
         shared = {"max_gen_len": max_gen_len, "temperature": temperature, "top_p": top_p, **settings}
-        with parallel.raise_together(parallel.group()):
+        with self.engine.together("complete", prompts=prompt_tokens, settings=(shared, rows, n, num_beams)):
             check_count("n", n)
             if best_of is not None:
                 check_best_of(best_of, n)
@@ -260,11 +261,12 @@ class Llama:
             others |= {"lookup_ngram": lookup_ngram, "logprobs": logprobs, "prompt_logprobs": prompt_logprobs}
             others |= {"prefix_cache": prefix_cache, "ordered_rows": ordered_rows}
             beam_settings = beams.check(shared, others)
+            output = OutputOptions(logprobs or prompt_logprobs or best_of is not None, prompt_logprobs, top_logprobs)
+            options = CallOptions(output, best_of or n, lookup_ngram, speculate_k, prefix_cache, ordered_rows, True)
+            if beam_settings is None:
+                requests = self.engine.make_requests(prompt_tokens, shared, rows, options)
         if beam_settings is not None:
             return search_beams(self.engine, prompt_tokens, beams, beam_settings)
-        output = OutputOptions(logprobs or prompt_logprobs or best_of is not None, prompt_logprobs, top_logprobs)
-        options = CallOptions(output, best_of or n, lookup_ngram, speculate_k, prefix_cache, ordered_rows, True)
-        requests = self.engine.make_requests(prompt_tokens, shared, rows, options)
         completions = collect(self.engine.stream(requests), [request.sequence for request in requests])
         if best_of is not None:
             completions = select_best(completions, best_of, n)
@@ -284,7 +286,7 @@ class Llama:
 
         With logprobs, "tokens" (their texts) and "logprobs" are there too; with echo, each begins with its prompt.
         """
-        with parallel.raise_together(parallel.group()):
+        with self.engine.together("text_completion", prompts=prompts):
             check_texts(prompts)
             prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
         if echo and logprobs:
@@ -310,7 +312,7 @@ class Llama:
 
         `options` are those of `complete` and those of all dialogs: `tokenization.messages.DialogOptions`.
         """
-        with parallel.raise_together(parallel.group()):
+        with self.engine.together("chat_completion", dialogs=dialogs):
             check_dialogs(dialogs)
             asked, others = split_options(options, lambda: find_variables(self.formatter))
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog, **asked) for dialog in dialogs]

@@ -7,14 +7,17 @@ import atexit
 import contextlib
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import fairscale.nn.model_parallel.initialize as fs_init
 import torch
 import torch.distributed as dist
 
+from ._util.agreement import digest
 from ._util.device import choose_device, choose_dtype
 from ._util.heartbeat import start_heartbeat, stop_heartbeat
 from ._util.ranks import checked_env_rank, env_rank
@@ -22,6 +25,7 @@ from ._util.ranks import is_main_process as is_main_process
 from .errors import LlamaError, shorten, to_one_line
 
 T = TypeVar("T")
+IN_CALL: ContextVar[bool] = ContextVar("whether a call is made that all ranks make", default=False)
 
 
 @dataclass(frozen=True)
@@ -135,11 +139,42 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 @contextlib.contextmanager
-def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def long_timeout_group() -> Iterator[dist.ProcessGroup]:
+    """The model-parallel group once more, on the CPU, whose ranks wait 30 days for each other. All ranks call it."""
+    size = group().size()
+    firsts = range(0, dist.get_world_size(), size)
+    groups = [dist.new_group(range(i, i + size), timedelta(days=30), "gloo") for i in firsts]
+    own = groups[dist.get_rank() // size]
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group(own)  # since each holds sockets and threads
+
+
+@contextlib.contextmanager
+def call_together(call: str, **arguments: object) -> Iterator[None]:
+    """As `raise_together` for the model-parallel group, and all raise LlamaError that made different calls.
+
+    Calls that a call makes in this context are no calls of their own.
+    """
+    if group().size() == 1 or IN_CALL.get():
+        yield
+        return
+    token = IN_CALL.set(True)
+    try:
+        with raise_together(group(), {"call": call, **{name: digest(value) for name, value in arguments.items()}}):
+            yield
+    finally:
+        IN_CALL.reset(token)
+
+
+@contextlib.contextmanager
+def raise_together(group: dist.ProcessGroup | None = None, about: Mapping[str, str] | None = None) -> Iterator[None]:
     """A context for a step that may fail on one rank alone: if it fails on any, all raise LlamaError with its message.
 
     group: the ranks that take this step; None: the whole world. Without this context, the other ranks would wait in
     their next collective for a rank that has gone. An error that is no LlamaError is raised as it is where it occurred.
+    about: what has to be equal on all ranks.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         yield
@@ -150,8 +185,9 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         yield
     except Exception as e:
         error, message = e, str(e) if isinstance(e, LlamaError) else f"{type(e).__name__}: {e}"
-    messages: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(messages, message, group=group)
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, (message, about), group=group)
+    messages: list[str | None] = [one for one, _ in said]
     if error is not None and not isinstance(error, LlamaError):
         raise error
     for rank, message in enumerate(messages):
@@ -160,3 +196,17 @@ def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
             shared = LlamaError(message if on_all_ranks else f"rank {rank}: {message}")
             shared.everywhere = True
             raise shared from error
+    check_agreement([own for _, own in said])
+
+
+def check_agreement(said: Sequence[Mapping[str, str] | None]) -> None:
+    """Raise LlamaError where ranks said different things of the call that they make."""
+    first = said[0] or {}
+    for rank, other in enumerate(said):
+        if differing := [name for name in first if (other or {}).get(name) != first[name]]:
+            name = differing[0]
+            found = f"{(other or {}).get(name)}, and rank 0 {first[name]}"
+            found = found if name == "call" else f"{first['call']} with other {name} than rank 0"
+            shared = LlamaError(f"rank {rank} calls {found}: all ranks make the same calls in the same order")
+            shared.everywhere = True
+            raise shared

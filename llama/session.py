@@ -7,9 +7,9 @@ from collections import abc
 from collections.abc import Generator
 from typing import Any
 
-from .engine.engine import CallOptions
 from .engine.request import Request
 from .engine.sequence import OutputOptions, Step
+from .engine.sequence_maker import CallOptions
 from .engine.speculative import SPECULATE_K
 from .generation import Llama
 

@@ -24,10 +24,11 @@ from .._util.files import open_file, unreadable_error
 from .._util.json_lines import parse_object
 from .._util.ranks import is_main_process, new_long_timeout_group
 from .._util.validate import is_integer, suggest
-from ..engine.engine import CallOptions, raise_failures
 from ..engine.outputs import Completion, describe_completion, make_completion
+from ..engine.request import raise_failures
 from ..engine.request_checks import check_room, check_token_ids
 from ..engine.sequence import OutputOptions, Sequence, Step
+from ..engine.sequence_maker import CallOptions
 from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
 from ..parallel import broadcast_object, raise_together

@@ -130,9 +130,9 @@ def search_beams(
     engine: Engine, prompt_tokens: Sequence[Sequence[int]], beams: Beams, settings: Settings
 ) -> list[Completion]:
     """The best answers to the first prompt, then to the second ... Raises LlamaError."""
-    with parallel.raise_together(parallel.group()):
+    with engine.together("beams", prompts=prompt_tokens, settings=(beams, settings)):
         check_token_ids([settings], 0, engine.model.params.vocab_size)
-    stops = engine.stop_tokens(settings)
+    stops = engine.maker.stop_tokens(settings)
 
     def process(logprobs: Tensor, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
         return apply_logits_processors(logprobs, settings, Context(prompt, answer, stops))
@@ -165,7 +165,7 @@ def beam_search(
     Raises LlamaError, before any forward pass, for arguments that can't work; and for logits that aren't finite.
     """
     params = engine.model.params
-    with parallel.raise_together(parallel.group()):
+    with engine.together("beam_search", prompts=prompt_tokens, settings=(beams, max_gen_len, stops)):
         check_count("max_gen_len", max_gen_len)
         check_list("prompts", prompt_tokens)
         check_prompts(prompt_tokens, params)
@@ -195,7 +195,7 @@ def _read(engine: Engine, searches: list[_Search]) -> Tensor:
     branches = [(search, branch) for search in searches for branch in search.live]
     logits: list[Tensor] = [torch.empty(0)] * len(branches)
     texts = [
-        engine.make_reading(
+        engine.maker.make_reading(
             search.index, search.prompt, branch.tokens, search.scope, consume_logits=partial(logits.__setitem__, place)
         )
         for place, (search, branch) in enumerate(branches)
@@ -215,7 +215,7 @@ def _choose(
     """
     device, vocab_size = logits.device, logits.shape[-1]
     choices = torch.full((3, len(searches), count), -math.inf, dtype=exact_dtype(device), device=device)
-    with nullcontext() if process is None else parallel.raise_together(parallel.group()):  # since `process` may raise
+    with nullcontext() if process is None else engine.together("process"):  # since `process` may raise
         if parallel.is_group_leader():
             all_totals = _sum_logprobs(logits, searches, process)  # (B, vocab_size)
             for i, totals in enumerate(all_totals.split([len(s.live) for s in searches])):
@@ -223,11 +223,14 @@ def _choose(
                 choices[0, i, : len(best)] = best
                 choices[1, i, : len(best)] = places // vocab_size
                 choices[2, i, : len(best)] = places % vocab_size
-    by_search = list(zip(*parallel.broadcast(choices).tolist(), strict=True))
+    choices = choices if engine.is_leading else parallel.broadcast(choices)
+    by_search = list(zip(*choices.tolist(), strict=True))
     for search, (totals, _, _) in zip(searches, by_search, strict=True):
         if any(map(math.isnan, totals)):
             position = len(search.prompt) + len(search.live[0].tokens)
-            raise not_finite_error(engine.model, f"row {search.index}: the logits at position {position} are")
+            raise not_finite_error(
+                engine.model, engine.together, f"row {search.index}: the logits at position {position} are"
+            )
     return [_make_branches(search, *chosen) for search, chosen in zip(searches, by_search, strict=True)]
 
 

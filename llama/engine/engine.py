@@ -8,43 +8,29 @@ import contextlib
 import threading
 from collections import Counter, abc, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import count
-from typing import Any
-
-import torch
+from typing import Any, cast
 
 from .. import parallel
 from .._util.interrupt import hold_interrupt
 from .._util.validate import check_count
 from ..errors import LlamaError
 from ..model import Transformer
-from ..settings import Settings, settings_of_rows
+from ..settings import settings_of_rows
 from ..tokenization.protocol import AnyTokenizer
 from .cache_book import CacheBook
-from .request import Request
+from .forward_pass import is_dynamic
+from .leading import Arrival, Channel, Commands, Farewell
+from .request import Request, raise_failures
 from .request_checks import check_budget, check_prompts, check_speculation, check_token_ids
-from .seeds import SequenceSeeds
-from .sequence import Consume, ConsumeLogits, OutputOptions, Sequence, Step
-from .speculative import SPECULATE_K, DraftProposer, make_lookup_proposer
+from .sequence import OutputOptions, Sequence, Step
+from .sequence_maker import CallOptions, SequenceMaker
+from .serving import Server
+from .speculative import DraftProposer
 from .stepper import SHARED, Stepper
-from .stop_strings import StopFinder
 
-PLAIN_OUTPUT = OutputOptions()
 SLOTS_PER_ROW = 4  # slots of the cache for each row of a pass, where unused ones take no memory
-
-
-@dataclass(frozen=True)
-class CallOptions:
-    """How all requests of a call are answered."""
-
-    output: OutputOptions = PLAIN_OUTPUT
-    n: int = 1  # requests to each prompt
-    lookup_ngram: int | None = None
-    speculate_k: int = SPECULATE_K
-    reuse: bool = False  # whether to use what earlier calls left in the cache, and to leave something to later ones
-    in_order: bool = False  # whether rows of passes are in the order of the prompts
-    is_drained: bool = False  # whether the caller does nothing until all are answered
 
 
 class Engine:
@@ -72,8 +58,9 @@ class Engine:
             self.n_slots = max(min(self.n_slots, self.cache_tokens // params.max_seq_len), 1)
         self.stepper = Stepper(model, CacheBook(self.n_slots, self.cache_tokens), prefill_chunk)
         self.last_call: list[Sequence] = []  # the sequences of the last call
-        self._draft_proposer = None if draft is None else DraftProposer(draft, prefill_chunk)
-        self._seeds = SequenceSeeds(seed)
+        self.maker = SequenceMaker(
+            params, tokenizer, seed, None if draft is None else DraftProposer(draft, prefill_chunk)
+        )
         self._keys, self._scopes = count(1), count(SHARED + 1)
         self._turn = threading.Condition()  # guards what follows
         self._runner: int | None = None  # the thread that runs a step now
@@ -83,6 +70,9 @@ class Engine:
         self._open_scopes: set[int] = set()  # those that get more sequences
         self._closed_scopes: list[int] = []  # since the last step
         self._thread: int | None = None  # that uses the engine, on several ranks
+        self._channel: Channel | None = None  # to the ranks that follow this one
+        self._has_failed = False  # whether the last step raised an error
+        self._server: Server | None = None
         if model.fast is not None:
             with model.kv_cache.lock:
                 self._claim_slots()
@@ -96,13 +86,15 @@ class Engine:
         output: OutputOptions | None = None,
         *,
         prefix_cache: bool = True,
+        notify: abc.Callable[[], object] | None = None,
         **settings: Any,
     ) -> Request:
         """A request for one answer, to be iterated over. settings: see `Settings`. Raises LlamaError.
 
         prefix_cache: whether to begin at the longest prefix that the cache holds, and to leave this one to others.
+        notify: within `serve`, called by the engine's thread whenever there are new steps, and at the end.
         """
-        options = CallOptions(output or OutputOptions(), reuse=prefix_cache)
+        options = CallOptions(output or OutputOptions(), reuse=prefix_cache, notify=notify)
         return self.make_requests([prompt_tokens], settings, None, options)[0]
 
     def make_requests(
@@ -113,26 +105,18 @@ class Engine:
         options: CallOptions,
     ) -> list[Request]:
         """n requests for each prompt. shared: settings of all; rows: those of each. Raises LlamaError."""
-        with parallel.raise_together(parallel.group()):
+        with self.together("stream", prompts=prompt_tokens, settings=(shared, rows), options=options):
             check_count("n", options.n)
             check_prompts(prompt_tokens, self.model.params)
             all_settings = settings_of_rows(len(prompt_tokens), shared, rows)
             check_token_ids(all_settings, options.output.top, self.model.params.vocab_size)
             check_speculation(options.lookup_ngram, options.speculate_k)
             check_budget(prompt_tokens, all_settings, self.model.params.max_seq_len, self.cache_tokens)
-        prompts = [[int(token) for token in prompt] for prompt in prompt_tokens]
         with self._turn:
             scope = self._choose_scope(options.reuse)
-            pairs = enumerate(zip(prompts, all_settings, strict=True))
-            sequences = [
-                self._make_sequence(i * options.n + j, pair, j, scope, options)
-                for i, pair in pairs
-                for j in range(options.n)
-            ]
-        firsts: dict[tuple[int, ...], Sequence] = {}
-        for s in sequences:
-            first = firsts.setdefault(tuple(s.prompt), s)
-            s.twin = None if first is s or s.scope is None else first
+            sequences = self.maker.make_sequences(prompt_tokens, all_settings, scope, options)
+            if self._server is not None:
+                self._welcome(sequences)
         return [Request(self, s) for s in sequences]
 
     def read(self, sequences: list[Sequence]) -> Iterator[Sequence]:
@@ -147,42 +131,6 @@ class Engine:
             for s in live:
                 self.cancel(s)
 
-    def make_reading(
-        self,
-        index: int,
-        prompt: list[int],
-        answer: abc.Sequence[int] = (),
-        scope: int | None = None,
-        *,
-        first: int | None = None,
-        consume: Consume | None = None,
-        consume_logits: ConsumeLogits | None = None,
-    ) -> Sequence:
-        """A sequence that is read and gets no further token. scope: one of `open_scopes`; None: it shares nothing.
-
-        first: the first token of the prompt whose logprob is wanted; None: none is. consume, consume_logits: as in
-        `Sequence`.
-        """
-        wanted = OutputOptions(logprobs=first is not None, echo=first is not None)
-        return Sequence(
-            index=index,
-            prompt=prompt,
-            settings=Settings(),
-            stops=frozenset(),
-            remaining=0,
-            decoder=self.tokenizer.stream_decoder(),
-            generator=torch.Generator(),
-            stop_finder=StopFinder(()),
-            output=wanted,
-            scope=scope,
-            first=first or 1,
-            is_read=True,
-            consume=consume,
-            consume_logits=consume_logits,
-            is_drained=True,
-            answer=list(answer),
-        )
-
     def open_scopes(self, count: int) -> list[int]:
         """For each of so many prompts, what its texts share in the KV cache until `close_scopes`: equal ones share it.
 
@@ -190,7 +138,7 @@ class Engine:
         """
         with self._turn:
             scopes = [next(self._scopes) for _ in range(count)]
-            scopes = scopes if self._is_dynamic else scopes[:1] * count
+            scopes = scopes if is_dynamic(self.model) else scopes[:1] * count
             self._open_scopes.update(scopes)
         return scopes
 
@@ -200,10 +148,6 @@ class Engine:
             self._open_scopes.difference_update(scopes)
             self._closed_scopes += set(scopes)
         self._tidy()
-
-    def stop_tokens(self, settings: Settings) -> frozenset[int]:
-        """The tokens that end an answer."""
-        return frozenset(self.tokenizer.stop_tokens) | {*settings.stop_token_ids}
 
     def stream(self, requests: list[Request]) -> Iterator[list[Step]]:
         """The steps of requests, in lists of those that are there at a time, in the order of their rows.
@@ -253,45 +197,59 @@ class Engine:
     def _wait(self, sequences: list[Sequence], enough: abc.Callable[[abc.Iterable[bool]], bool]) -> None:
         self._check_thread()
         with self._turn:
-            for s in sequences:
-                if not s.key and not s.is_over:
-                    s.key = next(self._keys)
-                    self._arrived.append(s)
+            self._welcome(sequences)
             self._waited.update(s.key for s in sequences)
             try:
                 while not enough(bool(s.steps) or s.is_over for s in sequences):
-                    if self._runner is not None:
+                    if self._runner is not None or self._server is not None:
                         self._turn.wait()
                     else:
-                        self._run_step()
+                        self._run_step(list(self._waited))
             finally:
                 self._waited.subtract(s.key for s in sequences)
                 self._waited += Counter()  # forgets those that nobody waits for
 
-    def _run_step(self) -> None:
+    def _welcome(self, sequences: abc.Iterable[Sequence]) -> None:
+        """Sequences are waited for, some for the first time. Called with `_turn`."""
+        new = [s for s in sequences if not s.key and not s.is_over]
+        for s in new:
+            s.key = next(self._keys)
+        self._arrived += new
+        if self._server is not None and new:
+            self._server.add(new)
+            self._turn.notify_all()
+
+    def _run_step(self, waited: list[int]) -> None:
         """One step, without holding back other threads that want to say something. Called with `_turn`."""
-        arrived = [self._arrived.popleft() for _ in range(len(self._arrived))]
-        cancelled = [self._cancelled.popleft().key for _ in range(len(self._cancelled))]
-        closed, self._closed_scopes = self._closed_scopes, []
-        waited = list(self._waited)
+        commands = Commands(
+            waited=waited,
+            arrived=[self._arrived.popleft() for _ in range(len(self._arrived))],
+            cancelled=[self._cancelled.popleft().key for _ in range(len(self._cancelled))],
+            closed_scopes=self._closed_scopes,
+            open_scopes=frozenset(self._open_scopes),
+            by_hand=self.model.kv_cache.by_hand,
+            has_failed=self._has_failed,
+        )
+        self._closed_scopes, self._has_failed = [], False
         with hold_interrupt(), self._busy():
-            if self._claim_slots():
-                self.stepper.reset()
-            if arrived:
-                self.stepper.add_all(arrived, self._open_scopes)
-            self.stepper.cancel(cancelled)
-            self.stepper.close_scopes(closed)
-            self.stepper.step(waited)
+            forgets = self.stepper.notice_edits(commands.arrived)
+            commands = replace(commands, resets=self._claim_slots(), forgets=forgets)
+            if self._channel is not None:
+                self._channel.send(commands)
+            try:
+                self.stepper.carry_out(commands)
+            except BaseException:
+                self._has_failed = True
+                raise
 
     def _tidy(self) -> None:
         """End what was cancelled, and give back its memory, unless the next step is to do so."""
         with self._turn:
             if self._runner is not None or parallel.group().size() > 1 or self.model.kv_cache.owner is not self:
                 return
-            self.stepper.cancel([self._cancelled.popleft().key for _ in range(len(self._cancelled))])
-            self.stepper.close_scopes(self._closed_scopes)
+            cancelled = [self._cancelled.popleft().key for _ in range(len(self._cancelled))]
+            self.stepper.tidy(Commands((), cancelled=cancelled, closed_scopes=self._closed_scopes))
             self._closed_scopes = []
-            self.stepper.give_back()
 
     def _claim_slots(self) -> bool:
         """Make the model's slots this engine's. Returns whether they hold nothing that it wrote."""
@@ -310,51 +268,115 @@ class Engine:
             self._runner = None
             self._turn.notify_all()
 
-    # --- private ------------------------------------------------------------------------------------------------------
+    # --- ranks, and a thread of its own -------------------------------------------------------------------------------
 
-    def _make_sequence(
-        self,
-        index: int,
-        prompt_and_settings: tuple[list[int], Settings],
-        copy: int,
-        scope: int | None,
-        options: CallOptions,
-    ) -> Sequence:
-        """copy: its number among the sequences of this prompt."""
-        prompt, settings = prompt_and_settings
-        room = self.model.params.max_seq_len - len(prompt)
-        ngram = options.lookup_ngram
-        proposer = self._draft_proposer if ngram is None else make_lookup_proposer(ngram)
-        return Sequence(
-            index=index,
-            prompt=prompt,
-            settings=settings,
-            stops=self.stop_tokens(settings),
-            remaining=room if settings.max_gen_len is None else min(room, settings.max_gen_len),
-            decoder=self.tokenizer.stream_decoder(),
-            generator=self._seeds.make_generator(prompt, settings.seed, copy),
-            stop_finder=StopFinder(settings.stop),
-            output=options.output,
-            scope=scope,
-            proposer=proposer,
-            most_proposals=options.speculate_k if proposer is not None else 0,
-            in_order=options.in_order,
-            is_drained=options.is_drained,
-        )
+    @property
+    def is_leading(self) -> bool:
+        """Whether this rank submits alone, and the others follow."""
+        return self._channel is not None
+
+    def together(self, call: str, **arguments: object) -> contextlib.AbstractContextManager[None]:
+        """A context for the checks of a call, which fail on all ranks alike.
+
+        call, arguments: what has to be the same on all ranks. Raises LlamaError that names what differs.
+        """
+        return contextlib.nullcontext() if self.is_leading else parallel.call_together(call, **arguments)
+
+    @contextlib.contextmanager
+    def lead(self) -> Iterator[None]:
+        """In this context this rank alone makes calls, from any thread; the others of its group run `follow` meanwhile.
+
+        For the first rank of a model-parallel group. With one rank there is nothing to lead, and nothing changes.
+        """
+        if parallel.group().size() == 1:
+            yield
+            return
+        if self.is_leading or not parallel.is_group_leader():
+            raise LlamaError("only the first rank of a group leads, and once at a time: the others call follow()")
+        with parallel.long_timeout_group() as group:
+            self._channel = Channel(group)
+            self.stepper.tells_cancelled = False
+            try:
+                yield
+            finally:
+                with self._turn:
+                    while self._runner is not None:
+                        self._turn.wait()
+                    farewell = Farewell(next(self._keys), next(self._scopes))
+                    self._channel.send(farewell)
+                    self._channel = None
+                    self._resume(farewell)
+
+    def follow(self) -> None:
+        """Carry out the steps of the rank that leads, until it leaves its context. For all ranks but the first."""
+        if parallel.is_group_leader():
+            raise LlamaError("the first rank of a group leads: call lead() there, and follow() on the others")
+        self.stepper.tells_cancelled = False
+        with parallel.long_timeout_group() as group:
+            channel, error = Channel(group), None
+            while isinstance(commands := channel.receive(), Commands):
+                if commands.has_failed != (error is not None):
+                    raise LlamaError("a step failed on one rank and not on the others") from error
+                error = self._follow_step(commands)
+        self._resume(commands)
+
+    def _follow_step(self, commands: Commands) -> Exception | None:
+        """Carry out a step that another rank leads; returns the error that it raised, as on that rank."""
+        known: dict[int, Sequence] = {}
+        for arrival in cast(abc.Sequence[Arrival], commands.arrived):
+            s = arrival.make_sequence(self.tokenizer.stream_decoder(), self.maker.make_proposer, known)
+            known[s.key] = s
+        try:
+            with self.model.kv_cache.lock:
+                self._claim_slots()
+                self.stepper.carry_out(replace(commands, arrived=list(known.values())))
+        except Exception as e:  # a hook's, for example
+            return e
+        return None
+
+    def _resume(self, farewell: Farewell) -> None:
+        """All ranks make the same calls again."""
+        self._keys, self._scopes = count(farewell.key), count(farewell.scope)
+        self.stepper.tells_cancelled = parallel.group().size() > 1
+
+    @contextlib.contextmanager
+    def serve(self) -> Iterator[None]:
+        """In this context a thread runs the steps of all requests, whether somebody waits for them or not.
+
+        A request that has many steps which nobody takes isn't computed further until somebody does. On several ranks
+        this one leads. Afterwards requests go on while somebody waits for them, as before.
+        """
+        with self.lead():
+            server = Server(self._turn, self._run_step, self._tidy)
+            with self._turn:
+                if self._server is not None:
+                    raise LlamaError("the engine serves already: use the context that there is")
+                self._server = server
+                server.add(self.stepper.sequences.values())
+            try:
+                with server.run():
+                    yield
+            finally:
+                with self._turn:
+                    self._server = None
+                    self._turn.notify_all()
+
+    def notice_taken(self) -> None:
+        """Somebody took steps, or cancelled a request: where the engine serves, it may go on."""
+        if self._server is not None:
+            with self._turn:
+                self._turn.notify_all()
+
+    # --- private ------------------------------------------------------------------------------------------------------
 
     def _choose_scope(self, reuse: bool) -> int | None:
         """Which requests those of a call share prefixes with. None with `dynamic` rotary scaling.
 
         There the angles in the cache depend on the length of the text that they were computed for.
         """
-        if self._is_dynamic:
+        if is_dynamic(self.model):
             return None
         return SHARED if reuse else next(self._scopes)
-
-    @property
-    def _is_dynamic(self) -> bool:
-        scaling = self.model.params.rope_scaling
-        return scaling is not None and scaling.type == "dynamic"
 
     def _check_thread(self) -> None:
         """Raise LlamaError for a call within a step, which would wait for itself, and for a second thread on ranks."""
@@ -363,7 +385,7 @@ class Engine:
                 "a hook or a logits processor made a call to the Llama whose step calls it: call the model itself "
                 "there, or make the call before or after"
             )
-        if parallel.group().size() == 1:
+        if parallel.group().size() == 1 or self.is_leading:
             return
         if self._thread is None:
             self._thread = threading.get_ident()
@@ -372,15 +394,3 @@ class Engine:
                 "a second thread uses a model on several ranks, where calls of threads come in another order on each: "
                 "make all calls from one thread"
             )
-
-
-def raise_failures(sequences: list[Sequence]) -> None:
-    """Raise one LlamaError for all sequences that failed, if any did."""
-    failed = [s for s in sequences if s.error is not None]
-    if not failed:
-        return
-    first = failed[0].error
-    if len(failed) == 1 and first is not None:
-        raise first
-    lines = "; ".join(str(s.error) for s in failed)
-    raise LlamaError(f"{len(failed)} of {len(sequences)} answers failed: {lines}") from first

@@ -19,6 +19,12 @@ def is_intercepted(model: Transformer) -> bool:
     return hooked or "forward" in vars(model) or type(model).forward is not PLAIN_FORWARD
 
 
+def is_dynamic(model: Transformer) -> bool:
+    """Whether the angles of a text depend on its length, so that what is cached of one text is of no use to another."""
+    scaling = model.params.rope_scaling
+    return scaling is not None and scaling.type == "dynamic"
+
+
 def compute_states(
     model: Transformer,
     tokens: Tensor,
@@ -33,8 +39,7 @@ def compute_states(
     """
     if not is_intercepted(model):
         return model.hidden_states(tokens, start_pos, lengths, slots)
-    scaling = model.params.rope_scaling
-    if lengths is not None and scaling is not None and scaling.type == "dynamic" and (lengths < tokens.shape[1]).any():
+    if lengths is not None and is_dynamic(model) and (lengths < tokens.shape[1]).any():
         raise LlamaError(
             "the model's forward was hooked or replaced, and can't be told the lengths of padded rows, which 'dynamic' "
             "rotary scaling needs: pass one prompt a call, without proposals, or hook the layers instead"

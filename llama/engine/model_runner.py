@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..model import Transformer
 from ..sampling import token_logprobs
-from .forward_pass import compute_logits, compute_states, is_intercepted
+from .forward_pass import compute_logits, compute_states, is_dynamic, is_intercepted
 from .rows import show_rows
 from .sequence import Sequence as TokenSequence
 from .transfer import copy_to_device
@@ -98,8 +98,7 @@ def count_tokens(model: Transformer, rows: Sequence[PassRow], longest: int) -> T
 
     A prompt is rotated as a whole, and each token of the answer as if it were the last.
     """
-    scaling = model.params.rope_scaling
-    if scaling is None or scaling.type != "dynamic":
+    if not is_dynamic(model):
         return None
     counts = torch.arange(1, 1 + longest).expand(len(rows), -1)  # (B, T)
     prompts = torch.tensor([[len(row.sequence.prompt) - row.start] for row in rows])  # (B, 1)

@@ -7,7 +7,9 @@ import weakref
 from collections.abc import Iterator
 from typing import Protocol
 
+from ..errors import LlamaError
 from .sequence import Sequence, Step
+from .serving import MOST_BUFFERED
 
 
 class Waits(Protocol):
@@ -15,6 +17,7 @@ class Waits(Protocol):
 
     def cancel(self, sequence: Sequence) -> None: ...
     def wait_any(self, sequences: list[Sequence]) -> None: ...
+    def notice_taken(self) -> None: ...
 
 
 class Request:
@@ -52,8 +55,24 @@ class Request:
     def take(self) -> list[Step]:
         """The steps that are there and that nobody has taken yet."""
         steps = self.sequence.steps
-        return [steps.popleft() for _ in range(len(steps))]
+        taken = [steps.popleft() for _ in range(len(steps))]
+        if len(taken) >= MOST_BUFFERED:
+            self._engine.notice_taken()
+        return taken
 
     def cancel(self) -> None:
         """No further steps are computed. What others wait for goes on."""
         self._finalizer()
+        self._engine.notice_taken()
+
+
+def raise_failures(sequences: list[Sequence]) -> None:
+    """Raise one LlamaError for all sequences that failed, if any did."""
+    failed = [s for s in sequences if s.error is not None]
+    if not failed:
+        return
+    first = failed[0].error
+    if len(failed) == 1 and first is not None:
+        raise first
+    lines = "; ".join(str(s.error) for s in failed)
+    raise LlamaError(f"{len(failed)} of {len(sequences)} answers failed: {lines}") from first

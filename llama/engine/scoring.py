@@ -11,7 +11,6 @@ from typing import Literal, Unpack, cast, get_args
 import torch
 from torch import Tensor
 
-from .. import parallel
 from .._util.console import progress_bar
 from .._util.validate import is_integer
 from ..errors import LlamaError, shorten
@@ -19,6 +18,7 @@ from ..tokenization.inputs import Text, TextOptions, encode_inputs
 from ..tokenization.protocol import AnyChatFormat
 from .engine import Engine
 from .not_finite import not_finite_error
+from .sequence import Consume
 from .sequence import Sequence as TokenSequence
 
 Pooling = Literal["last", "mean"]
@@ -81,21 +81,22 @@ def score(
     passes for logprobs that aren't finite.
     """
     model, size = engine.model, engine.model.params.max_seq_len
-    with parallel.raise_together(parallel.group()):
+    with engine.together("score", texts=texts, options=(stride, options)):
         stride = resolve_stride(stride, size)
         tokens = encode_inputs(engine.tokenizer, formatter, texts, **options)
     logprobs = [[0.0] * len(text) for text in tokens]
     windows = [window for i, text in enumerate(tokens) for window in split_windows(i, len(text), size, stride)]
     windows.sort(key=lambda window: window.start - window.end)  # the longest first
     sequences = [
-        engine.make_reading(i, tokens[w.text][w.start : w.end], first=w.first - w.start) for i, w in enumerate(windows)
+        engine.maker.make_reading(i, tokens[w.text][w.start : w.end], first=w.first - w.start)
+        for i, w in enumerate(windows)
     ]
     for s in read_all(engine, sequences, "scoring"):
         window = windows[s.index]
         logprobs[window.text][window.first : window.end] = s.prompt_logprobs[s.first :]
     for i, text_logprobs in enumerate(logprobs):
         if not all(map(math.isfinite, text_logprobs)):
-            raise not_finite_error(model, f"text {i}: the logprobs are")
+            raise not_finite_error(model, engine.together, f"text {i}: the logprobs are")
     return [Score(text, text_logprobs) for text, text_logprobs in zip(tokens, logprobs, strict=True)]
 
 
@@ -116,20 +117,18 @@ def embed(
     that aren't finite.
     """
     model = engine.model
-    with parallel.raise_together(parallel.group()):
+    with engine.together("embed", texts=texts, options=(pooling, options)):
         if pooling not in get_args(Pooling):
             raise LlamaError(f"pooling is {shorten(pooling)}, expected {' or '.join(map(repr, get_args(Pooling)))}")
         tokens = encode_inputs(engine.tokenizer, formatter, texts, **options)
         check_lengths(tokens, model.params.max_seq_len)
     make_pool = LastPool if pooling == "last" else MeanPool
-    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))
-    pools = {i: make_pool(len(tokens[i])) for i in order}
-    sequences = [engine.make_reading(i, tokens[i], consume=pools[i]) for i in order]
+    pools = [make_pool(len(text)) for text in tokens]
     vectors = torch.empty(len(tokens), model.params.dim)
-    for s in read_all(engine, sequences, "embedding"):
-        vectors[s.index] = pools.pop(s.index).vector.float().cpu()
+    for i in read_states(engine, tokens, pools, "embedding"):
+        vectors[i] = pools[i].vector.float().cpu()
     for i in (~vectors.isfinite().all(dim=-1)).nonzero().flatten().tolist():
-        raise not_finite_error(model, f"text {i}: the hidden states are")
+        raise not_finite_error(model, engine.together, f"text {i}: the hidden states are")
     return vectors
 
 
@@ -175,6 +174,13 @@ def read_all(engine: Engine, sequences: list[TokenSequence], label: str) -> Iter
         for s in engine.read(sequences):
             yield s
             bar.update(len(s.prompt))
+
+
+def read_states(engine: Engine, rows: Sequence[list[int]], consumers: Sequence[Consume], label: str) -> Iterator[int]:
+    """Places of rows of tokens, each as soon as its consumer was given the states of all its tokens."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    for s in read_all(engine, [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order], label):
+        yield s.index
 
 
 class LastPool:

@@ -63,6 +63,7 @@ class Sequence:
     output: OutputOptions
     scope: int | None  # sequences of equal scopes share what the KV cache holds; None: shares nothing
     proposer: "Proposer | None" = None
+    lookup_ngram: int | None = None  # of a proposer that looks tokens up
     most_proposals: int = 0  # tokens that are proposed at a time
     is_drained: bool = False  # whether its caller does nothing until it is over
     in_order: bool = False  # whether passes keep it in the order of arrival, and not of slots
@@ -71,6 +72,7 @@ class Sequence:
     is_read: bool = False  # whether it is only read: it gets no answer, and nobody wants its text
     consume: Consume | None = None  # gets the states of the prompt's tokens, which are all computed
     consume_logits: ConsumeLogits | None = None  # gets the logits after the last token
+    notify: Callable[[], object] | None = None  # called where the engine serves, when there are steps or it is over
     key: int = 0  # its number among all that came to the engine; 0: it hasn't
     answer: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None

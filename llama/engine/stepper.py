@@ -4,7 +4,7 @@ A step is at most two passes, one with pieces of prompts and one that decodes; t
 together. Knows the model, the scheduler and the sequences that are going on; knows no thread and no caller.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -17,6 +17,7 @@ from ..model import Transformer
 from .cache_book import CacheBook
 from .choices import FAILED, NONE_LEFT, NOT_FINITE, Choices, Place, choose
 from .forward_pass import compute_logits, is_intercepted
+from .leading import Commands
 from .model_runner import PassRow, compute_prompt_logprobs, run_rows, settle
 from .model_version import read_version
 from .not_finite import not_finite_error
@@ -48,21 +49,37 @@ class Stepper:
         self.scheduler = Scheduler(book, params.max_batch_size, prefill_chunk, params.max_seq_len)
         self.runs_ahead = model.device.type == "cuda"  # whether a step starts before the tokens that it feeds are read
         self._most_by_hand = max(book.budget - params.max_seq_len, 0)  # so that a request always has room
+        self.tells_cancelled = parallel.group().size() > 1  # whether other ranks learn from this one what was cancelled
         self._cancelled: list[int] = []  # keys that the other ranks weren't told of yet
         self._ahead = Ahead()
         self._version: object = None  # of the model that the cache was computed with
 
-    def add_all(self, sequences: Sequence[TokenSequence], open_scopes: Collection[int]) -> None:
-        """Sequences arrive, all of those of a call together. open_scopes: scopes that get more of them."""
-        if not all(s.is_continued for s in sequences):
-            self.model.refresh()
-            version = read_version(self.model)
-            if version != self._version:  # nothing that was computed by another model is of use
-                self.scheduler.forget()
-                self._version = version
-        for sequence in sequences:
+    def notice_edits(self, arriving: Sequence[TokenSequence]) -> bool:
+        """Whether the model was edited since sequences last arrived, so that what it computed before is of no use."""
+        if all(s.is_continued for s in arriving):
+            return False
+        self.model.refresh()
+        version, self._version = self._version, read_version(self.model)
+        return version != self._version
+
+    def carry_out(self, commands: Commands) -> None:
+        """One step. Where it raises, all sequences are computed anew later."""
+        if commands.resets:
+            self.reset()
+        if commands.forgets:
+            self.scheduler.forget()
+        for sequence in commands.arrived:
             self._add(sequence)
-        self.close_scopes({s.scope for s in sequences if s.scope is not None} - {SHARED, *open_scopes})
+        self.close_scopes({s.scope for s in commands.arrived if s.scope is not None} - {SHARED, *commands.open_scopes})
+        self.cancel(commands.cancelled)
+        self.close_scopes(commands.closed_scopes)
+        self.step(commands.waited, commands.by_hand)
+
+    def tidy(self, commands: Commands) -> None:
+        """What is cancelled and closed, where no step comes soon: the memory of slots that are free is given back."""
+        self.cancel(commands.cancelled)
+        self.close_scopes(commands.closed_scopes)
+        self._release(self.scheduler.take_releases())
 
     def close_scopes(self, scopes: Iterable[int]) -> None:
         """No more sequences come in these scopes."""
@@ -83,11 +100,11 @@ class Stepper:
         )
 
     def cancel(self, keys: Sequence[int]) -> None:
-        """These sequences get no more steps. On several ranks they end when the first rank tells all of them so.
+        """These sequences get no more steps. Where all ranks make the same calls, they end when the first rank says so.
 
         It does with the tokens of the next step.
         """
-        if parallel.group().size() > 1:
+        if self.tells_cancelled:
             self._cancelled += keys
             return
         for key in keys:
@@ -102,14 +119,14 @@ class Stepper:
         self.scheduler.finish(key)
 
     @torch.no_grad()
-    def step(self, wanted: Sequence[int]) -> None:
-        """Carry out one step for the sequences with these keys. Where it raises, all are computed anew later."""
+    def step(self, wanted: Sequence[int], by_hand: int) -> None:
+        """Carry out one step for the sequences with these keys. by_hand: tokens that calls by hand have cached."""
         waited = [self.sequences[key] for key in wanted if key in self.sequences]
         self.scheduler.want([s.key for s in waited])
         try:
             calls_back = any(s.settings.logits_processor is not None for s in waited)
             with settle(self.model, calls_back, look=not all(s.is_drained for s in waited)):
-                self.scheduler.set_by_hand(min(self.model.kv_cache.by_hand, self._most_by_hand))
+                self.scheduler.set_by_hand(min(by_hand, self._most_by_hand))
                 plan = self.scheduler.plan()
                 if waited and not plan.pieces and not plan.rows:
                     raise RuntimeError(f"the scheduler has no work for the requests {[s.key for s in waited]}")
@@ -117,10 +134,6 @@ class Stepper:
         except BaseException:
             self.reset()
             raise
-
-    def give_back(self) -> None:
-        """Give back the memory of slots that are free, where no step may come soon that does."""
-        self._release(self.scheduler.take_releases())
 
     def reset(self) -> None:
         """What the slots hold is no longer known: all sequences are computed anew from their tokens."""
@@ -271,7 +284,9 @@ class Stepper:
     ) -> Exception | None:
         """Why no token could be chosen after a sequence, if none could."""
         if token == NOT_FINITE:
-            return not_finite_error(self.model, f"row {s.index}: the logits at position {s.position} are")
+            return not_finite_error(
+                self.model, parallel.call_together, f"row {s.index}: the logits at position {s.position} are"
+            )
         if token == NONE_LEFT:
             return LlamaError(
                 f"row {s.index}: no token is left to choose at position {s.position}: its settings "

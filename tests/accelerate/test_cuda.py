@@ -94,9 +94,9 @@ def test_no_token_is_waited_for(checkpoints: dict[str, Path], triton: bool, temp
     prompts = [[1] * 280, [2] * 7, [3] * 200]
     llama.tokenizer.stop_tokens = set(range(0, 256, 16))
     for _ in range(2):  # the first time steps are recorded
-        llama.engine._seeds.times_given.clear()
+        llama.engine.maker.seeds.times_given.clear()
         expected = list(llama.stream(prompts, 90, temperature, logprobs=True))
-    llama.engine._seeds.times_given.clear()
+    llama.engine.maker.seeds.times_given.clear()
     stream = llama.stream(prompts, 90, temperature, logprobs=True)
     found = [next(stream)]
     with no_waiting():

@@ -15,8 +15,8 @@ from tiny import ARGS, ROOT, run_program, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.checkpoints.schema import memory_needed
-from llama.engine.engine import CallOptions
 from llama.engine.sequence import OutputOptions, Sequence
+from llama.engine.sequence_maker import CallOptions
 from llama.engine.speculative import lookup
 from llama.session import Session
 
@@ -232,7 +232,7 @@ def test_turns_of_a_session(llama: Llama, drafted: Llama) -> None:
         turns = [list(plain.stream(talk, 20, **shared)), list(looking.stream(talk, 20, lookup_ngram=1, **shared))]
         read: list[int] = []
         with pytest.MonkeyPatch.context() as patch:
-            draft, states = drafted.engine._draft_proposer._model, drafted.engine._draft_proposer._model.hidden_states
+            draft, states = drafted.draft, drafted.draft.hidden_states
             patch.setattr(draft, "hidden_states", lambda t, *rest: read.append(t.shape[1]) or states(t, *rest))  # noqa: B023
             turns.append(list(drafting.stream(talk, 20, speculate_k=3, **shared)))
         assert [[step.token for step in steps] for steps in turns[1:]] == [[step.token for step in turns[0]]] * 2
