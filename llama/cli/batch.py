@@ -4,6 +4,7 @@ Records are in the order of the lines. Knows lines, requests and records; what s
 job, generation the engine's.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,8 +16,9 @@ from difflib import get_close_matches
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .._util.console import progress_bar
@@ -31,7 +33,7 @@ from ..engine.sequence import OutputOptions, Sequence, Step
 from ..engine.sequence_maker import CallOptions
 from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
-from ..parallel import broadcast_object, raise_together
+from ..parallel import broadcast_object, is_group_leader, leaders_group, raise_together
 from ..settings import CALL_OPTIONS, NAMES, Settings
 from ..tokenization.chat_template import find_variables, make_formatter
 from ..tokenization.messages import DIALOG_OPTIONS
@@ -41,7 +43,9 @@ from .resumable_output import ResumableRecords, sibling_path
 LINE_OPTIONS = (NAMES | {"n", "logprobs"}) - {"logits_processor"}
 FOREIGN_OPTIONS = (NAMES | CALL_OPTIONS | {"echo", "max_tokens", "max_new_tokens"}) - LINE_OPTIONS
 RECORD_KEYS = {"line", "generation", "finish_reason", "tokens", "error"}
+T = TypeVar("T")
 LINES_PER_ROW = 2  # lines under way for each row of a pass, so that one is there whenever a row is free
+STEPS_BETWEEN_EXCHANGES = 16  # steps of the engine after which groups of ranks exchange lines and records
 MISSPELT_SIMILARITY = 0.88  # a key that is as similar to an option counts as a misspelt one
 
 
@@ -235,46 +239,102 @@ def complete_remaining(
     shared: Mapping[str, Any],
     seed: int,
     speculation: Mapping[str, Any],
-    ranks: ProcessGroup | None,
 ) -> None:
-    """Write a record for every line without one. files: None on the ranks that get their batches from rank 0."""
+    """Write a record for every line without one. files: None on all ranks but the first. Called on all ranks.
+
+    Of each group of ranks that share a model the first one answers its part of the lines, and the others follow it.
+    """
+    with leaders_group() as leaders:
+        if not is_group_leader():
+            return llama.engine.follow()
+        with llama.engine.lead():
+            answer_lines(llama, files, shared, seed, speculation, leaders)
+
+
+def answer_lines(
+    llama: Llama,
+    files: BatchFiles | None,
+    shared: Mapping[str, Any],
+    seed: int,
+    speculation: Mapping[str, Any],
+    leaders: ProcessGroup | None,
+) -> None:
+    """Answer lines until there are no more. leaders: the ranks that do so; None: this one alone."""
     lines = files.read_requests(llama, shared, seed) if files else iter(())
+    going = [0] * (1 if leaders is None else leaders.size())  # lines under way on each leader
     most = LINES_PER_ROW * llama.model.params.max_batch_size
     running: list[RunningLine] = []
     tokens, started = 0, time.monotonic()
     total, earlier = (files.count, files.earlier) if files else (0, 0)
     with progress_bar("completing", total, " lines", done=earlier) as bar:
         while True:
-            with raise_together(ranks):
-                arriving = list(islice(lines, most - len(running)))
-            records = []
-            for line in broadcast_object(arriving, ranks):
-                try:
-                    running.append(RunningLine(llama, line, speculation))
-                except LlamaError as e:
-                    records.append(make_record(llama, line, e))
-            if not running and not records:
+            with raise_in(leaders):
+                arriving = [list(islice(lines, most - count)) for count in going]
+            mine = hand_out(arriving, leaders)
+            with raise_in(leaders):
+                refused = begin_lines(llama, mine, running, speculation)
+                over = wait_for_lines(llama, running, None if leaders is None else STEPS_BETWEEN_EXCHANGES)
+                answered = [(one.line, one.answers()) for one in over]
+                records = [*refused, *(make_record(llama, *pair) for pair in answered)]
+                new_tokens = sum(len(a.tokens) for _, answers in answered if isinstance(answers, list) for a in answers)
+            all_records, going, all_tokens = zip(*gather((records, len(running), new_tokens), leaders), strict=True)
+            tokens += sum(all_tokens)
+            if not any(going) and not any(all_records):
                 return
-            for one in wait_for_lines(llama, running):
-                answers = one.answers()
-                tokens += sum(len(answer.tokens) for answer in answers) if isinstance(answers, list) else 0
-                records.append(make_record(llama, one.line, answers))
             bar.set_postfix_str(f"{tokens / (time.monotonic() - started):.0f} tokens/s", refresh=False)
-            with raise_together(ranks):
+            with raise_in(leaders):
                 if files:
-                    files.records.add(records)
+                    files.records.add([record for one in all_records for record in one])
                     bar.update(len(files.records.places) - bar.n)
 
 
-def wait_for_lines(llama: Llama, running: list[RunningLine]) -> list[RunningLine]:
-    """Those that are over, at least one if there are any; removes them from `running`."""
-    while running and not (over := [line for line in running if line.is_over()]):
-        if going := [s for line in running for s in line.sequences if not s.is_over]:
-            llama.engine.wait_any(going)
-    if not running:
-        return []
-    running[:] = [line for line in running if line not in over]
-    return over
+def begin_lines(
+    llama: Llama, lines: list[LineRequest], running: list[RunningLine], speculation: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Have lines answered, and add them to `running`; returns the records of those that can't be answered."""
+    refused = []
+    for line in lines:
+        try:
+            running.append(RunningLine(llama, line, speculation))
+        except LlamaError as e:
+            refused.append(make_record(llama, line, e))
+    return refused
+
+
+def wait_for_lines(llama: Llama, running: list[RunningLine], most: int | None) -> list[RunningLine]:
+    """Those that are over, at least one if there are any; removes them from `running`.
+
+    most: steps of the engine after which there may be none, so that other ranks needn't wait for this one; None: any.
+    """
+    over: list[RunningLine] = []
+    steps = 0
+    while True:
+        over += (new := [line for line in running if line.is_over()])
+        running[:] = [line for line in running if line not in new]
+        going = [s for line in running for s in line.sequences if not s.is_over]
+        if not going or (over if most is None else steps == most):
+            return over
+        llama.engine.wait_any(going)
+        steps += 1
+
+
+def raise_in(leaders: ProcessGroup | None) -> contextlib.AbstractContextManager[None]:
+    """`raise_together` for these ranks; None: there is one."""
+    return contextlib.nullcontext() if leaders is None else raise_together(leaders)
+
+
+def hand_out(parts: list[T], leaders: ProcessGroup | None) -> T:
+    """This rank's part of those that the first rank has."""
+    return parts[0] if leaders is None else broadcast_object(parts, leaders)[leaders.rank()]
+
+
+def gather(value: T, leaders: ProcessGroup | None) -> list[T]:
+    """The value of each of these ranks, on all of them."""
+    if leaders is None:
+        return [value]
+    values: list[Any] = [None] * leaders.size()
+    dist.all_gather_object(values, value, group=leaders)
+    return values
 
 
 def complete_file(
@@ -301,7 +361,8 @@ def complete_file(
         if is_main_process():
             files = BatchFiles(source, output, {**about, **shared, "seed": seed}, force)
     if broadcast_object(files.remaining if files else 0, ranks):
-        complete_remaining(build(), files, shared, seed, speculation or {}, ranks)
+        with raise_together(ranks):
+            complete_remaining(build(), files, shared, seed, speculation or {})
     with raise_together(ranks):
         if files:
             files.records.finish()

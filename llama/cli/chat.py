@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .._util.console import is_interactive, print_note, say
+from .._util.ranks import is_main_process
 from .._util.validate import suggest
 from ..engine.request_checks import check_room
 from ..errors import LlamaError, make_printable, pluralize
@@ -64,7 +65,7 @@ class Stats:
 
 
 class Chat:
-    """A chat, which runs alike on every rank. What only rank 0 can decide comes through `keyboard`."""
+    """A chat."""
 
     answered: bool | None  # whether there was an answer; None: nothing was asked
 
@@ -212,16 +213,12 @@ class Chat:
         messages = self._conversation.all_messages()
         if not messages:
             raise LlamaError("there is nothing to save yet")
-        self._keyboard.run_on_rank_0(lambda: write_dialog(name, messages))
+        write_dialog(name, messages)
         print_note(f"(saved {pluralize(len(messages), 'message')} to {make_printable(name)})")
 
     def _load(self, name: str) -> None:
-        def read() -> list[Message]:
-            messages = read_dialog(name)
-            self._llama.formatter.encode_dialog_prompt(messages, **self._asked)  # a chat template may refuse the dialog
-            return messages
-
-        messages = self._keyboard.run_on_rank_0(read)
+        messages = read_dialog(name)
+        self._llama.formatter.encode_dialog_prompt(messages, **self._asked)  # a chat template may refuse the dialog
         self._conversation = Conversation.from_messages(messages)
         print_note(f"(loaded {pluralize(len(messages), 'message')} from {make_printable(name)})")
 
@@ -234,9 +231,12 @@ class Chat:
 def talk(llama: Llama, system: str | None, options: Mapping[str, Any], asked: DialogOptions | None = None) -> None:
     """Chat until /quit or the end of the input. system: the system message to start with. asked: see `Chat`.
 
-    Exits with status 1 if no message of a program's was answered.
+    On several ranks, the first one talks and the others follow it. Exits with status 1 if no message of a program's was
+    answered.
     """
-    with Keyboard() as keyboard:
+    if not is_main_process():
+        return llama.engine.follow()
+    with llama.engine.lead(), Keyboard() as keyboard:
         if is_interactive():
             print_note(GREETING)
         chat = Chat(llama, keyboard, system, options, asked or {})

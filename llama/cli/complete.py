@@ -20,7 +20,7 @@ from .model_options import (
 )
 from .program import checkpoint_or_demo
 
-FILE_OPTIONS = ("output", "max_batch_size", "force")  # that only go with --input
+FILE_OPTIONS = ("output", "max_batch_size", "model_parallel_size", "force")  # that only go with --input
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -30,6 +30,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--input", metavar="FILE", help='instead of a text: JSON lines of {"prompt": ...} or {"messages": [...]}')
     add("--output", metavar="FILE", help="where the answers to --input go, one line each, in the same order")
     add("--max_batch_size", **INTEGER, help="answers to --input at a time (default: 4)")
+    groups = "ranks that share a model; each such group answers a part of --input (default: all ranks share one)"
+    add("--model_parallel_size", **INTEGER, help=groups)
     add("--force", action="store_true", help="start over, even if --output exists or was begun")
     add_model_options(command)
     command.set_defaults(run=run)
@@ -77,7 +79,7 @@ def complete_lines(options: argparse.Namespace) -> None:
         options.seed,
         about,
         options.force,
-        lambda: build_model(options, max_batch_size),
+        lambda: build_model(options, max_batch_size, options.model_parallel_size),
         read_speculation(options),
     )
     if summary is not None and sys.stderr is not None:

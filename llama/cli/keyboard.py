@@ -1,4 +1,4 @@
-"""Reads what a person types in a chat, for all ranks: lines and blocks of lines, their history, and Ctrl-C.
+"""Reads what a person types in a chat: lines and blocks of lines, their history, and Ctrl-C.
 
 Knows terminals; knows no command, no dialog and no model.
 """
@@ -9,20 +9,17 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from .._util.console import is_interactive, print_note
 from .._util.files import cache_home, read_bytes, write_whole
-from .._util.ranks import is_main_process, new_long_timeout_group
+from .._util.ranks import has_other_ranks
 from ..errors import LlamaError
-from ..parallel import broadcast_object
 
 if sys.platform != "win32":
     import termios
-
-T = TypeVar("T")
 
 CTRL_C = "\x03"  # the character of the key, on a terminal that sends no signal for it
 QUOTES = '"""'
@@ -105,26 +102,24 @@ class LineEditor:
 
 
 class Keyboard:
-    """Reads entries on rank 0 and gives them to all ranks. A context manager that restores the terminal's settings.
+    """Reads entries, on rank 0. A context manager that restores the terminal's settings.
 
     While an answer is generated, Ctrl-C asks it to stop. On several ranks, torchrun ends them all once the terminal
-    sends SIGINT; so the terminal is set to send no signal, and rank 0 polls for the key. If standard input is no
+    sends SIGINT; so the terminal is set to send no signal, and the key is polled for. If standard input is no
     terminal, Ctrl-C ends the program, as usual.
     """
 
     def __init__(self) -> None:
-        if is_main_process() and None in (sys.stdin, sys.stdout):
+        if None in (sys.stdin, sys.stdout):
             raise LlamaError("chat needs standard input and output, and one of them is closed")
-        self._ranks = new_long_timeout_group()  # None on one rank
         self._stop_requested = self._is_reading = False
-        self._stdin_is_terminal = is_main_process() and sys.stdin.isatty()
-        self._polls_ctrl_c = self._stdin_is_terminal and self._ranks is not None
+        self._stdin_is_terminal = sys.stdin.isatty()
+        self._polls_ctrl_c = self._stdin_is_terminal and has_other_ranks()
         self._editor: LineEditor | None = None
-        if is_main_process():
-            sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
-            if is_interactive():
-                with contextlib.suppress(ImportError):
-                    self._editor = LineEditor(self._polls_ctrl_c)
+        sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+        if is_interactive():
+            with contextlib.suppress(ImportError):
+                self._editor = LineEditor(self._polls_ctrl_c)
 
     def __enter__(self) -> "Keyboard":
         if self._stdin_is_terminal:
@@ -154,10 +149,7 @@ class Keyboard:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
 
     def read_entry(self) -> Entry | None:
-        """What the user types next, on every rank. None at the end of the input; an empty entry after Ctrl-C."""
-        return broadcast_object(self._read() if is_main_process() else None, self._ranks)
-
-    def _read(self) -> Entry | None:
+        """What the user types next. None at the end of the input; an empty entry after Ctrl-C."""
         typed: list[str] = []
         prompts = ("> ", "... ") if is_interactive() else ("", "")
         try:
@@ -185,20 +177,6 @@ class Keyboard:
             self._editor.remember("\n".join(typed))
         return entry
 
-    def run_on_rank_0(self, function: Callable[[], T]) -> T:
-        """The result of `function`, called on rank 0, on every rank; every rank raises its LlamaError, too."""
-        result: T | None = None
-        error: str | None = None
-        if is_main_process():
-            try:
-                result = function()
-            except LlamaError as e:
-                error = str(e)
-        result, error = broadcast_object((result, error), self._ranks)
-        if error is not None:
-            raise LlamaError(error)
-        return result  # type: ignore[return-value]
-
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
         """A context for generating an answer: in it, `is_stop_requested` notices Ctrl-C."""
@@ -218,7 +196,7 @@ class Keyboard:
         self._stop_requested = True
 
     def is_stop_requested(self) -> bool:
-        """Whether the answer shall stop; the same on every rank."""
+        """Whether the answer shall stop."""
         if self._polls_ctrl_c and select.select([sys.stdin], [], [], 0)[0]:
             self._stop_requested |= CTRL_C.encode() in os.read(sys.stdin.fileno(), 1024)
-        return broadcast_object(self._stop_requested)
+        return self._stop_requested

@@ -72,7 +72,7 @@ def add_speed_options(command: argparse.ArgumentParser) -> None:
     add("--quantization", choices=sorted(BITS), help="round matrices to 4 or 8 bits while loading")
 
 
-def build_model(options: argparse.Namespace, max_batch_size: int = 1) -> Llama:
+def build_model(options: argparse.Namespace, max_batch_size: int = 1, model_parallel_size: int | None = None) -> Llama:
     """The model that `add_model_options` describe."""
     ckpt_dir = checkpoint_or_demo(options.ckpt_dir, options.adapter_dir)
     with working_note(f"loading {make_printable(ckpt_dir)}"):
@@ -82,6 +82,7 @@ def build_model(options: argparse.Namespace, max_batch_size: int = 1) -> Llama:
             tokenizer_path=options.tokenizer_path,
             max_seq_len=options.max_seq_len,
             max_batch_size=max_batch_size,
+            model_parallel_size=model_parallel_size,
             seed=options.seed,
             draft_ckpt_dir=options.draft_ckpt_dir,
             compile=options.compile,
@@ -111,7 +112,11 @@ def recommend_settings(options: argparse.Namespace) -> dict[str, Any]:
     Raises LlamaError for an option that is out of range, where there is no checkpoint, or its file says what can't be.
     """
     read_settings(options)  # what is out of range is told before a checkpoint is looked for
-    initialize(None, options.device, None if options.dtype == "auto" else options.dtype)
+    initialize(
+        getattr(options, "model_parallel_size", None),
+        options.device,
+        None if options.dtype == "auto" else options.dtype,
+    )
     directory = fetch_checkpoint(checkpoint_or_demo(options.ckpt_dir, options.adapter_dir))
     with raise_together():
         base, _ = find_base(directory, options.adapter_dir)

@@ -119,13 +119,20 @@ def test_settings_of_the_command_line_hold_for_a_text_too(directory: Path, llama
 # --- ranks, and people ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("ranks", "share"), [(2, 2), (2, 1), (4, 2)])
 @pytest.mark.slow
-def test_two_ranks_write_what_one_does(directory: Path, long_job: tuple[Path, bytes], tmp_path: Path) -> None:
-    """On a third of the lines, which get the same records as in the whole file, since seeds depend on line numbers."""
+def test_ranks_write_what_one_does(
+    directory: Path, long_job: tuple[Path, bytes], tmp_path: Path, ranks: int, share: int
+) -> None:
+    """As one model, or in groups with a model each.
+
+    On a third of the lines, which get the same records as in the whole file, since seeds depend on line numbers.
+    """
     source = tmp_path / "in.jsonl"
     kept = [line if i % 3 == 1 else b"\n" for i, line in enumerate(long_job[0].read_bytes().splitlines(keepends=True))]
     source.write_bytes(b"".join(kept))
-    done = run_program(*command(directory, source, tmp_path / "out.jsonl"), ranks=2)
+    shared = ["--model_parallel_size", str(share)]
+    done = run_program(*command(directory, source, tmp_path / "out.jsonl"), *shared, ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == f"{tmp_path}/out.jsonl: 21 lines done, 0 errors"
     (tmp_path / "expected").write_bytes(long_job[1])
