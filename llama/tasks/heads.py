@@ -1,6 +1,7 @@
 """Task heads on a Transformer: language modelling, classes of texts, classes of tokens, spans that answer questions.
 
-A head runs without a KV cache and is differentiable. The rows of a batch may be padded, on the right or on the left.
+A head's `forward` runs without a KV cache and is differentiable. The rows of a batch may be padded, on the right or on
+the left. `compute_logits` is the part after the Transformer, for whoever has hidden states already.
 Knows no files and no text.
 """
 
@@ -168,9 +169,12 @@ class SequenceClassifier(Head):
         regression.
         """
         padding = Padding.find(tokens, lengths, attention_mask)
-        h = padding.select_last(compute_padded_states(self.model, tokens, padding))  # (B, dim)
-        logits = self.score(h).float()  # (B, labels)
+        logits = self.compute_logits(padding.select_last(compute_padded_states(self.model, tokens, padding)))
         return Output(logits, None if labels is None else self.compute_loss(logits, labels))
+
+    def compute_logits(self, h: Tensor) -> Tensor:
+        """Normed hidden states (..., dim) of last tokens -> float32 (..., labels)."""
+        return self.score(h).float()
 
     def compute_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         kind = self.config.infer_problem_type(labels)
@@ -199,8 +203,12 @@ class TokenClassifier(Head):
     ) -> Output:
         """logits (B, T, labels) of tokens (B, T). labels: (B, T), -100 where there is nothing to learn."""
         h = compute_padded_states(self.model, tokens, Padding.find(tokens, lengths, attention_mask))
-        logits = self.score(apply_dropout(h, self.config.dropout * self.training)).float()  # (B, T, labels)
+        logits = self.compute_logits(h)
         return Output(logits, None if labels is None else class_loss(logits, labels))
+
+    def compute_logits(self, h: Tensor) -> Tensor:
+        """Normed hidden states (..., dim) -> float32 (..., labels)."""
+        return self.score(apply_dropout(h, self.config.dropout * self.training)).float()
 
 
 class QuestionAnswerer(Head):
@@ -226,7 +234,7 @@ class QuestionAnswerer(Head):
         """
         padding = Padding.find(tokens, lengths, attention_mask)
         is_token = padding.mask_tokens(tokens.shape[1])
-        logits = self.qa_outputs(compute_padded_states(self.model, tokens, padding)).float()  # (B, T, 2)
+        logits = self.compute_logits(compute_padded_states(self.model, tokens, padding))  # (B, T, 2)
         starts, ends = logits.masked_fill(~is_token[..., None], -math.inf).unbind(dim=-1)  # (B, T) each
         if start_positions is None and end_positions is None:
             return SpanOutput(starts, ends)
@@ -235,6 +243,10 @@ class QuestionAnswerer(Head):
         start_loss = class_loss(starts, self.ignore_outside(start_positions, is_token, "start_positions"))
         end_loss = class_loss(ends, self.ignore_outside(end_positions, is_token, "end_positions"))
         return SpanOutput(starts, ends, (start_loss + end_loss) / 2)
+
+    def compute_logits(self, h: Tensor) -> Tensor:
+        """Normed hidden states (..., dim) -> float32 (..., 2): of the first and of the last token of an answer."""
+        return self.qa_outputs(h).float()
 
     @staticmethod
     def ignore_outside(positions: Tensor, is_token: Tensor, name: str) -> Tensor:

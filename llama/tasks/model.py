@@ -1,8 +1,10 @@
 """TaskModel: a model with a task head and its tokenizer, built from a checkpoint's directory and saved to one.
 
-Knows files and ranks; the network is in `heads`, the predictions in `predict`, the tasks in `registry`.
+Knows files, ranks and when an engine is made; the network is in `heads`, the predictions in `predict`, the tasks in
+`registry`.
 """
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -25,13 +27,15 @@ from ..adapters.peft import attach
 from ..adapters.reading import read_adapter
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.convert import as_local_path, check_target, write
-from ..checkpoints.fit import check_vocabulary, check_weights
+from ..checkpoints.fit import check_memory, check_vocabulary, check_weights
 from ..checkpoints.loader import fetch_checkpoint, load_model, open_checkpoint, resolve_sizes
 from ..checkpoints.schema import Stored, ranks_per_part, split_dim, tensor_shapes
 from ..checkpoints.task_spec import SPECS, HeadConfig, ProblemType, TaskName
 from ..checkpoints.tokenizer_of import open_tokenizer_of
 from ..checkpoints.writing import allocate_on_disk
+from ..engine.engine import Engine
 from ..errors import LlamaError, shorten
+from ..generation import PREFILL_CHUNK
 from ..model import Transformer
 from ..tokenization.chat_template import make_formatter
 from ..tokenization.inputs import Text, TextOptions
@@ -43,7 +47,11 @@ from .spans import Span
 
 
 class TaskModel:
-    """A Transformer with a task head. On several ranks, every rank calls the same methods with the same arguments."""
+    """A Transformer with a task head.
+
+    Predictions may be made by several threads at once, and what is trained or edited between calls counts in the next
+    one. On several ranks, every rank calls the same methods with the same arguments, from one thread.
+    """
 
     head: Head | CausalLM
     tokenizer: AnyTokenizer
@@ -66,7 +74,8 @@ class TaskModel:
     ) -> "TaskModel":
         """Load a checkpoint directory on the ranks that run. Arguments that aren't listed are those of `Llama.build`.
 
-        max_seq_len, max_batch_size: the longest text in tokens, and the number of texts in a batch.
+        max_seq_len, max_batch_size: the longest text in tokens, and the number of texts in a batch; and so the size of
+        the KV cache, which takes memory only once texts are classified, tagged or searched for answers.
         task: None takes the checkpoint's. Another task than the checkpoint's, or other labels, get a new head, which
         has to be trained; "language" has no head.
         labels: the names of the classes, to "classify" or "tag". problem_type: to "classify"; None keeps the
@@ -91,6 +100,8 @@ class TaskModel:
             tokenizer = open_tokenizer_of(checkpoint, tokenizer_path)
             check_vocabulary(args, tokenizer)
             check_weights(args, place, place.dtype.itemsize, "choose a smaller dtype")
+            if find_task(checkpoint.task).predict is not None:  # also to train: it is evaluated in between
+                check_memory(args, place)
         model = load_model(source, args, place)
         create_head = find_task(checkpoint.task).head
         head = create_head(model) if checkpoint.head is None else create_head(model, checkpoint.head)
@@ -115,6 +126,8 @@ class TaskModel:
         self.tokenizer = tokenizer
         self.formatter = make_formatter(tokenizer, today or datetime.now())
         self.checkpoint = checkpoint
+        self._engines: dict[torch.dtype | None, Engine] = {}  # by the dtype of autocast
+        self._lock = threading.Lock()  # guards `_engines`
 
     @property
     def task(self) -> TaskName:
@@ -125,25 +138,33 @@ class TaskModel:
         return self.head.model
 
     @property
-    def _sizes(self) -> tuple[int, int]:
-        """(max_seq_len, max_batch_size)"""
-        return self.model.params.max_seq_len, self.model.params.max_batch_size
+    def engine(self) -> Engine:
+        """What reads the texts of predictions. `torch.autocast` has its own, since the KV cache has other numbers then.
+
+        An engine takes memory when it reads.
+        """
+        device = self.model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        with self._lock:
+            if dtype not in self._engines:
+                self._engines[dtype] = Engine(self.model, self.tokenizer, 1, PREFILL_CHUNK, None)
+            return self._engines[dtype]
 
     def classify(self, texts: Sequence[Text], **options: Unpack[TextOptions]) -> list[list[Label]]:
         """The labels of each text or dialog: see `predict.classify`."""
-        return classify(self._get_head("classify"), self.tokenizer, texts, *self._sizes, self.formatter, **options)
+        return classify(self.engine, self._get_head("classify"), texts, self.formatter, **options)
 
     def tag(self, texts: Sequence[str], *, whole_words: bool = True) -> list[list[Span]]:
         """The spans in each text: see `predict.tag`."""
-        return tag(self._get_head("tag"), self.tokenizer, texts, *self._sizes, whole_words=whole_words)
+        return tag(self.engine, self._get_head("tag"), texts, whole_words=whole_words)
 
     def answer(self, question: str, context: str, **options: Unpack[AnswerOptions]) -> list[Answer]:
         """The best answers in the context, the best first. Options and details: see `predict.answer_all`."""
-        return answer(self._get_head("answer"), self.tokenizer, question, context, *self._sizes, **options)
+        return answer(self.engine, self._get_head("answer"), question, context, **options)
 
     def answer_all(self, pairs: Sequence[tuple[str, str]], **options: Unpack[AnswerOptions]) -> list[list[Answer]]:
         """The best answers to each (question, context): see `predict.answer_all`."""
-        return answer_all(self._get_head("answer"), self.tokenizer, pairs, *self._sizes, **options)
+        return answer_all(self.engine, self._get_head("answer"), pairs, **options)
 
     def _get_head(self, task: TaskName) -> Any:
         """The head. Raises LlamaError if it is of another task."""

@@ -1,24 +1,22 @@
 """What task heads predict for texts: labels of a text, spans in it, answers to questions about it.
 
-Any number of texts: they run in batches, the longest first, and no text's result depends on the others. Knows
-tokenizers, and of a head only that it gives logits; knows no checkpoints.
+Any number of texts: an engine reads them, the longest first, and no text's result depends on the others. Knows
+tokenizers, and of a head only that it makes logits of hidden states; knows no batches and no checkpoints.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from .. import parallel
-from .._util.console import progress_bar
 from .._util.validate import check_count, check_list, check_texts, is_integer
+from ..engine.engine import Engine
 from ..engine.not_finite import not_finite_error
-from ..engine.scoring import check_lengths
+from ..engine.scoring import check_lengths, read_states
 from ..errors import LlamaError, shorten
 from ..tokenization.inputs import Text, TextOptions, around_pair, around_text, encode_inputs
 from ..tokenization.offsets import Offsets, encode_with_offsets
@@ -36,6 +34,8 @@ from .spans import (
 
 if TYPE_CHECKING:
     from .heads import QuestionAnswerer, SequenceClassifier, TokenClassifier
+
+    AnyHead = SequenceClassifier | TokenClassifier | QuestionAnswerer
 
 COMPARED = 20  # answers whose scores sum to one: as many as SQuAD's baselines compare
 DOC_STRIDE = 128  # tokens that two windows of a long context share
@@ -70,7 +70,7 @@ class AnswerOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class ContextWindow:
-    """A part of a text that goes through the network as one row."""
+    """A part of a text that is read as one row."""
 
     text: int  # the index of the text
     start: int  # the window's first token of the text
@@ -81,11 +81,9 @@ class ContextWindow:
 
 @torch.no_grad()
 def classify(
+    engine: Engine,
     head: "SequenceClassifier",
-    tokenizer: AnyTokenizer,
     texts: Sequence[Text],
-    max_seq_len: int,
-    max_batch_size: int,
     formatter: AnyChatFormat | None = None,
     **options: Unpack[TextOptions],
 ) -> list[list[Label]]:
@@ -97,30 +95,20 @@ def classify(
     The head's problem type decides which: the likeliest label (softmax); all labels with a probability of at least 0.5,
     maybe none, in the order of the head's labels (sigmoid); or every number of a regression.
     Raises LlamaError, before any forward pass, unless `texts` is a list of dialogs, and of texts of at least one
-    character, of at most max_seq_len tokens each; and after a pass for logits that aren't finite.
+    character, of at most max_seq_len tokens each; and after the passes for logits that aren't finite.
     """
-    with parallel.raise_together(parallel.group()):
-        check_sizes(max_seq_len, max_batch_size)
-        rows = encode_inputs(tokenizer, formatter, texts, **options)
-        check_lengths(rows, max_seq_len)
-    labels: list[list[Label]] = [[] for _ in rows]
-    for batch, output in run_batches(head, rows, max_batch_size, "classifying"):
-        for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            check_finite(logits, i, head)
-            labels[i] = choose_labels(logits, head.config.labels, head.config.infer_problem_type())
+    with engine.together("classify", texts=texts, options=options):
+        rows = encode_inputs(engine.tokenizer, formatter, texts, **options)
+        check_lengths(rows, engine.model.params.max_seq_len)
+    labels = []
+    for i, logits in enumerate(compute_logits(engine, head, rows, [len(row) - 1 for row in rows], "classifying")):
+        check_finite(engine, head, logits, i)
+        labels.append(choose_labels(logits[0], head.config.labels, head.config.infer_problem_type()))
     return labels
 
 
 @torch.no_grad()
-def tag(
-    head: "TokenClassifier",
-    tokenizer: AnyTokenizer,
-    texts: Sequence[str],
-    max_seq_len: int,
-    max_batch_size: int,
-    *,
-    whole_words: bool = True,
-) -> list[list[Span]]:
+def tag(engine: Engine, head: "TokenClassifier", texts: Sequence[str], *, whole_words: bool = True) -> list[list[Span]]:
     """The spans in each text, in the order of the texts: see `spans.collect_tagged_spans`.
 
     whole_words: all tokens of a word get the label of its last token, see `spans.align_labels_to_words`. Otherwise
@@ -128,31 +116,27 @@ def tag(
     A text longer than max_seq_len is read in windows that overlap by half. A token in several windows gets its label
     from the first of them, in which it has the most tokens before it.
     Raises LlamaError, before any forward pass, unless `texts` is a list of texts of at least one character each, or if
-    max_seq_len leaves no room for a text; and after a pass for logits that aren't finite.
+    max_seq_len leaves no room for a text; and after the passes for logits that aren't finite.
     """
-    with parallel.raise_together(parallel.group()):
-        check_sizes(max_seq_len, max_batch_size)
+    with engine.together("tag", texts=texts, options=whole_words):
         check_texts(texts, "text")
-        encodings = [encode_with_offsets(tokenizer, text, bos=False) for text in texts]
-        around = around_text(tokenizer)
-        room = count_room([*around.before, *around.after], max_seq_len, "what stands around every text")
+        encodings = [encode_with_offsets(engine.tokenizer, text, bos=False) for text in texts]
+        around, size = around_text(engine.tokenizer), engine.model.params.max_seq_len
+        room = count_room([*around.before, *around.after], size, "what stands around every text")
         windows = [
             make_window(i, start, end, [*around.before], ids, around.after)
             for i, (ids, _) in enumerate(encodings)
             for start, end in split_windows(len(ids), room, room // 2)
         ]
-    labels = [[0] * len(ids) for ids, _ in encodings]
-    scores = [[0.0] * len(ids) for ids, _ in encodings]
-    predictions: list[tuple[ContextWindow, Tensor]] = []
-    for batch, output in run_batches(head, [window.tokens for window in windows], max_batch_size, "tagging"):
-        for i, logits in zip(batch, output.logits.cpu(), strict=True):
-            logits = logits[windows[i].first :][: windows[i].end - windows[i].start]  # (T, labels)
-            check_finite(logits, windows[i].text, head)
-            predictions.append((windows[i], logits.softmax(-1)))
-    for window, probabilities in sorted(predictions, key=lambda pair: -pair[0].start):  # earlier windows overwrite
-        best = probabilities.max(-1)
-        labels[window.text][window.start : window.end] = best.indices.tolist()
-        scores[window.text][window.start : window.end] = best.values.tolist()
+    labels: list[list[int]] = [[] for _ in texts]
+    scores: list[list[float]] = [[] for _ in texts]
+    rows, firsts = [window.tokens for window in windows], [window.first for window in windows]
+    for window, logits in zip(windows, compute_logits(engine, head, rows, firsts, "tagging"), strict=True):
+        logits = logits[: window.end - window.start]  # (T, labels)
+        check_finite(engine, head, logits, window.text)
+        best = logits[len(labels[window.text]) - window.start :].softmax(-1).max(-1)  # of tokens of no earlier window
+        labels[window.text] += best.indices.tolist()
+        scores[window.text] += best.values.tolist()
     spans = []
     for label_ids, token_scores, (_, offsets), text in zip(labels, scores, encodings, texts, strict=True):
         names = [head.config.labels[i] for i in label_ids]
@@ -163,25 +147,17 @@ def tag(
 
 
 def answer(
-    head: "QuestionAnswerer",
-    tokenizer: AnyTokenizer,
-    question: str,
-    context: str,
-    max_seq_len: int,
-    max_batch_size: int,
-    **options: Unpack[AnswerOptions],
+    engine: Engine, head: "QuestionAnswerer", question: str, context: str, **options: Unpack[AnswerOptions]
 ) -> list[Answer]:
     """As `answer_all`, for one question."""
-    return answer_all(head, tokenizer, [(question, context)], max_seq_len, max_batch_size, **options)[0]
+    return answer_all(engine, head, [(question, context)], **options)[0]
 
 
 @torch.no_grad()
 def answer_all(
+    engine: Engine,
     head: "QuestionAnswerer",
-    tokenizer: AnyTokenizer,
     pairs: Sequence[tuple[str, str]],
-    max_seq_len: int,
-    max_batch_size: int,
     *,
     doc_stride: int = DOC_STRIDE,
     max_answer_tokens: int = 30,
@@ -201,27 +177,26 @@ def answer_all(
     windows, or n_best if that is more, and "no answer" if there is a null_threshold.
     Raises LlamaError, before any forward pass, for settings out of their ranges, anything but a list of pairs of texts
     of at least one character, a question that leaves no room within max_seq_len, or a context of white space alone; and
-    after a pass for logits that aren't finite.
+    after the passes for logits that aren't finite.
     """
-    with parallel.raise_together(parallel.group()):
-        check_sizes(max_seq_len, max_batch_size)
-        check_answer_options(doc_stride, max_answer_tokens, n_best, null_threshold)
-        contexts, offsets, windows = encode_pairs(tokenizer, pairs, max_seq_len, doc_stride)
+    options = doc_stride, max_answer_tokens, n_best, null_threshold
+    with engine.together("answer_all", pairs=pairs, options=options):
+        check_answer_options(*options)
+        size = engine.model.params.max_seq_len
+        contexts, offsets, windows = encode_pairs(engine.tokenizer, pairs, size, doc_stride)
     compared = max(COMPARED, n_best)
     candidates: list[list[Candidate]] = [[] for _ in pairs]
     null_logits = [math.inf] * len(pairs)
-    for batch, output in run_batches(head, [window.tokens for window in windows], max_batch_size, "answering"):
-        for i, logits in zip(batch, torch.stack([output.start_logits, output.end_logits], 1).cpu(), strict=True):
-            window, length = windows[i], len(windows[i].tokens)
-            logits = logits[:, :length]  # (2, T): starts and ends
-            check_finite(logits, window.text, head)
-            null_logits[window.text] = min(null_logits[window.text], float(logits[:, 0].double().sum()))
-            context, characters = contexts[window.text], offsets[window.text][window.start : window.end]
-            allowed = torch.tensor([context[start:end].strip() != "" for start, end in characters])
-            starts, ends = logits[:, window.first :][:, : len(characters)]
-            for span in find_best_spans(starts, ends, allowed, max_answer_tokens, compared):
-                start, end = strip_range(context, characters[span.start][0], characters[span.end][1])
-                candidates[window.text].append(Candidate(start, end, span.score))
+    rows = [window.tokens for window in windows]
+    for window, logits in zip(windows, compute_logits(engine, head, rows, [0] * len(rows), "answering"), strict=True):
+        check_finite(engine, head, logits, window.text)
+        null_logits[window.text] = min(null_logits[window.text], float(logits[0].double().sum()))
+        context, characters = contexts[window.text], offsets[window.text][window.start : window.end]
+        allowed = torch.tensor([context[start:end].strip() != "" for start, end in characters])
+        starts, ends = logits[window.first :][: len(characters)].unbind(-1)  # (T of the window) each
+        for span in find_best_spans(starts, ends, allowed, max_answer_tokens, compared):
+            start, end = strip_range(context, characters[span.start][0], characters[span.end][1])
+            candidates[window.text].append(Candidate(start, end, span.score))
     return [
         rank_answers(merge_candidates(spans, compared), null_logit, context, null_threshold)[:n_best]
         for spans, null_logit, context in zip(candidates, null_logits, contexts, strict=True)
@@ -229,11 +204,6 @@ def answer_all(
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
-
-
-def check_sizes(max_seq_len: int, max_batch_size: int) -> None:
-    check_count("max_seq_len", max_seq_len)
-    check_count("max_batch_size", max_batch_size)
 
 
 def check_answer_options(doc_stride: int, max_answer_tokens: int, n_best: int, null_threshold: float | None) -> None:
@@ -257,34 +227,47 @@ def count_room(tokens: Sequence[int], max_seq_len: int, what: str) -> int:
     return max_seq_len - len(tokens)
 
 
-def check_finite(logits: Tensor, text: int, head: nn.Module) -> None:
+def check_finite(engine: Engine, head: nn.Module, logits: Tensor, text: int) -> None:
     """Raise LlamaError, naming the text by its index, for logits that aren't finite."""
     if not logits.isfinite().all():
-        raise not_finite_error(head, f"text {text}: the logits are")
+        raise not_finite_error(head, engine.together, f"text {text}: the logits are")
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
 
 
-def batch_by_length(rows: Sequence[Sequence[int]], size: int, label: str) -> Iterator[list[int]]:
-    """Places of rows in batches of `size`, the longest first, under a progress bar, which counts tokens."""
-    places = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    with progress_bar(label, sum(map(len, rows)), " tokens", delayed=True) as bar:
-        for i in range(0, len(places), size):
-            batch = places[i : i + size]
-            yield batch
-            bar.update(sum(len(rows[i]) for i in batch))
+class LogitsPool:
+    """The logits of a row's tokens from one on: `logits` (tokens, outputs), once it was given the states of all."""
+
+    def __init__(self, compute: Callable[[Tensor], Tensor], first: int):
+        """compute: what makes logits (..., outputs) of states (..., dim). first: the first token whose logits count."""
+        self._compute = compute
+        self._first = first
+        self._parts: list[Tensor] = []
+
+    def __call__(self, start: int, states: Tensor) -> None:
+        if start == 0:  # maybe not for the first time
+            self._parts = []
+        if start + len(states) > self._first:
+            self._parts.append(self._compute(states[max(self._first - start, 0) :]))
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.cat(self._parts)
 
 
-def run_batches(
-    head: nn.Module, rows: Sequence[Sequence[int]], max_batch_size: int, label: str
-) -> Iterator[tuple[list[int], Any]]:
-    """(indices of rows, the head's output for them), a batch at a time. label: the progress bar's."""
-    device = next(head.parameters()).device
-    for batch in batch_by_length(rows, max_batch_size, label):
-        tokens = pad_sequence([torch.tensor(rows[i]) for i in batch], batch_first=True)  # (B, T)
-        lengths = torch.tensor([len(rows[i]) for i in batch])  # (B)
-        yield batch, head(tokens.to(device), lengths.to(device))
+def compute_logits(
+    engine: Engine, head: "AnyHead", rows: Sequence[list[int]], firsts: Sequence[int], label: str
+) -> list[Tensor]:
+    """The head's logits of each row's tokens from its first one on, (tokens, outputs) on the CPU.
+
+    label: of the progress bar, which counts tokens.
+    """
+    pools = [LogitsPool(head.compute_logits, first) for first in firsts]
+    logits = [torch.empty(0)] * len(rows)
+    for i in read_states(engine, rows, pools, label):
+        logits[i] = pools[i].logits.cpu()
+    return logits
 
 
 def choose_labels(logits: Tensor, labels: Sequence[str], problem_type: str) -> list[Label]:

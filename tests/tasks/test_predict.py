@@ -1,29 +1,33 @@
-"""Predictions of task heads against transformers' models of the same task, which get one text or window at a time."""
+"""Predictions of task heads against transformers' models of the same task, which get one text or window at a time.
+
+The engine reads with this project's network, which has transformers' weights; the heads are transformers' layers.
+"""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from answering_program import Own, results
-from conftest import make_twin, numbers_in
+from conftest import make_twin, numbers_in, to_meta
 from published_tokenizers import FAMILIES, PARAGRAPH, save
 from rank_pool import RankPool
 from tiny import ARGS, write_checkpoint
 from tokenizers import processors
 from torch import Tensor, nn
 
-from llama import LlamaError
+from llama import LlamaError, ModelArgs, Transformer
 from llama.checkpoints.task_spec import HeadConfig
+from llama.engine.engine import Engine
 from llama.parallel import Place
 from llama.tasks.predict import COMPARED, Answer, Label, answer, answer_all, classify, tag
 from llama.tasks.spans import collect_tagged_spans
 from llama.tokenization.hf_tokenizer import HFTokenizer
+from llama.tokenization.protocol import AnyTokenizer
 from llama.tokenizer import Tokenizer
 
 TEXTS = [
@@ -34,27 +38,19 @@ TEXTS = [
     "It's what they'll say",
 ]
 TAGS = ("O", "B-X", "I-X", "B-Y", "I-Y")
-SIZES = (512, 3)  # max_seq_len, max_batch_size
 
 
 class Head(nn.Module):
-    """A model of transformers in place of a head: rows padded on the right -> logits."""
+    """The layer of a model of transformers in place of a head. `model` is transformers' network before it."""
 
-    def __init__(self, model: Any, output: nn.Module, kind: str, labels: tuple[str, ...], problem_type: str) -> None:
+    def __init__(self, model: Any, output: nn.Module, labels: tuple[str, ...], problem_type: str) -> None:
         super().__init__()
-        self.model, self.output, self.kind = model, output, kind
+        self.model, self.output = model, output
         self.config = HeadConfig(labels, problem_type)
-        self.passes: list[tuple[int, ...]] = []
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> SimpleNamespace:
+    def compute_logits(self, h: Tensor) -> Tensor:
         assert not torch.is_grad_enabled()
-        self.passes.append(tuple(tokens.shape))
-        logits = self.output(self.model(input_ids=tokens).last_hidden_state)  # (B, T, outputs)
-        if self.kind == "sequence":
-            return SimpleNamespace(logits=logits[torch.arange(len(tokens)), lengths - 1])
-        if self.kind == "token":
-            return SimpleNamespace(logits=logits)
-        return SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
+        return self.output(h)
 
 
 @dataclass(frozen=True)
@@ -99,12 +95,35 @@ def head_of(task: str, labels: tuple[str, ...] = TAGS, problem_type: str = "sing
     model = network(task, 2 if task == "QuestionAnswering" else len(labels))
     body = model.transformer if task == "QuestionAnswering" else model.model
     output = model.qa_outputs if task == "QuestionAnswering" else model.score
-    kind = {"SequenceClassification": "sequence", "TokenClassification": "token"}.get(task, "question")
-    return Head(body, output, kind, labels, problem_type)
+    return Head(body, output, labels, problem_type)
+
+
+def read_with(model: Transformer, tokenizer: AnyTokenizer) -> Engine:
+    return Engine(model, tokenizer, 1, 2048, None)
+
+
+BODY = ModelArgs(dim=32, n_layers=2, n_heads=4, vocab_size=512, multiple_of=64, ffn_dim_multiplier=0.7, norm_eps=1e-6)
+
+
+def engine_of(head: Head, tokenizer: AnyTokenizer, max_seq_len: int = 512, max_batch_size: int = 3) -> Engine:
+    """What reads with the weights of the network before a head."""
+    sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    ours = Transformer(replace(BODY, rope_theta=10000, tied_embeddings=True, **sizes))
+    tensors = {f"model.{name}": tensor for name, tensor in head.model.state_dict().items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    ours.load_state_dict(to_meta(tensors, BODY))
+    return read_with(ours, tokenizer)
+
+
+def note_passes(engine: Engine) -> list[tuple[int, int]]:
+    """(rows, tokens of the longest) of each pass from now on."""
+    passes: list[tuple[int, int]] = []
+    engine.model.tok_embeddings.register_forward_pre_hook(lambda _, args: passes.append(tuple(args[0].shape)))
+    return passes
 
 
 class Scripted(nn.Module):
-    """A head with fixed logits for each token id; other ids get the default."""
+    """A head with fixed logits for each token id; other ids get the default. It reads states of `engine_of_tokens`."""
 
     def __init__(self, starts: dict[int, float], ends: dict[int, float], default: float = 0.0) -> None:
         super().__init__()
@@ -115,16 +134,24 @@ class Scripted(nn.Module):
         self.table = nn.Embedding.from_pretrained(table)
         self.seen: list[list[int]] = []
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> SimpleNamespace:
-        self.seen += [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-        logits = self.table(tokens)  # (B, T, 2)
-        return SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
+    def compute_logits(self, h: Tensor) -> Tensor:
+        tokens = h.argmax(-1)
+        self.seen.append(tokens.tolist())
+        return self.table(tokens)
+
+
+def engine_of_tokens(tokenizer: AnyTokenizer, max_seq_len: int = 512, max_batch_size: int = 3) -> Engine:
+    """What reads with a network without layers, in whose states the largest number is that of the token."""
+    sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    model = Transformer(ModelArgs(dim=512, n_layers=0, n_heads=8, vocab_size=512, tied_embeddings=True, **sizes))
+    nn.init.eye_(model.tok_embeddings.weight)
+    return read_with(model, tokenizer)
 
 
 class Untouched(nn.Module):
     config = HeadConfig(TAGS, "single_label_classification")
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> None:
+    def compute_logits(self, h: Tensor) -> Tensor:
         raise AssertionError("a forward pass")
 
 
@@ -147,7 +174,7 @@ def test_labels_are_transformers(world: World, problem_type: str, max_batch_size
     model.config.id2label = dict(enumerate(head.config.labels))
     model.config.problem_type = problem_type
     theirs = pipeline("text-classification", model=model, tokenizer=world.theirs, device="cpu", top_k=None)
-    results = classify(head, world.ours, TEXTS, 512, max_batch_size)
+    results = classify(engine_of(head, world.ours, 512, max_batch_size), head, TEXTS)
     assert len(results) == len(TEXTS)
     for text, labels in zip(TEXTS, results, strict=True):
         scores = {one["label"]: one["score"] for one in theirs([text])[0]}
@@ -163,16 +190,18 @@ def test_labels_are_transformers(world: World, problem_type: str, max_batch_size
 
 def test_the_longest_texts_go_first(world: World) -> None:
     head = head_of("SequenceClassification")
-    classify(head, world.ours, ["a", "a " * 30, "a " * 10, "a", "a"], *SIZES)
-    assert [rows for rows, _ in head.passes] == [3, 2]
-    assert [length for _, length in head.passes] == sorted([length for _, length in head.passes], reverse=True)
+    engine = engine_of(head, world.ours)
+    passes = note_passes(engine)
+    classify(engine, head, ["a", "a " * 30, "a " * 28, "a", "a " * 29])
+    assert [rows for rows, _ in passes] == [3, 2]
+    assert [length for _, length in passes] == sorted([length for _, length in passes], reverse=True)
 
 
 def test_one_text_at_a_time_and_the_other_tokenizer(small: Tokenizer, place: Place) -> None:
     """With the project's own network."""
-    head = Own(make_twin(ARGS).ours, "sequence")
+    head = Own(make_twin(replace(ARGS, max_seq_len=64, max_batch_size=3)).ours, 3)
     texts = ["in the", "user", "é中😀", "the user in the user"]
-    for text, (label,) in zip(texts, classify(head, small, texts, 64, 3), strict=True):  # type: ignore[arg-type]
+    for text, (label,) in zip(texts, classify(read_with(head.network, small), head, texts), strict=True):  # type: ignore[arg-type]
         tokens = torch.tensor([small.encode(text, bos=True, eos=False)])
         with torch.no_grad():
             chances = head.output(head.network.hidden_states(tokens)[0, -1]).softmax(-1)
@@ -191,7 +220,7 @@ def test_spans_are_transformers(world: World) -> None:
     theirs = pipeline(
         "token-classification", model=model, tokenizer=world.theirs, device="cpu", aggregation_strategy="simple"
     )
-    results = tag(head, world.ours, TEXTS[:3], *SIZES, whole_words=False)
+    results = tag(engine_of(head, world.ours), head, TEXTS[:3], whole_words=False)
     for text, spans in zip(TEXTS[:3], results, strict=True):
         assert [span.text for span in spans] == [text[span.start : span.end] for span in spans]
         groups = [one for one in theirs(text) if text[one["start"] : one["end"]].strip()]
@@ -206,8 +235,10 @@ def test_spans_are_transformers(world: World) -> None:
 def test_long_texts_are_tagged_in_windows(world: World, max_batch_size: int) -> None:
     """A token gets its label from the first window that has it; computed by hand here."""
     head, size = head_of("TokenClassification"), 21
-    results = tag(head, world.ours, [TEXTS[1], PARAGRAPH, TEXTS[2]], size, max_batch_size, whole_words=False)
-    assert max(length for _, length in head.passes) == size
+    engine = engine_of(head, world.ours, size, max_batch_size)
+    passes = note_passes(engine)
+    results = tag(engine, head, [TEXTS[1], PARAGRAPH, TEXTS[2]], whole_words=False)
+    assert max(length for _, length in passes) == size
     encoding = world.theirs(PARAGRAPH, add_special_tokens=False, return_offsets_mapping=True)
     prefix = world.theirs("").input_ids
     room = size - len(prefix)
@@ -278,7 +309,7 @@ def test_answers_by_hand(world: World, size: int, stride: int, most: int) -> Non
     null = min(window.null for window in seen)
     options: dict[str, Any] = {"doc_stride": stride, "max_answer_tokens": most}
 
-    results = answer(head, world.ours, QUESTION, PARAGRAPH, size, 4, n_best=5, **options)
+    results = answer(engine_of(head, world.ours, size, 4), head, QUESTION, PARAGRAPH, n_best=5, **options)
     assert [(one.start, one.end) for one in results] == ranked[:5]
     assert all(one.text == PARAGRAPH[one.start : one.end] == one.text.strip() != "" for one in results)
     total = math.fsum(math.exp(best[place]) for place in ranked)
@@ -290,7 +321,8 @@ def test_answers_by_hand(world: World, size: int, stride: int, most: int) -> Non
     gap = null - best[ranked[0]]
     total += math.exp(null)
     for threshold, none in ((gap - 0.01, True), (gap + 0.01, False)):
-        results = answer(head, world.ours, QUESTION, PARAGRAPH, size, 2, null_threshold=threshold, **options)
+        engine = engine_of(head, world.ours, size, 2)
+        results = answer(engine, head, QUESTION, PARAGRAPH, null_threshold=threshold, **options)
         expected, logit = (Answer("", 0, 0, 0), null) if none else (Answer("", *ranked[0], 0), best[ranked[0]])
         assert [(one.start, one.end) for one in results] == [(expected.start, expected.end)]
         assert results[0].score == pytest.approx(math.exp(logit) / total, abs=1e-5)
@@ -303,13 +335,13 @@ def test_the_best_span_by_log_probabilities(world: World) -> None:
     chances = window.starts.log_softmax(-1)[:, None] + window.ends.log_softmax(-1)  # (T, T)
     chances = chances.exp().triu().tril(29)
     i, j = divmod(int(chances.argmax()), len(window.tokens))
-    (results,) = answer(head, world.ours, QUESTION, PARAGRAPH, *SIZES)
+    (results,) = answer(engine_of(head, world.ours), head, QUESTION, PARAGRAPH)
     assert results.text == PARAGRAPH[window.offsets[i][0] : window.offsets[j][1]].strip()
 
 
 def test_what_a_head_reads_is_a_pair_of_transformers(world: World) -> None:
     head = Scripted({}, {})
-    answer(head, world.ours, QUESTION, PARAGRAPH, 50, 4, doc_stride=11)
+    answer(engine_of_tokens(world.ours, 50, 1), head, QUESTION, PARAGRAPH, doc_stride=11)
     theirs = list(their_windows(world, head_of("QuestionAnswering"), PARAGRAPH, 50, 11))
     assert sorted(head.seen) == sorted(window.tokens for window in theirs)
 
@@ -318,13 +350,14 @@ def test_pairs_in_their_order_whatever_the_batch(world: World) -> None:
     head = head_of("QuestionAnswering")
     pairs = [("What?", PARAGRAPH), ("Who is it?", "the fox"), (QUESTION, PARAGRAPH[100:300]), ("a", "😀 and 中文")]
     options: dict[str, Any] = {"doc_stride": 9, "n_best": 3, "null_threshold": 0.0}
-    expected = [answer(head, world.ours, *pair, 45, 1, **options) for pair in pairs]
+    alone_engine = engine_of(head, world.ours, 45, 1)
+    expected = [answer(alone_engine, head, *pair, **options) for pair in pairs]
     for max_batch_size in (2, 7, 100):
-        results = answer_all(head, world.ours, pairs, 45, max_batch_size, **options)
+        results = answer_all(engine_of(head, world.ours, 45, max_batch_size), head, pairs, **options)
         for ours, alone in zip(results, expected, strict=True):
             assert [(one.text, one.start, one.end) for one in ours] == [(one.text, one.start, one.end) for one in alone]
             assert [one.score for one in ours] == pytest.approx([one.score for one in alone], abs=1e-5)
-    assert answer_all(head, world.ours, [], 45, 3) == []
+    assert answer_all(alone_engine, head, []) == []
 
 
 def test_only_tokens_of_the_context_answer(world: World) -> None:
@@ -333,7 +366,7 @@ def test_only_tokens_of_the_context_answer(world: World) -> None:
     others = [*world.ours.encode("fun?", bos=True, eos=False), *world.ours.encode("", bos=True, eos=False)]
     assert not {*context} & {*others}
     high = dict.fromkeys(others, 9.0) | {context[-1]: 3.0}
-    results = answer(Scripted(high, high), world.ours, "fun?", "box a", *SIZES, n_best=100)
+    results = answer(engine_of_tokens(world.ours), Scripted(high, high), "fun?", "box a", n_best=100)
     seen = [i for i, token in enumerate(context) if world.ours.decode([token]).strip()]
     assert len(results) == len(seen) * (len(seen) + 1) // 2
     assert results[0].text == "a" and results[0].end == 5
@@ -344,7 +377,7 @@ def test_one_answer_of_several_tokens_or_windows_counts_once(small: Tokenizer, p
     parts = small.encode("文", bos=False, eos=False)
     assert len(parts) > 1
     head = Scripted(dict.fromkeys(parts, 5.0), dict.fromkeys(parts, 5.0), -5.0)
-    results = answer(head, small, "a", "bcd文efg", 10, 2, doc_stride=5, n_best=30)
+    results = answer(engine_of_tokens(small, 10, 2), head, "a", "bcd文efg", doc_stride=5, n_best=30)
     assert (results[0].text, results[0].start, results[0].end) == ("文", 3, 4)
     assert len({(one.start, one.end) for one in results}) == len(results)
     assert math.fsum(one.score for one in results) == pytest.approx(1)
@@ -353,27 +386,26 @@ def test_one_answer_of_several_tokens_or_windows_counts_once(small: Tokenizer, p
 
 def test_an_answer_has_no_white_space_at_its_ends(small: Tokenizer, place: Place) -> None:
     spaces = {token: 9.0 for text in (" ", "  ", "    ", "\n\n") for token in small.encode(text, bos=False, eos=False)}
-    head = Scripted(spaces, spaces)
-    assert answer(head, small, "a", "    b  c\n\n", *SIZES) == [Answer("b", 4, 5, pytest.approx(1 / 3))]
-    assert answer(head, small, "a", " the  ", *SIZES) == [Answer("the", 1, 4, 1.0)]
+    engine, head = engine_of_tokens(small), Scripted(spaces, spaces)
+    assert answer(engine, head, "a", "    b  c\n\n") == [Answer("b", 4, 5, pytest.approx(1 / 3))]
+    assert answer(engine, head, "a", " the  ") == [Answer("the", 1, 4, 1.0)]
 
 
 def test_no_answer_is_the_least_of_all_windows(small: Tokenizer, place: Place) -> None:
     class ContextWindow(Scripted):
-        def forward(self, tokens: Tensor, lengths: Tensor) -> SimpleNamespace:
-            output = super().forward(tokens, lengths)
-            output.start_logits[:, 0] = torch.where((tokens == z).any(-1), -5.0, 5.0)
-            return output
+        def compute_logits(self, h: Tensor) -> Tensor:
+            logits = super().compute_logits(h)
+            logits[0, 0] = -5.0 if z in h.argmax(-1) else 5.0
+            return logits
 
     (z,) = small.encode("z", bos=False, eos=False)
     options: dict[str, Any] = {"doc_stride": 0, "null_threshold": 0.0}
-    none, some = (
-        answer(ContextWindow({}, {}), small, "a", context, 8, 4, **options) for context in ("bcdefghi", "bcdefghz")
-    )
+    engine, head = engine_of_tokens(small, 8, 4), ContextWindow({}, {})
+    none, some = (answer(engine, head, "a", context, **options) for context in ("bcdefghi", "bcdefghz"))
     compared = COMPARED + math.exp(5)
     assert none == [Answer("", 0, 0, pytest.approx(math.exp(5) / compared))]
     assert some == [Answer("b", 0, 1, pytest.approx(1 / (COMPARED + math.exp(-5))))]
-    both = answer(ContextWindow({}, {}), small, "a", "bcdefghi", 8, 4, n_best=2, **options)
+    both = answer(engine, head, "a", "bcdefghi", n_best=2, **options)
     assert both == [*none, Answer("b", 0, 1, pytest.approx(1 / compared))]
 
 
@@ -384,9 +416,12 @@ def test_no_answer_is_the_least_of_all_windows(small: Tokenizer, place: Place) -
 def untouched(world: World) -> Any:
     """Refused before any forward pass."""
 
-    def refuse(use: Any, *args: Any, **options: Any) -> str:
+    def refuse(use: Any, *args: Any, max_seq_len: int = 512, **options: Any) -> str:
+        engine = engine_of_tokens(world.ours, max_seq_len, 2)
+        passes = note_passes(engine)
         with pytest.raises(LlamaError) as caught:
-            use(Untouched(), world.ours, *args, **options)
+            use(engine, Untouched(), *args, **options)
+        assert not passes
         return str(caught.value)
 
     return refuse
@@ -394,32 +429,31 @@ def untouched(world: World) -> Any:
 
 def test_texts_that_are_none(untouched: Any) -> None:
     for use in (classify, tag):
-        assert "text 1 is empty" in untouched(use, ["a", ""], *SIZES)
-        assert "expected a list of strings" in untouched(use, "text", *SIZES)
-        assert "expected a list of strings" in untouched(use, [1], *SIZES)
-        assert "max_seq_len is 0" in untouched(use, ["a"], 0, 1)
-        assert "max_batch_size is 'x'" in untouched(use, ["a"], 9, "x")
+        assert "text 1 is empty" in untouched(use, ["a", ""])
+        assert "expected a list of strings" in untouched(use, "text")
+        assert "expected a list of strings" in untouched(use, [1])
 
 
 def test_texts_that_are_too_long(world: World, untouched: Any) -> None:
     length = len(world.ours.encode(PARAGRAPH, bos=True, eos=False))
-    message = untouched(classify, ["a", PARAGRAPH], 30, 2)
+    message = untouched(classify, ["a", PARAGRAPH], max_seq_len=30)
     assert {"1", str(length), "30"} <= numbers_in(message)
     if world.ours.encode("", bos=True, eos=False):
-        assert "1 tokens, which leaves no room for a text within max_seq_len 1" in untouched(tag, ["a"], 1, 2)
+        message = untouched(tag, ["a"], max_seq_len=1)
+        assert "1 tokens, which leaves no room for a text within max_seq_len 1" in message
 
 
 def test_questions_that_are_none(world: World, untouched: Any) -> None:
-    assert "question 0 is empty" in untouched(answer, "", "the fox", *SIZES)
-    assert "context 0 is empty" in untouched(answer, "what?", "", *SIZES)
-    assert "context 1 has no token but white space" in untouched(answer_all, [("a", "b"), ("a", " \n ")], *SIZES)
-    assert "expected a list of strings" in untouched(answer, 3, "the fox", *SIZES)
-    assert "expected (question, context)" in untouched(answer_all, ["ab", ("a",)], *SIZES)
-    assert "pairs is a str" in untouched(answer_all, "ab", *SIZES)
+    assert "question 0 is empty" in untouched(answer, "", "the fox")
+    assert "context 0 is empty" in untouched(answer, "what?", "")
+    assert "context 1 has no token but white space" in untouched(answer_all, [("a", "b"), ("a", " \n ")])
+    assert "expected a list of strings" in untouched(answer, 3, "the fox")
+    assert "expected (question, context)" in untouched(answer_all, ["ab", ("a",)])
+    assert "pairs is a str" in untouched(answer_all, "ab")
     asked = len(world.ours.encode(QUESTION, bos=True, eos=False)) + len(world.ours.encode("", bos=True, eos=False))
-    message = untouched(answer, QUESTION, "the fox", asked, 2)
+    message = untouched(answer, QUESTION, "the fox", max_seq_len=asked)
     assert {str(asked)} <= numbers_in(message) and "no room" in message
-    message = untouched(answer, QUESTION, PARAGRAPH, asked + 10, 2, doc_stride=10)
+    message = untouched(answer, QUESTION, PARAGRAPH, max_seq_len=asked + 10, doc_stride=10)
     assert "windows of 10 tokens can't overlap by doc_stride 10" in message
 
 
@@ -436,14 +470,14 @@ def test_questions_that_are_none(world: World, untouched: Any) -> None:
 )
 def test_settings_out_of_range(untouched: Any, options: dict[str, Any]) -> None:
     ((name, value),) = options.items()
-    assert f"{name} is {value!r}, expected" in untouched(answer, "what?", "the fox", *SIZES, **options)
+    assert f"{name} is {value!r}, expected" in untouched(answer, "what?", "the fox", **options)
 
 
 def test_logits_that_are_not_finite(world: World) -> None:
     token = world.ours.encode("x", bos=False, eos=False)[0]
     head = Scripted({token: math.nan}, {})
     with pytest.raises(LlamaError, match=r"text 1: the logits are not finite in torch\.float32"):
-        answer_all(head, world.ours, [("a", "b"), ("a", "x")], *SIZES)
+        answer_all(engine_of_tokens(world.ours), head, [("a", "b"), ("a", "x")])
 
 
 def test_two_ranks_are_one(pool: RankPool, place: Place, tmp_path: Path) -> None:

@@ -314,13 +314,26 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(made: Path, monkeypatc
     monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 4 * numbers - 1)
     with pytest.raises(LlamaError, match=r"of 4 bytes each, 1 x on cpu = .* do not fit its .*: choose a smaller dtype"):
         TaskModel.build(made / "tag", **OPTIONS)
+    cache = 2 * 2 * 4 * 512 * 2 * 8 * 4  # keys and values, layers, rows, positions, heads, their numbers, bytes
+    monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 4 * numbers + cache - 1)
+    with pytest.raises(LlamaError, match=r"GB of KV cache .*: lower max_seq_len or max_batch_size, or use more ranks"):
+        TaskModel.build(made / "tag", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"max_seq_len": 0}, "max_seq_len is 0"), ({"max_batch_size": "x"}, "max_batch_size is 'x'")],
+)
+def test_sizes_that_are_none(made: Path, options: dict, message: str) -> None:
+    with pytest.raises(LlamaError, match=message):
+        TaskModel.build(made / "tag", **options, **OPTIONS)
 
 
 def test_training_needs_more(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "ab", "spans": []}\n{"text": "ab", "spans": []}\n')
     numbers = sum(parameter.numel() for parameter in TaskModel.build(made / "tag", **OPTIONS).model.parameters())
     monkeypatch.setattr("llama.checkpoints.fit.available_memory", lambda _: 15 * numbers)
-    plan = TrainingConfig("tag", str(tmp_path / "data.jsonl"), str(tmp_path / "out"))
+    plan = TrainingConfig("tag", str(tmp_path / "data.jsonl"), str(tmp_path / "out"), batch_size=1, max_seq_len=16)
     with pytest.raises(LlamaError, match=r"of 16 bytes each, .*: train with lora, or use more ranks"):
         finetune(plan, made / "tag", **OPTIONS)
     assert not (tmp_path / "out").exists()
