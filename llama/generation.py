@@ -181,7 +181,7 @@ class Llama:
         several steps of a sequence; see `acceptance`. None: a draft model proposes them, if there is one.
         prefix_cache: begin at what the KV cache holds of a prompt from earlier calls with this option, and from
         sessions, and leave this call's to later ones. ordered_rows: keep rows of passes in the order of the prompts,
-        which `llama.engine.rows.rows` tells in a hook.
+        which `llama.engine.rows` tells in a hook.
 
         Each sequence draws its own random numbers, from the seed of this Llama, the prompt, and how often it was given
         that prompt; or from the sequence's own seed. They don't depend on the other sequences.

@@ -7,17 +7,15 @@ import atexit
 import contextlib
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import fairscale.nn.model_parallel.initialize as fs_init
 import torch
 import torch.distributed as dist
 
-from ._util.agreement import digest
+from ._util.agreement import find_difference
 from ._util.device import choose_device, choose_dtype
 from ._util.heartbeat import start_heartbeat, stop_heartbeat
 from ._util.ranks import checked_env_rank, env_rank
@@ -25,7 +23,6 @@ from ._util.ranks import is_main_process as is_main_process
 from .errors import LlamaError, shorten, to_one_line
 
 T = TypeVar("T")
-IN_CALL: ContextVar[bool] = ContextVar("whether a call is made that all ranks make", default=False)
 
 
 @dataclass(frozen=True)
@@ -139,54 +136,6 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 @contextlib.contextmanager
-def long_timeout_group() -> Iterator[dist.ProcessGroup]:
-    """The model-parallel group once more, on the CPU, whose ranks wait 30 days for each other. All ranks call it."""
-    size = group().size()
-    firsts = range(0, dist.get_world_size(), size)
-    groups = [dist.new_group(list(range(i, i + size)), timedelta(days=30), "gloo") for i in firsts]
-    own = groups[dist.get_rank() // size]
-    try:
-        yield own
-    finally:
-        dist.destroy_process_group(own)  # since each holds sockets and threads
-
-
-@contextlib.contextmanager
-def leaders_group() -> Iterator[dist.ProcessGroup | None]:
-    """The first ranks of all model-parallel groups, which wait 30 days for each other; None where there is one group.
-
-    All ranks call it; only those in the group may use it.
-    """
-    size, world_size = group().size(), dist.get_world_size()
-    if size == world_size:
-        yield None
-        return
-    leaders = dist.new_group(list(range(0, world_size, size)), timedelta(days=30), "gloo")
-    try:
-        yield leaders
-    finally:
-        if is_group_leader():
-            dist.destroy_process_group(leaders)
-
-
-@contextlib.contextmanager
-def call_together(call: str, **arguments: object) -> Iterator[None]:
-    """As `raise_together` for the model-parallel group, and all raise LlamaError that made different calls.
-
-    Calls that a call makes in this context are no calls of their own.
-    """
-    if group().size() == 1 or IN_CALL.get():
-        yield
-        return
-    token = IN_CALL.set(True)
-    try:
-        with raise_together(group(), {"call": call, **{name: digest(value) for name, value in arguments.items()}}):
-            yield
-    finally:
-        IN_CALL.reset(token)
-
-
-@contextlib.contextmanager
 def raise_together(group: dist.ProcessGroup | None = None, about: Mapping[str, str] | None = None) -> Iterator[None]:
     """A context for a step that may fail on one rank alone: if it fails on any, all raise LlamaError with its message.
 
@@ -214,17 +163,7 @@ def raise_together(group: dist.ProcessGroup | None = None, about: Mapping[str, s
             shared = LlamaError(message if on_all_ranks else f"rank {rank}: {message}")
             shared.everywhere = True
             raise shared from error
-    check_agreement([own for _, own in said])
-
-
-def check_agreement(said: Sequence[Mapping[str, str] | None]) -> None:
-    """Raise LlamaError where ranks said different things of the call that they make."""
-    first = said[0] or {}
-    for rank, other in enumerate(said):
-        if differing := [name for name in first if (other or {}).get(name) != first[name]]:
-            name = differing[0]
-            found = f"{(other or {}).get(name)}, and rank 0 {first[name]}"
-            found = found if name == "call" else f"{first['call']} with other {name} than rank 0"
-            shared = LlamaError(f"rank {rank} calls {found}: all ranks make the same calls in the same order")
-            shared.everywhere = True
-            raise shared
+    if (difference := find_difference([own for _, own in said])) is not None:
+        shared = LlamaError(difference)
+        shared.everywhere = True
+        raise shared

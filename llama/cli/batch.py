@@ -27,13 +27,14 @@ from .._util.json_lines import parse_object
 from .._util.ranks import is_main_process, new_long_timeout_group
 from .._util.validate import is_integer, suggest
 from ..engine.outputs import Completion, describe_completion, make_completion
+from ..engine.rank_groups import leaders_group
 from ..engine.request import raise_failures
 from ..engine.request_checks import check_room, check_token_ids
 from ..engine.sequence import OutputOptions, Sequence, Step
 from ..engine.sequence_maker import CallOptions
 from ..errors import LlamaError, describe, pluralize, shorten
 from ..generation import Llama
-from ..parallel import broadcast_object, is_group_leader, leaders_group, raise_together
+from ..parallel import broadcast_object, is_group_leader, raise_together
 from ..settings import CALL_OPTIONS, NAMES, Settings
 from ..tokenization.chat_template import find_variables, make_formatter
 from ..tokenization.messages import DIALOG_OPTIONS

@@ -22,6 +22,7 @@ from ..tokenization.protocol import AnyTokenizer
 from .cache_book import CacheBook
 from .forward_pass import is_dynamic
 from .leading import Arrival, Channel, Commands, Farewell
+from .rank_groups import call_together, long_timeout_group
 from .request import Request, raise_failures
 from .request_checks import check_budget, check_prompts, check_speculation, check_token_ids
 from .sequence import OutputOptions, Sequence, Step
@@ -245,7 +246,11 @@ class Engine:
     def _tidy(self) -> None:
         """End what was cancelled, and give back its memory, unless the next step is to do so."""
         with self._turn:
-            if self._runner is not None or parallel.group().size() > 1 or self.model.kv_cache.owner is not self:
+            if self._runner is not None or self.model.kv_cache.owner is not self:
+                return
+            if parallel.group().size() > 1:
+                if self.is_leading and (self._cancelled or self._closed_scopes):
+                    self._run_step([])  # the others are to do the same
                 return
             cancelled = [self._cancelled.popleft().key for _ in range(len(self._cancelled))]
             self.stepper.tidy(Commands((), cancelled=cancelled, closed_scopes=self._closed_scopes))
@@ -280,7 +285,7 @@ class Engine:
 
         call, arguments: what has to be the same on all ranks. Raises LlamaError that names what differs.
         """
-        return contextlib.nullcontext() if self.is_leading else parallel.call_together(call, **arguments)
+        return contextlib.nullcontext() if self.is_leading else call_together(call, **arguments)
 
     @contextlib.contextmanager
     def lead(self) -> Iterator[None]:
@@ -293,7 +298,7 @@ class Engine:
             return
         if self.is_leading or not parallel.is_group_leader():
             raise LlamaError("only the first rank of a group leads, and once at a time: the others call follow()")
-        with parallel.long_timeout_group() as group:
+        with long_timeout_group() as group:
             self._channel = Channel(group)
             self.stepper.tells_cancelled = False
             try:
@@ -312,7 +317,7 @@ class Engine:
         if parallel.is_group_leader():
             raise LlamaError("the first rank of a group leads: call lead() there, and follow() on the others")
         self.stepper.tells_cancelled = False
-        with parallel.long_timeout_group() as group:
+        with long_timeout_group() as group:
             channel, error = Channel(group), None
             while isinstance(commands := channel.receive(), Commands):
                 if commands.has_failed != (error is not None):
@@ -370,10 +375,7 @@ class Engine:
     # --- private ------------------------------------------------------------------------------------------------------
 
     def _choose_scope(self, reuse: bool) -> int | None:
-        """Which requests those of a call share prefixes with. None with `dynamic` rotary scaling.
-
-        There the angles in the cache depend on the length of the text that they were computed for.
-        """
+        """Which requests those of a call share prefixes with; None: with none."""
         if is_dynamic(self.model):
             return None
         return SHARED if reuse else next(self._scopes)

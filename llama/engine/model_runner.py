@@ -13,7 +13,7 @@ from torch import Tensor
 from ..model import Transformer
 from ..sampling import token_logprobs
 from .forward_pass import compute_logits, compute_states, is_dynamic, is_intercepted
-from .rows import show_rows
+from .pass_rows import show_rows
 from .sequence import Sequence as TokenSequence
 from .transfer import copy_to_device
 

@@ -21,6 +21,7 @@ from .leading import Commands
 from .model_runner import PassRow, compute_prompt_logprobs, run_rows, settle
 from .model_version import read_version
 from .not_finite import not_finite_error
+from .rank_groups import call_together
 from .scheduler import Scheduler
 from .sequence import ConsumeLogits, Step
 from .sequence import Sequence as TokenSequence
@@ -285,7 +286,7 @@ class Stepper:
         """Why no token could be chosen after a sequence, if none could."""
         if token == NOT_FINITE:
             return not_finite_error(
-                self.model, parallel.call_together, f"row {s.index}: the logits at position {s.position} are"
+                self.model, call_together, f"row {s.index}: the logits at position {s.position} are"
             )
         if token == NONE_LEFT:
             return LlamaError(

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from llama import Llama, LlamaError
 from llama.bench.subjects import NoText
+from llama.engine import rows
 from llama.engine.beam_search import NO_SCORE, Beam, Beams, Process, beam_search
 from llama.engine.engine import Engine
-from llama.engine.rows import rows
 from llama.model import ModelArgs, Transformer
 from llama.parallel import Place
 

@@ -16,7 +16,7 @@ from tiny import ARGS, write_checkpoint
 from torch import Tensor
 
 from llama import Llama, LlamaError
-from llama.engine.rows import rows
+from llama.engine import rows
 from llama.generation import Step
 from llama.session import Session
 

@@ -1,4 +1,4 @@
-"""An engine that serves: a thread of its own answers all requests, whoever asks, and one that fails is alone with it."""
+"""An engine that serves: a thread of its own answers all requests, whoever asks, and a failure is its own."""
 
 import threading
 import time
@@ -163,9 +163,8 @@ def test_calls_that_differ_between_ranks_are_refused(pool: RankPool, directory: 
     found = pool.run(call_differently, str(directory), ranks=2).results
     assert found[0] == found[1]
     prompts, settings, calls, after = found[0]
-    assert prompts == "rank 1 calls text_completion with other prompts than rank 0: all ranks make the same calls in " + (
-        "the same order"
-    )
+    expected = "rank 1 calls text_completion with other prompts than rank 0"
+    assert prompts == f"{expected}: all ranks make the same calls in the same order"
     assert "rank 1 calls complete with other settings than rank 0" in settings
     assert "rank 1 calls embed, and rank 0 score" in calls
     assert isinstance(after, str)
