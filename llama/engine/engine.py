@@ -20,7 +20,7 @@ from ..model import Transformer
 from ..settings import settings_of_rows
 from ..tokenization.protocol import AnyTokenizer
 from .cache_book import CacheBook
-from .forward_pass import is_dynamic
+from .forward_pass import find_cache_dtype, is_dynamic
 from .leading import Arrival, Channel, Commands, Farewell
 from .rank_groups import call_together, long_timeout_group
 from .request import Request, raise_failures
@@ -131,6 +131,7 @@ class Engine:
         finally:
             for s in live:
                 self.cancel(s)
+            self._tidy()
 
     def open_scopes(self, count: int) -> list[int]:
         """For each of so many prompts, what its texts share in the KV cache until `close_scopes`: equal ones share it.
@@ -258,7 +259,7 @@ class Engine:
 
     def _claim_slots(self) -> bool:
         """Make the model's slots this engine's. Returns whether they hold nothing that it wrote."""
-        return self.model.kv_cache.claim(self, self.n_slots, self.model.dtype, self.model.device)
+        return self.model.kv_cache.claim(self, self.n_slots, find_cache_dtype(self.model), self.model.device)
 
     @contextlib.contextmanager
     def _busy(self) -> Iterator[None]:

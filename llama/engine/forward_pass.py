@@ -3,6 +3,7 @@
 A model whose own `forward` was hooked or replaced is called as a whole. Knows no sequence, no cache's book and no text.
 """
 
+import torch
 from torch import Tensor
 
 from .._util.slots import UNTOLD_SLOTS
@@ -17,6 +18,12 @@ def is_intercepted(model: Transformer) -> bool:
     """Whether the forward of the whole model was hooked, or replaced in the object, its class or a subclass."""
     hooked = bool(model._forward_hooks or model._forward_pre_hooks)
     return hooked or "forward" in vars(model) or type(model).forward is not PLAIN_FORWARD
+
+
+def find_cache_dtype(model: Transformer) -> torch.dtype:
+    """The dtype of the keys and values that a pass computes now."""
+    device = model.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
 
 
 def is_dynamic(model: Transformer) -> bool:

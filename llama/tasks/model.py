@@ -126,7 +126,7 @@ class TaskModel:
         self.tokenizer = tokenizer
         self.formatter = make_formatter(tokenizer, today or datetime.now())
         self.checkpoint = checkpoint
-        self._engines: dict[torch.dtype | None, Engine] = {}  # by the dtype of autocast
+        self._engine: Engine | None = None
         self._lock = threading.Lock()  # guards `_engines`
 
     @property
@@ -139,16 +139,11 @@ class TaskModel:
 
     @property
     def engine(self) -> Engine:
-        """What reads the texts of predictions. `torch.autocast` has its own, since the KV cache has other numbers then.
-
-        An engine takes memory when it reads.
-        """
-        device = self.model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        """What reads the texts of predictions. It takes memory when it reads."""
         with self._lock:
-            if dtype not in self._engines:
-                self._engines[dtype] = Engine(self.model, self.tokenizer, 1, PREFILL_CHUNK, None)
-            return self._engines[dtype]
+            if self._engine is None:
+                self._engine = Engine(self.model, self.tokenizer, 1, PREFILL_CHUNK, None)
+            return self._engine
 
     def classify(self, texts: Sequence[Text], **options: Unpack[TextOptions]) -> list[list[Label]]:
         """The labels of each text or dialog: see `predict.classify`."""

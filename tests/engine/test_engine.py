@@ -341,3 +341,12 @@ def test_a_forward_that_is_not_told_of_slots_uses_them(llama: Llama, how: str) -
     found = tokens_of([next(other), next(other)])
     assert [answer.tokens for answer in llama.complete(prompts, temperature=0, rows=options)] == expected
     assert found + tokens_of(list(other)) == expected[3]
+
+
+def test_calls_inside_and_outside_of_autocast(llama: Llama) -> None:
+    """The cache holds other numbers then, and none of them is taken for the others."""
+    prompt = prompt_of(1, 30)
+    plain = llama.complete([prompt], 8, temperature=0, prefix_cache=True)[0].tokens
+    with torch.autocast("cpu", torch.bfloat16):
+        llama.complete([prompt], 8, temperature=0, prefix_cache=True)
+    assert llama.complete([prompt], 8, temperature=0, prefix_cache=True)[0].tokens == plain
