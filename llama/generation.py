@@ -42,7 +42,8 @@ from .tokenization.chat_template import find_variables, make_formatter
 from .tokenization.inputs import Text, TextOptions
 from .tokenization.messages import split_options
 from .tokenization.protocol import AnyTokenizer
-from .tokenization.texts import read_content
+from .tokenization.texts import read_message
+from .tokenization.tool_calls import find_tool_form
 from .tokenizer import Dialog, Message
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Dialog", "Llama", "Message", "Step", "sample_top_p"]
@@ -310,17 +311,19 @@ class Llama:
     ) -> list[ChatPrediction]:
         """The assistant's next message in each dialog; with logprobs, "tokens" and "logprobs" too.
 
-        `options` are those of `complete` and those of all dialogs: `tokenization.messages.DialogOptions`.
+        `options` are those of `complete` and those of all dialogs: `tokenization.messages.DialogOptions`. With tools, a
+        message has "tool_calls" and "reasoning_content" where the model wrote some, and what remains as content.
         """
         with self.engine.together("chat_completion", dialogs=dialogs):
             check_dialogs(dialogs)
             asked, others = split_options(options, lambda: find_variables(self.formatter))
             prompt_tokens = [self.formatter.encode_dialog_prompt(dialog, **asked) for dialog in dialogs]
         completions = self.complete(prompt_tokens, max_gen_len, temperature, top_p, logprobs, **others)
-        contents = [read_content(self.tokenizer, c.text) for c in completions]
+        form = find_tool_form(self.formatter) if asked.get("tools") else None
+        messages = [read_message(self.tokenizer, form, c.prompt, c.tokens, c.text) for c in completions]
         return [
-            {"generation": {"role": "assistant", "content": content}, **describe_completion(c, self.tokenizer)}
-            for c, content in zip(completions, contents, strict=True)
+            {"generation": message, **describe_completion(c, self.tokenizer)}
+            for c, message in zip(completions, messages, strict=True)
         ]
 
     def score(self, texts: abc.Sequence[Text], **options: Unpack[ScoringOptions]) -> list[Score]:

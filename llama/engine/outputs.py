@@ -11,7 +11,7 @@ from typing import TypedDict
 from ..errors import LlamaError
 from ..tokenization.protocol import AnyTokenizer
 from ..tokenization.texts import decode_token, name_tokens
-from ..tokenizer import Message
+from ..tokenization.tool_parser import AnswerMessage
 from .sequence import Alternatives, FinishReason, Step
 from .sequence import Sequence as TokenSequence
 
@@ -42,7 +42,7 @@ class CompletionPrediction(Details, total=False):
 
 
 class ChatPrediction(Details, total=False):
-    generation: Message
+    generation: AnswerMessage
 
 
 @dataclass

@@ -4,11 +4,14 @@ The texts of a prompt and of its answer, joined, are the text of all their token
 """
 
 from collections.abc import Iterable, Sequence
+from random import Random
 
 from .hf_tokenizer import HFTokenizer
 from .protocol import AnyStreamDecoder, AnyTokenizer
+from .tool_calls import ToolForm
+from .tool_parser import AnswerMessage, describe_message, parse_message
 
-# So many of a prompt's last tokens decide how the text goes on: a character has at most 4 bytes.
+# So many of a prompt's last tokens decide how the text goes on: a character has at most 4 bytes, a mark few tokens.
 _DECIDING_TOKENS = 32
 
 
@@ -45,3 +48,19 @@ def read_content(tokenizer: AnyTokenizer, text: str) -> str:
     It is without the space that SentencePiece tokenizers put before every text, since they will put it there again.
     """
     return tokenizer.strip_lead(text) if isinstance(tokenizer, HFTokenizer) else text
+
+
+def read_message(
+    tokenizer: AnyTokenizer, form: ToolForm | None, prompt: Sequence[int], tokens: Sequence[int], text: str
+) -> AnswerMessage:
+    """The message that a model wrote as `text`, whose tokens are `tokens`, after a prompt.
+
+    form: of its calls, where there were tools to call; None: all is content. The ids of calls are derived from the
+    tokens, so that they are the same on all ranks, and whenever the same is generated.
+    """
+    content = read_content(tokenizer, text)
+    if form is None:
+        return {"role": "assistant", "content": content}
+    in_reasoning = form.opens_reasoning(tokenizer.decode(prompt[-_DECIDING_TOKENS:]))
+    random = Random(repr([*prompt, *tokens]))
+    return describe_message(parse_message(content, form, True, in_reasoning=in_reasoning, random=random))
