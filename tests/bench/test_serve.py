@@ -17,7 +17,7 @@ from llama import Llama, LlamaError
 from llama.bench.engine_costs import StageClock, measure_python, measure_reuse
 from llama.bench.load import Arrivals, Range, ServeLoad
 from llama.bench.serve_report import LoadRun, Percentiles, ServeFigures, ServeReport, percentile
-from llama.bench.serve_runner import ServeConfig, repeat_load
+from llama.bench.serve_runner import ServeConfig, repeat_load, run_serve_benchmark
 from llama.bench.serving import Answer, ClosedServing, EngineServing, ServingSubject
 from llama.bench.subjects import NoText, build_random_model
 from llama.parallel import Place
@@ -271,6 +271,12 @@ def test_mistakes_get_one_line_before_anything_is_measured(bench: Command, optio
     said, error = bench(*options)
     assert said == ""
     assert error.startswith("error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_several_ranks_are_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ServeConfig, "find_place", lambda _: replace(place, world_size=2))
+    with pytest.raises(LlamaError, match="--serve runs in one process, and 2 are here: leave out torchrun"):
+        run_serve_benchmark(ServeConfig(shape="demo"))
 
 
 def test_a_slot_has_room_for_the_longest_request() -> None:
