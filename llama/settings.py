@@ -13,14 +13,15 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ._util.response_format import DESCRIPTION, is_response_format
 from ._util.validate import is_integer, is_number, suggest
 from .errors import LlamaError, shorten
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]
 # Where a setting acts, in the order of the work. "logits": changes the logits of one sequence, looking at its tokens so
-# far. "narrowing": changes the distribution that a token is drawn from. "stopping": says where an answer ends.
-# "length": says how long it gets. "randomness": says where the draws come from.
-Stage = Literal["logits", "narrowing", "stopping", "length", "randomness"]
+# far. "grammar": forbids what leads out of a form. "narrowing": changes the distribution that a token is drawn from.
+# "stopping": says where an answer ends. "length": says how long it gets. "randomness": says where the draws come from.
+Stage = Literal["logits", "grammar", "narrowing", "stopping", "length", "randomness"]
 LARGEST_PENALTY = 2.0  # of presence and frequency, in both directions, as the OpenAI API has them
 
 
@@ -85,6 +86,7 @@ def setting(default: Any, stage: Stage, values: Values, help: str, idle: Any = N
     return field(**{kind: default}, metadata={"setting": Setting(stage, values, help, idle, option)})
 
 
+FORMATS = Values(DESCRIPTION, is_response_format)
 PENALTIES = numbers(-LARGEST_PENALTY, LARGEST_PENALTY)
 COUNTS, COUNTS_FROM_1 = numbers(0, whole=True), numbers(1, whole=True)
 BIASES = Values("numbers by token id", is_bias_by_id)
@@ -134,6 +136,9 @@ class Settings:
     min_p: float = setting(
         0.0, "narrowing", numbers(0, 1), "drop tokens less than X times as likely as the likeliest", idle=0, option=True
     )
+    response_format: Mapping[str, Any] | None = setting(
+        None, "grammar", FORMATS, "hold the answer to JSON, a JSON schema, a regex, texts to choose from or a grammar"
+    )
     max_gen_len: int | None = setting(
         None, "length", COUNTS_FROM_1, "most tokens of an answer (default: as max_seq_len allows)", option=True
     )
@@ -169,6 +174,11 @@ class Settings:
     def changes_logits(self) -> bool:
         """Whether any setting of the stage "logits" does something."""
         return bool(self.select_active("logits"))
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer is held to a form."""
+        return self.response_format is not None and self.response_format["type"] != "text"
 
     @cached_property
     def narrowing(self) -> tuple[tuple[str, Any], ...]:

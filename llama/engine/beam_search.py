@@ -73,15 +73,16 @@ class Beams:
 
     def check_with(self, settings: Settings, others: Mapping[str, object]) -> None:
         """Refuse what contradicts a search. others: arguments of the call by name; true where they were given."""
-        conflicts = [name for name, value in others.items() if value]
+        constrained = {"stop": settings.stop, "response_format": settings.is_constrained}
+        conflicts = [name for name, value in (*others.items(), *constrained.items()) if value]
         if settings.temperature != 0:
             raise LlamaError(
                 f"num_beams is {self.num_beams} and temperature {settings.temperature}: beams are the likeliest, and "
                 "nothing is drawn; set temperature to 0 or drop num_beams"
             )
-        if conflicts or settings.stop:
+        if conflicts:
             raise LlamaError(
-                f"num_beams is {self.num_beams} and {[*conflicts, 'stop'][0]} was given: drop one of them"
+                f"num_beams is {self.num_beams} and {conflicts[0]} was given: drop one of them"
                 + "; num_return_sequences says how many beams are wanted" * ("n" in conflicts[:1])
             )
 

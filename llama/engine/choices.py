@@ -64,15 +64,17 @@ def choose(logits: Tensor, places: abc.Sequence[Place], told: abc.Sequence[int] 
 
 def choose_tokens(logits: Tensor, places: abc.Sequence[Place], failures: dict[int, Exception]) -> Tensor:
     """The tokens (N) at places with logits (N, vocab_size). failures: gets what logits processors raise."""
-    changed = [i for i, place in enumerate(places) if place.sequence.settings.changes_logits]
+    changed = [i for i, place in enumerate(places) if place.sequence.changes_logits]
     original = logits
     if changed:
         logits = logits.clone()
     for i in changed:
         s = places[i].sequence
-        context = Context(s.prompt, [*s.answer, *places[i].proposals], s.stops)
+        answer = [*s.answer, *places[i].proposals]
+        context = Context(s.prompt, answer, s.stops)
         try:
-            logits[i] = apply_logits_processors(logits[i], s.settings, context)
+            own = apply_logits_processors(logits[i], s.settings, context)
+            logits[i] = own if s.matcher is None else s.matcher.mask(own, answer, s.stops)
         except Exception as e:  # whatever a caller's function raises is its own request's failure
             failures[i] = e
     groups: dict[tuple[object, ...], list[int]] = {}  # places whose tokens are sampled together

@@ -6,10 +6,12 @@ Each check raises LlamaError with the value and what was expected. Knows sizes a
 from collections.abc import Sequence
 from numbers import Integral
 
+from .. import parallel
 from .._util.validate import check_count, check_list, is_integer
 from ..errors import LlamaError, shorten
 from ..model import ModelArgs
 from ..settings import Settings
+from .grammar import check_format
 
 
 def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
@@ -34,13 +36,18 @@ def check_best_of(best_of: int, n: int) -> None:
 
 
 def check_token_ids(settings: Sequence[Settings], top_logprobs: int, vocab_size: int) -> None:
-    """Check that the token ids in settings, and the number of likeliest tokens, fit the vocabulary."""
+    """Check that the token ids in settings, and the number of likeliest tokens, fit the vocabulary.
+
+    And that a grammar can be made of each response format, on the rank that chooses tokens, which follows it.
+    """
     if not is_integer(top_logprobs, 0) or top_logprobs > vocab_size:
         raise LlamaError(f"top_logprobs is {shorten(top_logprobs)}, expected a whole number in [0, {vocab_size}]")
     for s in settings:
         for name, tokens in (("logit_bias", s.logit_bias), ("stop_token_ids", s.stop_token_ids)):
             if too_large := [token for token in tokens if token >= vocab_size]:
                 raise LlamaError(f"{name} has token {too_large[0]}, expected whole numbers in [0, {vocab_size})")
+        if s.response_format is not None and s.is_constrained and parallel.is_group_leader():
+            check_format(s.response_format)
 
 
 def check_prompts(prompt_tokens: Sequence[Sequence[int]], params: ModelArgs) -> None:

@@ -16,6 +16,7 @@ from ..tokenization.texts import prime
 from .stop_strings import StopFinder
 
 if TYPE_CHECKING:
+    from .grammar import Matcher
     from .speculative import Proposer
 
 FinishReason = Literal["stop", "length"]
@@ -48,6 +49,12 @@ class Step:
     top_logprobs: Alternatives | None = None  # the likeliest tokens here; None unless asked for
 
 
+def read_alternatives(best: abc.Sequence[float], top: int) -> Alternatives | None:
+    """Tokens and logprobs that come by turns, at most `top` of them."""
+    pairs = zip(best[: 2 * top : 2], best[1 : 2 * top : 2], strict=True)
+    return tuple((int(token), logprob) for token, logprob in pairs) if top else None
+
+
 @dataclass(eq=False)
 class Sequence:
     """One sequence: a prompt, its answer so far, and all that decides how it goes on."""
@@ -62,6 +69,7 @@ class Sequence:
     stop_finder: StopFinder
     output: OutputOptions
     scope: int | None  # sequences of equal scopes share what the KV cache holds; None: shares nothing
+    matcher: "Matcher | None" = None  # what its answer is held to; only on the rank that chooses its tokens
     proposer: "Proposer | None" = None
     lookup_ngram: int | None = None  # of a proposer that looks tokens up
     most_proposals: int = 0  # tokens that are proposed at a time
@@ -81,6 +89,7 @@ class Sequence:
     ends: list[int] = field(default_factory=list)  # characters of the answer up to and with each of its tokens
     draws: list[torch.Tensor] = field(default_factory=list)  # random numbers for the tokens to come
     prompt_logprobs: list[float] = field(default_factory=lambda: [0.0])  # of the prompt's tokens read so far
+    prompt_tops: list[Alternatives | None] = field(default_factory=lambda: [None])  # the likeliest in their places
     steps: deque[Step] = field(default_factory=deque)  # that nobody has taken yet
     error: Exception | None = None  # why it failed
     is_over: bool = False  # whether it gets no further steps
@@ -92,6 +101,7 @@ class Sequence:
         if not self.is_read:
             prime(self.decoder, self.prompt)
         self.prompt_logprobs += [0.0] * (self.first - 1)
+        self.prompt_tops += [None] * (self.first - 1)
 
     @property
     def tokens(self) -> list[int]:
@@ -102,6 +112,11 @@ class Sequence:
     def acceptance(self) -> float | None:
         """The share of the tokens proposed that the model chose; None where none was proposed."""
         return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are chosen from other logits than the model's."""
+        return self.matcher is not None or self.settings.changes_logits
 
     @property
     def position(self) -> int:
@@ -143,9 +158,11 @@ class Sequence:
         texts = [self.decoder.push(token) for token in self.prompt]
         if self.remaining == 0:
             texts[-1] += self.decoder.flush()
-        known = (self.twin or self).prompt_logprobs
-        logprobs: abc.Sequence[float | None] = known if self.output.logprobs else [None] * len(texts)
-        return [Step(self.index, *step) for step in zip(self.prompt, texts, logprobs, strict=True)]
+        known, nothing = self.twin or self, [None] * len(texts)
+        logprobs: abc.Sequence[float | None] = known.prompt_logprobs if self.output.logprobs else nothing
+        tops: abc.Sequence[Alternatives | None] = known.prompt_tops if self.output.logprobs else nothing
+        steps = zip(self.prompt, texts, logprobs, tops, strict=True)
+        return [Step(self.index, token, text, p, top_logprobs=top) for token, text, p, top in steps]
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import parallel
 from ..model import ModelArgs
 from ..settings import Settings
 from ..tokenization.protocol import AnyTokenizer
+from .grammar import Grammars, Matcher
 from .seeds import SequenceSeeds
 from .sequence import Consume, ConsumeLogits, OutputOptions, Sequence
 from .speculative import SPECULATE_K, DraftProposer, Proposer, make_lookup_proposer
@@ -40,6 +42,7 @@ class SequenceMaker:
         self.tokenizer = tokenizer
         self._max_seq_len = params.max_seq_len
         self._draft_proposer = draft
+        self._grammars = Grammars(tokenizer)
         self.seeds = SequenceSeeds(seed)
 
     def make_sequences(
@@ -77,6 +80,7 @@ class SequenceMaker:
             stop_finder=StopFinder(settings.stop),
             output=options.output,
             scope=scope,
+            matcher=self._make_matcher(settings),
             proposer=self.make_proposer(options.lookup_ngram),
             lookup_ngram=options.lookup_ngram,
             most_proposals=options.speculate_k if options.lookup_ngram or self._draft_proposer else 0,
@@ -84,6 +88,14 @@ class SequenceMaker:
             is_drained=options.is_drained,
             notify=options.notify,
         )
+
+    def _make_matcher(self, settings: Settings) -> Matcher | None:
+        if settings.response_format is None or not settings.is_constrained or not parallel.is_group_leader():
+            return None
+        matcher = self._grammars.make_matcher(settings.response_format)
+        if parallel.group().size() == 1:  # else the sequence fails where its first token is chosen, on all ranks alike
+            matcher.check()
+        return matcher
 
     def make_proposer(self, lookup_ngram: int | None) -> Proposer | None:
         return self._draft_proposer if lookup_ngram is None else make_lookup_proposer(lookup_ngram)
