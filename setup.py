@@ -22,10 +22,16 @@ setup(
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
+        "serve": [
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus-client>=0.20",
+        ],
         "finetune": [
             "torchmetrics>=1.4",  # how good answers are
             "matplotlib>=3.7",  # draws the curves of a training
         ],
+        "grammar": ["llguidance>=1.7"],  # answers in the form that a JSON schema, a regex or a grammar describes
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",  # several tests at a time
@@ -35,6 +41,12 @@ setup(
             "matplotlib>=3.7",  # draws what `bench --plot` draws
             "torchmetrics>=1.4",
             "gguf>=0.10",  # reads the file that is written for llama.cpp
+            "fastapi>=0.115",
+            "uvicorn>=0.30",
+            "prometheus-client>=0.20",
+            "openai>=1.50",  # the official client of the server's protocol
+            "llguidance>=1.7",
+            "jsonschema>=4.20",  # says whether answers are what a schema describes
             "import-linter>=2.1",  # which module may import which
             "ruff>=0.6",
             "mypy>=1.11",

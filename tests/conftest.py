@@ -9,7 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: threa
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from llama.parallel import Place, initialize, leave
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from running_server import Running
     from transformers import LlamaForCausalLM  # seconds to import: only who makes a twin pays them
 
 
@@ -198,3 +200,21 @@ def published() -> Tokenizer:
     if not path:
         pytest.skip("TOKENIZER_PATH is unset")
     return Tokenizer(path)
+
+
+@pytest.fixture(scope="session")
+def server() -> "Iterator[Running]":
+    """A server of the demo model that all tests share."""
+    from running_server import build, start  # here, since other tests need no server
+
+    with ExitStack() as stack:
+        yield start(stack, build())
+
+
+@pytest.fixture
+def start_server() -> "Iterator[Callable[..., Running]]":
+    """Starts servers with options of `ServerOptions`, which end with the test."""
+    from running_server import build, start
+
+    with ExitStack() as stack:
+        yield lambda **options: start(stack, build(), **options)

@@ -17,6 +17,7 @@ from .program import errors_in_one_line
 COMMANDS = {  # name, which is that of the module too: what it does
     "chat": "talk with a model",
     "complete": "continue a text, or answer a file of prompts",
+    "serve": "answer clients of OpenAI's protocol over HTTP",
     "convert": "write a checkpoint in another format",
     "inspect": "show what a checkpoint holds, and what is wrong with it",
     "finetune": "train a model, or a task head on it, on your records",
@@ -29,8 +30,8 @@ def parse() -> argparse.Namespace:
     parser = Parser(
         prog="python -m llama",
         description="Run a Llama model. Under torchrun, its ranks share the model.",
-        epilog="python -m llama COMMAND --help lists the options of a command. Without --ckpt_dir, chat, complete and "
-        "finetune take the demo model, which comes with the package. On several GPUs, or processes: torchrun "
+        epilog="python -m llama COMMAND --help lists the options of a command. Without --ckpt_dir, chat, complete, "
+        "serve and finetune take the demo model, which comes with the package. On several GPUs, or processes: torchrun "
         "--nproc_per_node N -m llama COMMAND.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

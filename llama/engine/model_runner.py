@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..model import Transformer
-from ..sampling import token_logprobs
+from .choices import describe_choices
 from .forward_pass import compute_logits, compute_states, is_dynamic, is_intercepted
 from .pass_rows import show_rows
 from .sequence import Sequence as TokenSequence
+from .sequence import read_alternatives
 from .transfer import copy_to_device
 
 # From the model, tokens (B, T), their first positions, and lengths and slots as `hidden_states` takes them, to states.
@@ -106,7 +107,10 @@ def count_tokens(model: Transformer, rows: Sequence[PassRow], longest: int) -> T
 
 
 def compute_prompt_logprobs(model: Transformer, rows: Sequence[PassRow], states: Sequence[Tensor]) -> None:
-    """Note the logprobs of those tokens of prompts that the states of these rows predict, where they are wanted."""
+    """Note the logprobs of those tokens of prompts that the states of these rows predict, where they are wanted.
+
+    So are the likeliest tokens in their places.
+    """
     spans: list[tuple[TokenSequence, int, int]] = []  # sequences, and the tokens whose logprobs are computed
     parts: list[Tensor] = []
     for row, h in zip(rows, states, strict=True):
@@ -120,6 +124,10 @@ def compute_prompt_logprobs(model: Transformer, rows: Sequence[PassRow], states:
     predicted = [token for s, first, end in spans for token in s.prompt[first:end]]
     all_states, tokens = torch.cat(parts), torch.tensor(predicted, device=parts[0].device)  # (N, dim), (N)
     chunks = zip(all_states.split(LOGPROB_CHUNK), tokens.split(LOGPROB_CHUNK), strict=True)
-    values = torch.cat([token_logprobs(compute_logits(model, x), y) for x, y in chunks]).tolist()
+    top = max(s.output.top for s, _, _ in spans)
+    tables = [describe_choices(compute_logits(model, x), y, True, top) for x, y in chunks]
+    columns = torch.cat(tables, dim=1).T.tolist()
     for s, first, end in spans:
-        s.prompt_logprobs[first:], values = values[: end - first], values[end - first :]
+        own, columns = columns[: end - first], columns[end - first :]
+        s.prompt_logprobs[first:] = [logprob for _, logprob, *_ in own]
+        s.prompt_tops[first:] = [read_alternatives(best, s.output.top) for _, _, *best in own]

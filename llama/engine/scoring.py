@@ -116,12 +116,18 @@ def embed(
     list of texts and dialogs of at least one character and at most max_seq_len tokens; after the passes for vectors
     that aren't finite.
     """
-    model = engine.model
     with engine.together("embed", texts=texts, options=(pooling, options)):
         if pooling not in get_args(Pooling):
             raise LlamaError(f"pooling is {shorten(pooling)}, expected {' or '.join(map(repr, get_args(Pooling)))}")
         tokens = encode_inputs(engine.tokenizer, formatter, texts, **options)
-        check_lengths(tokens, model.params.max_seq_len)
+        check_lengths(tokens, engine.model.params.max_seq_len)
+    return embed_tokens(engine, tokens, pooling)
+
+
+@torch.no_grad()
+def embed_tokens(engine: Engine, tokens: Sequence[list[int]], pooling: Pooling = "last") -> Tensor:
+    """As `embed`, for texts of ids that fit the model."""
+    model = engine.model
     make_pool = LastPool if pooling == "last" else MeanPool
     pools = [make_pool(len(text)) for text in tokens]
     vectors = torch.empty(len(tokens), model.params.dim)

@@ -23,7 +23,7 @@ from .model_version import read_version
 from .not_finite import not_finite_error
 from .rank_groups import call_together
 from .scheduler import Scheduler
-from .sequence import ConsumeLogits, Step
+from .sequence import ConsumeLogits, Step, read_alternatives
 from .sequence import Sequence as TokenSequence
 from .speculative import propose
 from .step_plan import Row, SlotRelease, StepPlan
@@ -305,6 +305,5 @@ class Stepper:
 def accept(sequence: TokenSequence, choice: Sequence[float]) -> Step:
     """The step that a choice makes, a column of `describe_choices`."""
     token, logprob, *top = choice
-    best = top[: 2 * sequence.output.top]
-    likeliest = tuple((int(t), p) for t, p in zip(best[::2], best[1::2], strict=True)) if best else None
+    likeliest = read_alternatives(top, sequence.output.top)
     return sequence.accept(int(token), logprob if sequence.output.logprobs else None, likeliest)

@@ -1,0 +1,186 @@
+"""The application: which function answers which path, who may ask, how much, and what is logged.
+
+Knows HTTP; what an endpoint does is its module's.
+"""
+
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import LlamaError
+from .chat import Chat
+from .completions import Completion
+from .errors import ApiError, failed, invalid, refused
+from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from .service import Service
+from .streams import respond_whole, respond_with_events
+from .texts import detokenize, embed, tokenize
+
+LOG = logging.getLogger("llama.server")
+OPEN_PATHS = ("/health", "/metrics")  # that need no key
+
+
+def make_app(service: Service) -> FastAPI:
+    """The application, which answers once the engine serves."""
+    app = FastAPI(title="llama", version="1", lifespan=make_lifespan(service))
+    add_errors(app)
+    add_endpoints(app, service)
+    app.add_middleware(Guard, service=service)
+    if service.options.cors_origin is not None:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=[service.options.cors_origin], allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def make_lifespan(service: Service) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.is_draining = True
+
+    return lifespan
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error is the API's error object."""
+
+    @app.exception_handler(ApiError)
+    async def tell(_: Request, error: ApiError) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(LlamaError)
+    async def tell_refusal(request: Request, error: LlamaError) -> Response:
+        return await tell(request, refused(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def tell_mistake(request: Request, error: RequestValidationError) -> Response:
+        return await tell(request, invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def tell_status(request: Request, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return await tell(request, ApiError(error.status_code, message, code="not_found"))
+
+    @app.exception_handler(Exception)
+    async def tell_failure(request: Request, error: Exception) -> Response:
+        return await tell(request, failed(error))
+
+
+def add_endpoints(app: FastAPI, service: Service) -> None:
+    model = {"id": service.options.model, "object": "model", "created": service.created, "owned_by": "llama"}
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request, body: ChatBody) -> Response:
+        chat = Chat(service, body)
+        return await (respond_with_events(chat.stream()) if body.stream else respond_whole(request, chat.complete))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request, body: CompletionBody) -> Response:
+        one = Completion(service, body)
+        return await (respond_with_events(one.stream()) if body.stream else respond_whole(request, one.complete))
+
+    @app.post("/v1/embeddings")
+    async def embeddings(body: EmbeddingBody) -> Response:
+        with service.admit(1):
+            return JSONResponse(await service.call(embed, service, body))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        service.check_model(name)
+        return JSONResponse(model)
+
+    @app.post("/tokenize")
+    async def tokens_of(body: TokenizeBody) -> Response:
+        return JSONResponse(await service.call(tokenize, service, body))
+
+    @app.post("/detokenize")
+    async def text_of(body: DetokenizeBody) -> Response:
+        return JSONResponse(await service.call(detokenize, service, body))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse(
+            {"status": "draining" if service.is_draining else "ok"}, 503 if service.is_draining else 200
+        )
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.write(), media_type="text/plain; version=0.0.4")
+
+
+class Guard:
+    """Asks for the key, bounds the body, and logs a line for each request, without what it says."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started, status = time.monotonic(), 0
+
+        async def watch(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            error = self._find_refusal(scope)
+            if error is None:
+                await self._app(scope, self._bound(receive), watch)
+            else:
+                await JSONResponse(error.body, error.status, error.headers)(scope, receive, watch)
+        finally:
+            path = scope["path"] if status != 404 else "other"
+            self._service.metrics.requests.labels(path, str(status)).inc()
+            LOG.info("%s %s %d %.3f s", scope["method"], scope["path"], status, time.monotonic() - started)
+
+    def _find_refusal(self, scope: Scope) -> ApiError | None:
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._service.options.max_body:
+            return too_large(self._service.options.max_body)
+        key = self._service.options.api_key
+        if key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return None
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
+        if hmac.compare_digest(given, key.encode()):
+            return None
+        return ApiError(
+            401, "Incorrect API key provided.", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
+        )
+
+    def _bound(self, receive: Receive) -> Receive:
+        """`receive`, up to so many bytes of a body whose length the client doesn't say."""
+        left = self._service.options.max_body
+
+        async def bounded() -> Message:
+            nonlocal left
+            message = await receive()
+            if message["type"] == "http.request":
+                left -= len(message.get("body", b""))
+                if left < 0:
+                    raise too_large(self._service.options.max_body)
+            return message
+
+        return bounded
+
+
+def too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")

@@ -1,0 +1,52 @@
+"""What a request asks of sampling, as settings of the library.
+
+Knows bodies and settings; knows no prompt and no answer.
+"""
+
+from typing import Any
+
+from .errors import ApiError, bad_value
+from .protocol import MOST_CHOICES, Sampling
+
+SAME = ("seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty")
+SMALLEST_TOP_P = 1e-9  # the API's 0 takes the likeliest token, as this does
+
+
+def read_settings(body: Sampling) -> dict[str, Any]:
+    """The settings that a request sets. Raises ApiError."""
+    settings = {name: value for name in SAME if (value := getattr(body, name)) is not None}
+    if body.top_p is not None:
+        settings["top_p"] = max(body.top_p, SMALLEST_TOP_P)
+    if body.stop is not None:
+        settings["stop"] = [body.stop] if isinstance(body.stop, str) else body.stop
+    if body.logit_bias is not None:
+        settings["logit_bias"] = {read_id(token): bias for token, bias in body.logit_bias.items()}
+    if body.stream_options is not None and not body.stream:
+        raise bad_value("stream_options goes with stream: true", "stream_options")
+    return settings
+
+
+def read_id(token: str) -> int:
+    if not token.isascii() or not token.isdigit() or len(token) > 9:
+        raise bad_value(f"logit_bias has {token[:40]!r}, expected token ids", "logit_bias")
+    return int(token)
+
+
+def limit_length(prompt_tokens: int, most: int | None, max_seq_len: int, param: str) -> int | None:
+    """The tokens that an answer may have. most: those that were asked for. Raises ApiError where there is no room."""
+    room = max_seq_len - prompt_tokens
+    if room < 1 or (most is not None and most > room):
+        asked = "" if most is None else f" ({prompt_tokens} in the prompt, {most} for the answer)"
+        message = (
+            f"This model's maximum context length is {max_seq_len} tokens. However, you requested "
+            f"{prompt_tokens + (most or 0)} tokens{asked}. Please reduce the length of the prompt or of the answer."
+        )
+        raise ApiError(400, message, param=param, code="context_length_exceeded")
+    return most
+
+
+def count_choices(n: int | None, best_of: int | None = None) -> int:
+    """How many answers to each prompt are generated."""
+    if best_of is not None and best_of < (n or 1):
+        raise bad_value(f"best_of is {best_of} and n is {n}: expected at least n", "best_of")
+    return min(max(n or 1, best_of or 1), MOST_CHOICES)

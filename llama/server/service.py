@@ -1,0 +1,150 @@
+"""Requests of clients and requests of the engine: how many there may be, and answers as they come, without a wait.
+
+The event loop only looks at what the engine's thread has left. Knows the engine; knows no protocol.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..engine.request import Request, raise_failures
+from ..engine.sequence import OutputOptions, Step
+from ..engine.sequence_maker import CallOptions
+from ..errors import LlamaError
+from ..generation import Llama
+from .errors import ApiError, failed, refused
+from .metrics import Metrics
+
+T = TypeVar("T")
+RETRY_SECONDS = 1
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What whoever starts a server decides."""
+
+    model: str  # the name that clients see
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # settings of requests that don't set them
+    api_key: str | None = None  # that clients have to send; None: none
+    cors_origin: str | None = None  # whose pages in browsers may send requests; None: no one's
+    max_queue: int = 256  # answers that may wait or be under way
+    max_body: int = 4 << 20  # bytes of a request
+    timeout: float = 600.0  # seconds that an answer may take
+
+
+class Service:
+    """A model that answers clients."""
+
+    def __init__(self, llama: Llama, options: ServerOptions):
+        self.llama, self.options = llama, options
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.is_draining = False
+        self.open_answers = 0  # answers that wait or are under way
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.llama.model.params.max_seq_len
+
+    @contextlib.contextmanager
+    def admit(self, answers: int) -> Iterator[None]:
+        """Room in the queue for so many answers. Raises ApiError where there is none."""
+        if self.is_draining:
+            raise ApiError(503, "the server is being stopped", kind="server_error", code="shutting_down")
+        if answers > self.options.max_queue:
+            raise ApiError(400, f"{answers} answers were asked for, and the queue holds {self.options.max_queue}")
+        if self.open_answers + answers > self.options.max_queue:
+            headers = {"Retry-After": str(RETRY_SECONDS)}
+            message = "the queue is full: try again later"
+            raise ApiError(429, message, kind="rate_limit_error", code="queue_full", headers=headers)
+        self.open_answers += answers
+        self.metrics.open.set(self.open_answers)
+        try:
+            yield
+        finally:
+            self.open_answers -= answers
+            self.metrics.open.set(self.open_answers)
+
+    def check_model(self, name: str | None) -> None:
+        """Raise ApiError for another model than that which is served."""
+        if name is not None and name != self.options.model:
+            message = f"The model `{name}` does not exist; this server has `{self.options.model}`."
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def call(self, function: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """What a function returns that may take a while, such as encoding a text. Raises ApiError for a LlamaError."""
+        try:
+            return await asyncio.to_thread(function, *arguments, **named)
+        except LlamaError as e:
+            raise refused(e) from e
+
+    async def submit(
+        self, prompts: Sequence[Sequence[int]], settings: Mapping[str, Any], output: OutputOptions, n: int, reuse: bool
+    ) -> "Answers":
+        """n answers to each prompt."""
+        answers = Answers(asyncio.get_running_loop(), self.options.timeout, self.metrics)
+        options = CallOptions(output, n, reuse=reuse, notify=answers.notify)
+        make = self.llama.engine.make_requests
+        answers.requests = await self.call(make, prompts, {**self.options.defaults, **settings}, None, options)
+        return answers
+
+
+class Answers:
+    """Answers that are under way. A context, at whose end those that aren't over are cancelled."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float, metrics: Metrics):
+        self.requests: list[Request] = []
+        self._loop, self._news, self._metrics = loop, asyncio.Event(), metrics
+        self._deadline = time.monotonic() + timeout
+        self._timeout = timeout
+
+    def notify(self) -> None:
+        """Called by the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    def __enter__(self) -> "Answers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for request in self.requests:
+            request.cancel()
+
+    async def steps(self) -> AsyncIterator[list[Step]]:
+        """New steps of all answers, until all are over. Raises ApiError where one fails, or for a timeout."""
+        started = last = time.monotonic()
+        while True:
+            going = [request for request in self.requests if not request.sequence.is_over]
+            if new := [step for request in self.requests for step in request.take()]:
+                now = time.monotonic()
+                self._metrics.note_tokens(len(new), now - started if last == started else None, now - last)
+                last = now
+                yield new
+            try:
+                raise_failures([request.sequence for request in self.requests])
+            except LlamaError as e:
+                raise failed(e) from e
+            if not going:
+                self._metrics.note_prompts(self.prompt_tokens, self.cached_tokens)
+                return
+            try:
+                async with asyncio.timeout(self._deadline - time.monotonic()):
+                    await self._news.wait()
+            except TimeoutError:
+                message = f"the answer took more than {self._timeout:.0f} s"
+                raise ApiError(504, message, kind="server_error", code="timeout") from None
+            self._news.clear()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts, each counted once whatever n is."""
+        prompts = {id(r.sequence.twin or r.sequence): len(r.sequence.prompt) for r in self.requests}
+        return sum(prompts.values())
+
+    @property
+    def cached_tokens(self) -> int:
+        firsts = {id(r.sequence.twin or r.sequence): (r.sequence.twin or r.sequence).hit for r in self.requests}
+        return sum(firsts.values())

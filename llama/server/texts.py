@@ -1,0 +1,58 @@
+"""POST /v1/embeddings, /tokenize and /detokenize.
+
+Knows their fields; knows no socket.
+"""
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from ..engine.request_checks import check_prompts
+from ..engine.scoring import embed_tokens
+from .completions import encode_prompts
+from .errors import ApiError, unsupported
+from .protocol import DetokenizeBody, EmbeddingBody, TokenizeBody
+from .service import Service
+
+
+def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
+    """A vector for each text: its last token's state. Raises ApiError, and LlamaError."""
+    service.check_model(body.model)
+    if body.dimensions is not None and body.dimensions != service.llama.model.params.dim:
+        raise unsupported("dimensions", f"is {service.llama.model.params.dim} here: vectors aren't cut")
+    tokens = encode_prompts(service, body.input)
+    check_prompts(tokens, service.llama.model.params)
+    vectors = embed_tokens(service.llama.engine, tokens)
+    data = [
+        {"object": "embedding", "index": i, "embedding": write_vector(vector, body.encoding_format)}
+        for i, vector in enumerate(vectors.numpy())
+    ]
+    count = sum(map(len, tokens))
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return {"object": "list", "data": data, "model": service.options.model, "usage": usage}
+
+
+def write_vector(vector: np.ndarray, encoding: str) -> Any:
+    if encoding == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+    return vector.tolist()
+
+
+def tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
+    if body.messages is not None:
+        tokens = service.llama.formatter.encode_dialog_prompt(body.messages)  # type: ignore[arg-type]
+    else:
+        tokens = service.llama.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens, eos=False)
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_seq_len}
+
+
+def detokenize(service: Service, body: DetokenizeBody) -> dict[str, Any]:
+    service.check_model(body.model)
+    if wrong := [token for token in body.tokens if token >= service.llama.model.params.vocab_size]:
+        message = f"tokens has {wrong[0]}, expected ids below {service.llama.model.params.vocab_size}"
+        raise ApiError(400, message, param="tokens", code="invalid_value")
+    return {"prompt": service.llama.tokenizer.decode(body.tokens)}

@@ -1,0 +1,56 @@
+"""Servers of the demo model for tests, each in a thread of this process, at a free port."""
+
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+
+from llama import Llama
+from llama.checkpoints.demo import demo_checkpoint
+from llama.cli.serve import listen
+from llama.server.app import make_app
+from llama.server.service import ServerOptions, Service
+
+
+@dataclass
+class Running:
+    url: str
+    service: Service
+
+    @property
+    def llama(self) -> Llama:
+        return self.service.llama
+
+    def wait_until_idle(self) -> None:
+        """Until no request is left in the engine."""
+        deadline = time.monotonic() + 30
+        while self.llama.engine.stepper.sequences or self.service.open_answers:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def start(stack: ExitStack, llama: Llama, **options: Any) -> Running:
+    """A server until the stack is closed."""
+    service = Service(llama, ServerOptions(**{"model": "demo", **options}))
+    listener = stack.enter_context(listen("127.0.0.1", 0))
+    stack.enter_context(llama.engine.serve())
+    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join(30)
+
+    stack.callback(stop)
+    while not server.started:
+        time.sleep(0.01)
+    return Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+
+
+def build(**options: Any) -> Llama:
+    sizes = {"max_seq_len": 512, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
+    return Llama.build(demo_checkpoint(), **{**sizes, **options})
