@@ -8,8 +8,8 @@ texts, of which the end may not have come yet; knows no tokens, no tensors and n
 import json
 import re
 import string
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, NoReturn
 
@@ -69,7 +69,7 @@ FORMS = (
         "hermes",  # and Qwen 2.5, Qwen 3
         (Layout("<tool_call>", ends=("</tool_call>",)),),
         in_template="<tool_call>",
-        not_in_template=("<function=", "<arg_key>", "<invoke"),  # other forms with the same mark
+        not_in_template=("<function=", "<arg_key>", "<invoke", "<tool_calls>"),  # other forms with the same mark
         in_vocabulary="<tool_call>",
     ),
     ToolForm(
@@ -144,23 +144,24 @@ class MoreNeeded(Exception):
 
 
 class Value:
-    """A JSON object or list in a text that may still grow: where it ends by its brackets. No part is read twice."""
+    """A JSON object in a text that may still grow: where it ends by its brackets. No part is read twice."""
 
     def __init__(self, start: int) -> None:
-        self.start = self._place = start
+        self._place = start
         self.end: int | None = None
-        self.call: Call | None = None  # that it was read as
         self._depth = 0
         self._in_string = False
 
     def find_end(self, text: str) -> int:
-        """Raises MoreNeeded where the text doesn't have it."""
+        """Raises MoreNeeded where the text doesn't have it, and NoCall for what JSON can't have."""
         while self.end is None:
-            found = (_IN_STRING if self._in_string else _BRACKET).search(text, self._place)
+            found = (_IN_STRING if self._in_string else _NOT_BARE).search(text, self._place)
             if found is None or (found[0] == "\\" and found.end() == len(text)):
                 self._place = len(text) if found is None else found.start()
                 raise MoreNeeded
-            self._place = found.end() + (found[0] == "\\")
+            if found[0] not in ('"\\' if self._in_string else '"{}[]'):
+                raise NoCall
+            self._place = found.end() + (self._in_string and found[0] == "\\")
             self._in_string ^= found[0] == '"'
             self._depth += (found[0] in "{[") - (found[0] in "}]")
             if self._depth <= 0 and found[0] in "}]":
@@ -168,8 +169,16 @@ class Value:
         return self.end
 
 
-_BRACKET = re.compile(r'["{}\[\]]')
-_IN_STRING = re.compile(r'["\\]')
+@dataclass
+class Progress:
+    """What is known of a text that may hold calls, and grows."""
+
+    values: dict[int, Value] = field(default_factory=dict)  # by their places
+    calls: dict[Layout, tuple[int, list[Call]]] = field(default_factory=dict)  # where the next may be, and those before
+
+
+_NOT_BARE = re.compile(r"[^-+.0-9eEtrufalsn \t\r\n:,]")  # outside of strings
+_IN_STRING = re.compile(r'["\\\x00-\x1f]')
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NAME = re.compile(r'[^\s\[\]{}()<>",:;]*')
 
@@ -177,9 +186,8 @@ _NAME = re.compile(r'[^\s\[\]{}()<>",:;]*')
 class _Cursor:
     """A place in a text that may still grow."""
 
-    def __init__(self, text: str, place: int, values: dict[int, Value], is_over: bool) -> None:
-        self.text, self.place = text, place
-        self._values, self._is_over = values, is_over
+    def __init__(self, text: str, place: int, is_over: bool) -> None:
+        self.text, self.place, self._is_over = text, place, is_over
 
     def skip(self) -> None:
         """Go past white space."""
@@ -220,42 +228,49 @@ class _Cursor:
             raise NoCall
         return self.text[start : self.place]
 
-    def value(self) -> Value:
+    def value(self, progress: Progress) -> str:
         """Go past the object that begins here."""
-        value = self._values.setdefault(self.place, Value(self.place))
+        start = self.place
         try:
-            self.place = value.find_end(self.text)
+            self.place = progress.values.setdefault(start, Value(start)).find_end(self.text)
         except MoreNeeded:
             if self._is_over:
                 raise NoCall from None
             raise
-        return value
+        return self.text[start : self.place]
 
 
 def read_calls(
-    text: str, start: int, form: ToolForm, layouts: Sequence[Layout], values: dict[int, Value], is_over: bool
+    text: str, start: int, form: ToolForm, layouts: Sequence[Layout], progress: Progress, is_over: bool
 ) -> tuple[list[Call], int]:
     """The calls at `start` in one of the layouts, and where they end."""
     for layout in layouts:
-        cursor = _Cursor(text, start, values, is_over)
+        cursor = _Cursor(text, start, is_over)
         try:
-            return [*_read_layout(cursor, form, layout)], cursor.place
+            return _read_layout(cursor, form, layout, progress), cursor.place
         except NoCall:
             pass
     raise NoCall
 
 
-def _read_layout(cursor: _Cursor, form: ToolForm, layout: Layout) -> Iterator[Call]:
-    cursor.skip()
-    for mark in filter(None, (layout.open, layout.begin)):
-        cursor.expect(mark)
+def _read_layout(cursor: _Cursor, form: ToolForm, layout: Layout, progress: Progress) -> list[Call]:
+    if layout in progress.calls:
+        cursor.place, calls = progress.calls[layout]
+        cursor.skip()
+    else:
+        calls = []
+        cursor.skip()
+        for mark in filter(None, (layout.open, layout.begin)):
+            cursor.expect(mark)
+    if layout.name_ends:
+        return [_read_named(cursor, layout.name_ends, progress)]
     while True:
-        yield _read_named(cursor, layout.name_ends) if layout.name_ends else _read_object(cursor, form)
-        if layout.name_ends:
-            return
+        call = _read_object(cursor, form, progress)
         cursor.skip()
         if not layout.separator or not cursor.take(layout.separator):
             break
+        calls.append(call)
+        progress.calls[layout] = cursor.place, calls
     end = cursor.find(layout.ends)
     if end is None and not cursor.is_end():
         raise NoCall
@@ -264,38 +279,35 @@ def _read_layout(cursor: _Cursor, form: ToolForm, layout: Layout) -> Iterator[Ca
         cursor.skip()
         if not cursor.is_end():
             raise NoCall
+    return [*calls, call]
 
 
-def _read_object(cursor: _Cursor, form: ToolForm) -> Call:
+def _read_object(cursor: _Cursor, form: ToolForm, progress: Progress) -> Call:
     """A call that is a JSON object with a name and arguments."""
     start, known = cursor.place, ("name", *form.argument_keys, "type", "id")
     cursor.expect("{")
     if cursor.find([f'"{key}"' for key in known]) is None:  # known early, other objects needn't be held back
         raise NoCall
     cursor.place = start
-    value = cursor.value()
-    if value.call is None:
-        fields = _read_fields(cursor.text[start : cursor.place])
-        given = [fields[key] for key in form.argument_keys if key in fields]
-        if fields.keys() - known or len(given) != 1 or not given[0].startswith("{"):
-            raise NoCall
-        value.call = _read_name(fields.get("name", "")), given[0]
-    return value.call
+    fields = _read_fields(cursor.value(progress))
+    given = [fields[key] for key in form.argument_keys if key in fields]
+    if fields.keys() - known or len(given) != 1 or not given[0].startswith("{"):
+        raise NoCall
+    return _read_name(fields.get("name", "")), given[0]
 
 
-def _read_named(cursor: _Cursor, name_ends: Sequence[str]) -> Call:
+def _read_named(cursor: _Cursor, name_ends: Sequence[str], progress: Progress) -> Call:
     """A call that is a name, marks and arguments; before the last mark, others may stand with a word of their own."""
     name = cursor.word()
     for mark in name_ends[:-1]:
         if cursor.take(mark):
             cursor.word()
     cursor.expect(name_ends[-1])
-    start = cursor.place
     if cursor.find("{") is None:
         raise NoCall
-    cursor.value()
-    _read_fields(cursor.text[start : cursor.place])
-    return name, cursor.text[start : cursor.place]
+    arguments = cursor.value(progress)
+    _read_fields(arguments)
+    return name, arguments
 
 
 def _read_name(value: str) -> str:
@@ -316,7 +328,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse, parse_int=str, parse_float=s
 def _read_fields(text: str) -> dict[str, str]:
     """The fields of a JSON object by their names, each as it is written. Raises NoCall where it isn't JSON."""
     fields: dict[str, str] = {}
-    cursor = _Cursor(text, 0, {}, is_over=True)
+    cursor = _Cursor(text, 0, is_over=True)
     cursor.expect("{")
     has_more = cursor.find('"') is not None
     try:

@@ -9,7 +9,7 @@ from random import Random, SystemRandom
 from typing import Literal, TypedDict
 
 from ..tokenizer import Message
-from .tool_calls import Layout, MoreNeeded, NoCall, ToolCall, ToolForm, Value, read_calls
+from .tool_calls import Layout, MoreNeeded, NoCall, Progress, ToolCall, ToolForm, read_calls
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class MessageParser:
         self._layouts = form.layouts if with_tools else ()
         self._stage = self._read_reasoning if in_reasoning else self._read_start
         self._held = ""  # what hasn't come out yet
-        self._values: dict[int, Value] = {}  # of JSON, by their places in what is held
+        self._progress = Progress()  # of reading calls in what is held
         self._is_trimming = in_reasoning  # line ends that come next aren't of the text
         self._is_start = True  # the body begins with what is held
         self._has_content = False
@@ -156,7 +156,7 @@ class MessageParser:
         """So much of what is held, which is held no longer."""
         taken, self._held = self._held[:length], self._held[length:]
         if taken:
-            self._values = {}
+            self._progress = Progress()
         return taken
 
     def _trim(self) -> None:
@@ -205,7 +205,7 @@ class MessageParser:
                 yield from self._say(spoken)
                 start -= spoken
             try:
-                calls, end = read_calls(self._held, start, self._form, layouts, self._values, is_over)
+                calls, end = read_calls(self._held, start, self._form, layouts, self._progress, is_over)
             except MoreNeeded:
                 return
             except NoCall:

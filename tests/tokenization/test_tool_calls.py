@@ -277,6 +277,54 @@ def test_a_long_call_is_read_in_linear_time() -> None:
     assert len(join_deltas(deltas).tool_calls[0].arguments) == 80_009
 
 
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def is_call(text: str) -> bool:
+    """By Python's own reader of JSON."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs) and dict(pairs).keys() & {"name", "arguments"}:
+            raise ValueError
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=once, parse_constant=int)
+    except ValueError:
+        return False
+    arguments = value.get("arguments") if isinstance(value, dict) and value.keys() == {"name", "arguments"} else None
+    name = value.get("name") if isinstance(arguments, dict) else None
+    return isinstance(name, str) and name != "" and name.isprintable()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.dictionaries(st.text(), json_values, max_size=3),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+    st.integers(0, 400),
+    st.sampled_from([None, "", "x", "1", "}", "{", '"', "\\", ",", " ", "\n"]),
+)
+def test_json_is_what_python_reads(
+    arguments: dict[str, Any], indent: int | None, ascii_: bool, place: int, change: str | None
+) -> None:
+    """Whole, and with a character replaced."""
+    text = json.dumps({"name": "f", "arguments": arguments}, indent=indent, ensure_ascii=ascii_)
+    if change is not None:
+        place %= len(text)
+        text = text[:place] + change + text[place + 1 :]
+    parsed = parse_message(f"<tool_call>{text}</tool_call>", HERMES, with_tools=True)
+    if is_call(text.strip()):
+        assert read(parsed) == [json.loads(text)]
+        assert parsed.content == ""
+    else:
+        assert parsed == ParsedMessage(f"<tool_call>{text}</tool_call>")
+
+
 # --- what is a call, and what isn't ---------------------------------------------------------------------------------
 
 P = '{"name": "f", "parameters": {"a": 1}}'
