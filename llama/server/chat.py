@@ -11,12 +11,15 @@ from typing import Any
 from ..engine.sequence import OutputOptions, Step
 from ..errors import LlamaError
 from ..tokenization.messages import DialogOptions
-from ..tokenization.texts import read_content
+from ..tokenization.tool_calls import find_tool_form
+from ..tokenization.tool_parser import Delta
+from .answer_reader import AnswerReader, write_deltas
 from .choices import count_usage, describe_logprobs, keep_before_stop
 from .errors import bad_value, refused, unsupported
 from .protocol import ChatBody
 from .sampling_options import count_choices, limit_length, read_settings
 from .service import Answers, Service
+from .tools import read_tools
 
 MESSAGE_KEYS = {"role", "content", "name", "refusal", "tool_calls", "tool_call_id", "reasoning_content"}
 
@@ -33,7 +36,14 @@ class Chat:
         self._n = count_choices(body.n)
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_value("top_logprobs goes with logprobs: true", "top_logprobs")
-        check_unsupported(body)
+        self._form = find_tool_form(service.llama.formatter)
+        self._tools, forced = read_tools(body, self._form)
+        if body.response_format is not None and self._tools:
+            raise unsupported(
+                "response_format", "goes without tools here: an answer that is held to it can't call them"
+            )
+        if (response_format := forced or body.response_format) is not None:
+            self._settings["response_format"] = response_format
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -56,8 +66,8 @@ class Chat:
     def _encode(self) -> list[int]:
         body = self._body
         options: DialogOptions = {}
-        if body.tools and body.tool_choice != "none":
-            options["tools"] = body.tools
+        if self._tools:
+            options["tools"] = self._tools
         if body.chat_template_kwargs is not None:
             options["chat_template_kwargs"] = body.chat_template_kwargs
         messages = [rename_role(message) for message in body.messages]
@@ -70,47 +80,63 @@ class Chat:
     async def complete(self) -> dict[str, Any]:
         """The whole answer."""
         with self._service.admit(self._n), await self._begin() as answers:
-            steps: list[list[Step]] = [[] for _ in range(self._n)]
-            async for new in answers.steps():
-                for step in new:
-                    steps[step.row].append(step)
-            usage = count_usage(answers, sum(map(len, steps)))
-        choices = [self._describe_choice(i, own) for i, own in enumerate(steps)]
+            readers = self._make_readers(answers)
+            async for row, _ in self._read(answers, readers):
+                if self._is_enough(readers[row]):
+                    answers.end(row)
+            usage = count_usage(answers, sum(len(reader.steps) for reader in readers))
+        choices = [self._describe_choice(i, reader) for i, reader in enumerate(readers)]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    def _describe_choice(self, index: int, steps: list[Step]) -> dict[str, Any]:
-        content = read_content(self._tokenizer, "".join(step.text for step in steps))
-        message = {"role": "assistant", "content": content, "refusal": None}
-        kept = keep_before_stop(steps)
-        logprobs = (
-            describe_logprobs(self._tokenizer, kept, self._body.top_logprobs or 0) if self._body.logprobs else None
-        )
-        reason = steps[-1].finish_reason if steps else "length"
-        return {"index": index, "message": message, "finish_reason": reason, "logprobs": logprobs}
+    def _describe_choice(self, index: int, reader: AnswerReader) -> dict[str, Any]:
+        logprobs = None
+        if self._body.logprobs:
+            logprobs = describe_logprobs(self._tokenizer, keep_before_stop(reader.steps), self._body.top_logprobs or 0)
+        return {
+            "index": index,
+            "message": reader.message,
+            "finish_reason": reader.finish_reason,
+            "logprobs": logprobs,
+        }
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer in chunks: the role, the content, an empty one with the reason of its end, and the usage."""
+        """The answer in chunks: the role, what is written, an empty one with the reason of its end, and the usage."""
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
         with self._service.admit(self._n), await self._begin() as answers:
-            written, shown, count = [""] * self._n, [0] * self._n, 0
+            readers = self._make_readers(answers)
             for i in range(self._n):
                 yield self._chunk(i, {"role": "assistant", "content": "", "refusal": None}, with_usage)
-            async for new in answers.steps():
-                count += len(new)
-                for step in new:
-                    row = step.row
-                    written[row] += step.text
-                    content = read_content(self._tokenizer, written[row])
-                    delta, shown[row] = content[shown[row] :], len(content)
-                    logprobs = self._describe_step(step)
-                    if delta or logprobs:
-                        yield self._chunk(row, {"content": delta}, with_usage, logprobs=logprobs)
-                    if step.finish_reason is not None:
-                        yield self._chunk(row, {}, with_usage, reason=step.finish_reason)
+            async for row, deltas in self._read(answers, readers):
+                logprobs = self._describe_step(readers[row].steps[-1])
+                for delta in write_deltas(deltas) if deltas or logprobs is None else [{"content": ""}]:
+                    yield self._chunk(row, delta, with_usage, logprobs=logprobs)
+                    logprobs = None
+                is_enough = self._is_enough(readers[row])
+                if is_enough:
+                    answers.end(row)
+                if is_enough or readers[row].steps[-1].finish_reason is not None:
+                    yield self._chunk(row, {}, with_usage, reason=readers[row].finish_reason)
             if with_usage:
-                usage = count_usage(answers, count)
+                usage = count_usage(answers, sum(len(reader.steps) for reader in readers))
                 yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
+
+    def _make_readers(self, answers: Answers) -> list[AnswerReader]:
+        prompt, with_tools = answers.requests[0].sequence.prompt, bool(self._tools)
+        return [AnswerReader(self._tokenizer, self._form, with_tools, prompt) for _ in range(self._n)]
+
+    async def _read(self, answers: Answers, readers: list[AnswerReader]) -> AsyncIterator[tuple[int, list[Delta]]]:
+        """(choice, what is new in it) for each step, until its answer is over or was ended."""
+        async for new in answers.steps():
+            for step in new:
+                if not answers.is_ended(step.row):
+                    yield step.row, readers[step.row].push(step)
+
+    def _is_enough(self, reader: AnswerReader) -> bool:
+        """Whether an answer that goes on has the one call that it may have."""
+        if self._body.parallel_tool_calls is not False or not reader.has_calls:
+            return False
+        return reader.steps[-1].finish_reason is None
 
     def _describe_step(self, step: Step) -> dict[str, Any] | None:
         """The logprobs of a step whose token belongs to the answer."""
@@ -139,15 +165,3 @@ def check_keys(messages: list[dict[str, Any]]) -> None:
 def rename_role(message: dict[str, Any]) -> dict[str, Any]:
     """The API's newer name of the system's role is what templates call "system"."""
     return {**message, "role": "system"} if message.get("role") == "developer" else message
-
-
-def check_unsupported(body: ChatBody) -> None:
-    """Raise ApiError for what the API has and this server doesn't."""
-    if body.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice", "is none or auto here: a call can't be forced")
-    if body.tool_choice == "auto" and not body.tools:
-        raise bad_value("tool_choice goes with tools", "tool_choice")
-    if body.response_format not in (None, {"type": "text"}):
-        raise unsupported("response_format", "is text here")
-    if body.tools and body.tool_choice != "none":
-        raise unsupported("tools", "can't be called yet: drop it, or send tool_choice: none")

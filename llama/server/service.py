@@ -100,6 +100,7 @@ class Answers:
         self._loop, self._news, self._metrics = loop, asyncio.Event(), metrics
         self._deadline = time.monotonic() + timeout
         self._timeout = timeout
+        self._ended: set[int] = set()
 
     def notify(self) -> None:
         """Called by the engine's thread."""
@@ -113,11 +114,18 @@ class Answers:
         for request in self.requests:
             request.cancel()
 
+    def end(self, row: int) -> None:
+        """The answer with this place gets no more steps."""
+        self._ended.add(row)
+        self.requests[row].cancel()
+
+    def is_ended(self, row: int) -> bool:
+        return row in self._ended
+
     async def steps(self) -> AsyncIterator[list[Step]]:
         """New steps of all answers, until all are over. Raises ApiError where one fails, or for a timeout."""
         started = last = time.monotonic()
         while True:
-            going = [request for request in self.requests if not request.sequence.is_over]
             if new := [step for request in self.requests for step in request.take()]:
                 now = time.monotonic()
                 self._metrics.note_tokens(len(new), now - started if last == started else None, now - last)
@@ -127,7 +135,7 @@ class Answers:
                 raise_failures([request.sequence for request in self.requests])
             except LlamaError as e:
                 raise failed(e) from e
-            if not going:
+            if all(request.is_over for request in self.requests):
                 self._metrics.note_prompts(self.prompt_tokens, self.cached_tokens)
                 return
             try:

@@ -205,7 +205,6 @@ def test_the_next_message_reuses_the_conversation(client: OpenAI) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "image_url"),
         ({"messages": []}, "messages|dialog"),
         ({"messages": [{"role": "user", "content": "a", "colour": 1}]}, "colour"),
-        ({"tool_choice": "required"}, "tool_choice"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(client: OpenAI, options: dict[str, Any], words: str) -> None:
