@@ -44,7 +44,8 @@ setup(
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "prometheus-client>=0.20",
-            "openai>=1.50",  # the official client of the server's protocol
+            "openai>=1.50",  # the official clients of the server's protocols
+            "anthropic>=0.40",
             "llguidance>=1.7",
             "jsonschema>=4.20",  # says whether answers are what a schema describes
             "import-linter>=2.1",  # which module may import which

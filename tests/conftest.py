@@ -218,3 +218,12 @@ def start_server() -> "Iterator[Callable[..., Running]]":
 
     with ExitStack() as stack:
         yield lambda **options: start(stack, build(), **options)
+
+
+@pytest.fixture(scope="session")
+def tool_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Running]":
+    """A server of the demo model with a template that has tools."""
+    from running_server import build_with_tools, start
+
+    with ExitStack() as stack:
+        yield start(stack, build_with_tools(tmp_path_factory.mktemp("tools")))

@@ -4,11 +4,13 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from llama import Llama
+from llama.checkpoints.convert import convert
 from llama.checkpoints.demo import demo_checkpoint
 from llama.cli.serve import listen
 from llama.server.app import make_app
@@ -54,3 +56,20 @@ def start(stack: ExitStack, llama: Llama, **options: Any) -> Running:
 def build(**options: Any) -> Llama:
     sizes = {"max_seq_len": 512, "max_batch_size": 4, "device": "cpu", "dtype": "float32"}
     return Llama.build(demo_checkpoint(), **{**sizes, **options})
+
+
+# As Llama 3.1 writes dialogs, in short; by the second line it is known how its calls are written.
+TEMPLATE = """{{- bos_token }}
+{%- if tools %}{{- 'Write {"name": function name, "parameters": dictionary}: ' ~ tools | tojson }}{% endif %}
+{%- for message in messages %}
+{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' }}
+{{- message.tool_calls | tojson if message.tool_calls else message.content }}{{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
+
+
+def build_with_tools(directory: Path) -> Llama:
+    """The demo model with a template that has tools."""
+    convert(demo_checkpoint(), directory / "hf", "hf")
+    (directory / "hf" / "chat_template.jinja").write_text(TEMPLATE)
+    return Llama.build(directory / "hf", max_seq_len=1024, max_batch_size=4, device="cpu", dtype="float32")

@@ -13,17 +13,19 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import LlamaError
+from .anthropic import CountBody, MessageAnswer, MessageBody, count_tokens
 from .chat import Chat
 from .completions import Completion
 from .errors import ApiError, failed, invalid, refused
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
-from .streams import respond_whole, respond_with_events
+from .streams import NAMED, PLAIN, respond_whole, respond_with_events
 from .texts import detokenize, embed, tokenize
 
 LOG = logging.getLogger("llama.server")
@@ -56,15 +58,16 @@ def add_errors(app: FastAPI) -> None:
     """Every error is the API's error object."""
 
     @app.exception_handler(ApiError)
-    async def tell(_: Request, error: ApiError) -> Response:
-        return JSONResponse(error.body, error.status, error.headers)
+    async def tell(request: Request, error: ApiError) -> Response:
+        return JSONResponse(write_error(error, request.url.path), error.status, error.headers)
 
     @app.exception_handler(LlamaError)
     async def tell_refusal(request: Request, error: LlamaError) -> Response:
         return await tell(request, refused(error))
 
+    @app.exception_handler(ValidationError)
     @app.exception_handler(RequestValidationError)
-    async def tell_mistake(request: Request, error: RequestValidationError) -> Response:
+    async def tell_mistake(request: Request, error: RequestValidationError | ValidationError) -> Response:
         return await tell(request, invalid(error))
 
     @app.exception_handler(HTTPException)
@@ -83,12 +86,25 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         chat = Chat(service, body)
-        return await (respond_with_events(chat.stream()) if body.stream else respond_whole(request, chat.complete))
+        return await (
+            respond_with_events(chat.stream(), PLAIN) if body.stream else respond_whole(request, chat.complete)
+        )
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         one = Completion(service, body)
-        return await (respond_with_events(one.stream()) if body.stream else respond_whole(request, one.complete))
+        return await (respond_with_events(one.stream(), PLAIN) if body.stream else respond_whole(request, one.complete))
+
+    @app.post("/v1/messages")
+    async def messages(request: Request, body: MessageBody) -> Response:
+        answer = MessageAnswer(service, body)
+        if body.stream:
+            return await respond_with_events(answer.stream(), NAMED)
+        return await respond_whole(request, answer.complete)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count(body: CountBody) -> Response:
+        return JSONResponse(await service.call(count_tokens, service, body))
 
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingBody) -> Response:
@@ -145,7 +161,8 @@ class Guard:
             if error is None:
                 await self._app(scope, self._bound(receive), watch)
             else:
-                await JSONResponse(error.body, error.status, error.headers)(scope, receive, watch)
+                body = write_error(error, scope["path"])
+                await JSONResponse(body, error.status, error.headers)(scope, receive, watch)
         finally:
             path = scope["path"] if status != 404 else "other"
             self._service.metrics.requests.labels(path, str(status)).inc()
@@ -180,6 +197,11 @@ class Guard:
             return message
 
         return bounded
+
+
+def write_error(error: ApiError, path: str) -> dict[str, Any]:
+    """The error object of the protocol that a path belongs to."""
+    return NAMED.write_error(error) if path.startswith("/v1/messages") else PLAIN.write_error(error)
 
 
 def too_large(most: int) -> ApiError:

@@ -6,6 +6,7 @@ Knows HTTP's statuses; knows no model.
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from ..errors import LlamaError
 
@@ -48,7 +49,7 @@ def failed(error: Exception) -> ApiError:
     return ApiError(500, str(error), kind="server_error", code="internal_error")
 
 
-def invalid(error: RequestValidationError) -> ApiError:
+def invalid(error: RequestValidationError | ValidationError) -> ApiError:
     """A body that doesn't have the form of its endpoint."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"] if part != "body"]

@@ -13,35 +13,60 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from .errors import ApiError, failed
 
-DONE = "[DONE]"
 GONE = 499  # the status of a request whose client has gone, which nobody reads
+STATUS_NAMES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 
 
-def write_event(data: object) -> bytes:
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {text}\n\n".encode()
+class EventStyle:
+    """How a protocol writes its events and errors: OpenAI's have no names, and end with a mark."""
+
+    ending = "data: [DONE]\n\n"
+
+    def write(self, event: dict[str, Any]) -> str:
+        return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+    def write_error(self, error: ApiError) -> dict[str, Any]:
+        return error.body
 
 
-async def stream_events(first: Any, events: AsyncIterator[Any]) -> AsyncIterator[bytes]:
-    """Events as bytes; an error after the first one is an event too. first: the first event, or None."""
+class NamedEvents(EventStyle):
+    """Anthropic's have names, which are their types."""
+
+    ending = ""
+
+    def write(self, event: dict[str, Any]) -> str:
+        return f"event: {event['type']}\n{super().write(event)}"
+
+    def write_error(self, error: ApiError) -> dict[str, Any]:
+        kind = STATUS_NAMES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": str(error)}}
+
+
+PLAIN, NAMED = EventStyle(), NamedEvents()
+
+
+async def stream_events(
+    first: dict[str, Any] | None, events: AsyncIterator[dict[str, Any]], style: EventStyle
+) -> AsyncIterator[str]:
+    """Events as text; an error after the first one is an event too. first: the first event; None: there is none."""
     try:
         if first is not None:
-            yield write_event(first)
+            yield style.write(first)
         async for event in events:
-            yield write_event(event)
+            yield style.write(event)
     except ApiError as e:
-        yield write_event(e.body)
+        yield style.write(style.write_error(e))
     except Exception as e:
-        yield write_event(failed(e).body)
+        yield style.write(style.write_error(failed(e)))
         raise
-    yield write_event(DONE)
+    yield style.ending
 
 
-async def respond_with_events(events: AsyncIterator[Any]) -> Response:
+async def respond_with_events(events: AsyncIterator[dict[str, Any]], style: EventStyle) -> Response:
     """A stream of events. What goes wrong before the first one is told by the status. Raises ApiError."""
     first = await anext(events, None)
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream_events(first, events), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(stream_events(first, events, style), media_type="text/event-stream", headers=headers)
 
 
 async def respond_whole(request: Request, compute: Callable[[], Awaitable[Any]]) -> Response:

@@ -1,8 +1,6 @@
 """Calls of tools and structured answers, by the official client."""
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import Any, Literal
 
 import openai
@@ -11,11 +9,7 @@ from jsonschema import validate
 from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel
-from running_server import Running, start
-
-from llama import Llama
-from llama.checkpoints.convert import convert
-from llama.checkpoints.demo import demo_checkpoint
+from running_server import Running
 
 DIALOG: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 SCHEMA = {
@@ -30,30 +24,9 @@ TOOLS: Any = [
 ]
 
 
-# As Llama 3.1 writes dialogs, in short; by the second line it is known how its calls are written.
-TEMPLATE = """{{- bos_token }}
-{%- if tools %}{{- 'Write {"name": function name, "parameters": dictionary}: ' ~ tools | tojson }}{% endif %}
-{%- for message in messages %}
-{{- '<|start_header_id|>' ~ message.role ~ '<|end_header_id|>\\n\\n' }}
-{{- message.tool_calls | tojson if message.tool_calls else message.content }}{{- '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo model with a template that has tools."""
-    directory = tmp_path_factory.mktemp("tools") / "hf"
-    convert(demo_checkpoint(), directory, "hf")
-    (directory / "chat_template.jinja").write_text(TEMPLATE)
-    with ExitStack() as stack:
-        llama = Llama.build(directory, max_seq_len=1024, max_batch_size=4, device="cpu", dtype="float32")
-        yield start(stack, llama)
-
-
 @pytest.fixture
-def client(server: Running) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(tool_server: Running) -> OpenAI:
+    return OpenAI(base_url=f"{tool_server.url}/v1", api_key="none", max_retries=0)
 
 
 def test_a_named_tool_is_called(client: OpenAI) -> None:
@@ -99,9 +72,9 @@ def test_a_model_without_a_form_of_calls_refuses_tools(start_server: Any) -> Non
         plain.chat.completions.create(model="demo", messages=DIALOG, tools=TOOLS)
 
 
-def test_what_is_no_call_is_content(server: Running, client: OpenAI) -> None:
+def test_what_is_no_call_is_content(tool_server: Running, client: OpenAI) -> None:
     answer = client.chat.completions.create(model="demo", messages=DIALOG, tools=TOOLS, temperature=0, max_tokens=30)
-    (expected,) = server.llama.chat_completion([DIALOG], temperature=0, max_gen_len=30, tools=TOOLS)
+    (expected,) = tool_server.llama.chat_completion([DIALOG], temperature=0, max_gen_len=30, tools=TOOLS)
     assert answer.choices[0].message.content == expected["generation"]["content"]
     assert answer.choices[0].message.tool_calls is None
 

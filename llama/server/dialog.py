@@ -1,0 +1,119 @@
+"""A dialog that is answered: its prompt, its settings and tools, and what is written in answer, as it comes.
+
+Knows a dialog's body, which several protocols make; knows none of their ways to write an answer.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.sequence import OutputOptions
+from ..errors import LlamaError
+from ..tokenization.messages import DialogOptions
+from ..tokenization.tool_calls import find_tool_form
+from ..tokenization.tool_parser import Delta
+from .answer_reader import AnswerReader
+from .errors import bad_value, refused, unsupported
+from .protocol import ChatBody
+from .sampling_options import count_choices, limit_length, read_settings
+from .service import Answers, Service
+from .tools import read_tools
+
+MESSAGE_KEYS = {"role", "content", "name", "refusal", "tool_calls", "tool_call_id", "reasoning_content"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """Answers that are under way, and the reader of each."""
+
+    answers: Answers
+    readers: list[AnswerReader]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were generated."""
+        return sum(len(reader.steps) for reader in self.readers)
+
+
+class DialogRequest:
+    """One dialog to answer."""
+
+    def __init__(self, service: Service, body: ChatBody):
+        """Raises ApiError for what can't be asked."""
+        service.check_model(body.model)
+        self._service, self._body = service, body
+        self._settings = read_settings(body)
+        self.n = count_choices(body.n)
+        self._form = find_tool_form(service.llama.formatter)
+        self._tools, forced = read_tools(body, self._form)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise bad_value("top_logprobs goes with logprobs: true", "top_logprobs")
+        if body.response_format is not None and self._tools:
+            raise unsupported("response_format", "goes without tools here: an answer held to it can't call them")
+        if (response_format := forced or body.response_format) is not None:
+            self._settings["response_format"] = response_format
+        check_keys(body.messages)
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[Running]:
+        """The answers; at the end of the context those that aren't over are cancelled."""
+        with self._service.admit(self.n), await self._begin() as answers:
+            prompt, with_tools = answers.requests[0].sequence.prompt, bool(self._tools)
+            tokenizer = self._service.llama.tokenizer
+            yield Running(answers, [AnswerReader(tokenizer, self._form, with_tools, prompt) for _ in range(self.n)])
+
+    async def _begin(self) -> Answers:
+        body, service = self._body, self._service
+        prompt = await service.call(self.encode)
+        asked, param = body.max_completion_tokens, "max_completion_tokens"
+        asked, param = (body.max_tokens, "max_tokens") if asked is None else (asked, param)
+        if asked == 0:
+            raise bad_value(f"{param} is 0, expected at least 1", param)
+        limit_length(len(prompt), asked, service.max_seq_len, param if asked is not None else "messages")
+        if asked is not None:
+            self._settings["max_gen_len"] = asked
+        output = OutputOptions(bool(body.logprobs), False, body.top_logprobs or 0)
+        return await service.submit([prompt], self._settings, output, self.n, body.cache_prompt)
+
+    def encode(self) -> list[int]:
+        """The prompt's tokens. Raises ApiError."""
+        body = self._body
+        options: DialogOptions = {}
+        if self._tools:
+            options["tools"] = self._tools
+        if body.chat_template_kwargs is not None:
+            options["chat_template_kwargs"] = body.chat_template_kwargs
+        messages = [rename_role(message) for message in body.messages]
+        try:
+            return self._service.llama.formatter.encode_dialog_prompt(messages, **options)  # type: ignore[arg-type]
+        except LlamaError as e:
+            raise refused(e, "messages") from e
+
+    async def read(self, running: Running) -> AsyncIterator[tuple[int, list[Delta], bool]]:
+        """(answer, what is new in it, whether it is over) for each step."""
+        async for new in running.answers.steps():
+            for step in new:
+                if running.answers.is_ended(step.row):
+                    continue
+                reader = running.readers[step.row]
+                deltas = reader.push(step)
+                is_over = step.finish_reason is not None
+                if not is_over and self._body.parallel_tool_calls is False and reader.has_calls:
+                    running.answers.end(step.row)  # it has the one call that it may have
+                    is_over = True
+                yield step.row, deltas, is_over
+
+
+def check_keys(messages: list[dict[str, Any]]) -> None:
+    """Raise ApiError for a key of a message that the API doesn't have."""
+    for i, message in enumerate(messages):
+        if unknown := sorted(message.keys() - MESSAGE_KEYS):
+            raise bad_value(
+                f"messages[{i}] has the unknown key {unknown[0][:40]!r}", f"messages[{i}].{unknown[0][:40]}"
+            )
+
+
+def rename_role(message: dict[str, Any]) -> dict[str, Any]:
+    """The API's newer name of the system's role is what templates call "system"."""
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
