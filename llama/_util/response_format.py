@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import LlamaError, shorten
 from .validate import suggest
 
-MOST_CHARACTERS = 1 << 16  # of a format, written as JSON
+MOST_BYTES = 1 << 16  # of a format, written as JSON
 SCHEMA_KEYS = ("name", "description", "schema", "strict")  # of OpenAI's "json_schema"
 
 
@@ -69,8 +69,8 @@ def check_keys(what: str, value: dict[Any, Any], known: Sequence[str]) -> None:
 
 def check_size(value: dict[str, Any]) -> None:
     try:
-        size = len(json.dumps(value, allow_nan=False))
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
     except (TypeError, ValueError, RecursionError) as e:
         raise LlamaError(f"response_format can't be written as JSON: {e}") from None
-    if size > MOST_CHARACTERS:
-        raise LlamaError(f"response_format has {size} characters as JSON, expected at most {MOST_CHARACTERS}")
+    if size > MOST_BYTES:
+        raise LlamaError(f"response_format has {size} bytes as JSON, expected at most {MOST_BYTES}")

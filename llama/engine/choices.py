@@ -32,10 +32,10 @@ class Choices:
     """The tokens chosen at places, and what steps report of them."""
 
     table: Tensor  # (2 + 2 top, N + 1), see `describe_choices` and `choose`; the same on all ranks
-    failures: dict[int, Exception]  # by place: what a logits processor raised; only on the rank that chose
+    failures: dict[int, Exception]  # by place: what a logits processor or a grammar raised; only on the rank that chose
 
     def share_failures(self, rows: abc.Sequence[abc.Sequence[float]]) -> dict[int, str]:
-        """By place, what a logits processor raised, on all ranks. rows: the table's columns on the CPU."""
+        """By place, what a logits processor or a grammar raised, on all ranks. rows: the table's columns on the CPU."""
         if all(row[0] != FAILED for row in rows):
             return {}
         messages = {
@@ -63,7 +63,8 @@ def choose(logits: Tensor, places: abc.Sequence[Place], told: abc.Sequence[int] 
 
 
 def choose_tokens(logits: Tensor, places: abc.Sequence[Place], failures: dict[int, Exception]) -> Tensor:
-    """The tokens (N) at places with logits (N, vocab_size). failures: gets what logits processors raise."""
+    """The tokens (N) at places with logits (N, vocab_size). failures: gets what logits processors and
+    grammars raise."""
     changed = [i for i, place in enumerate(places) if place.sequence.changes_logits]
     original = logits
     if changed:

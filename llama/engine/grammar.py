@@ -33,8 +33,8 @@ JSON_SPACE = r" |\n {0,32}"
 # What a grammar may cost, in llguidance's units, so that nobody's mask takes seconds and no sequence over some 40 MB.
 LIMITS: dict[str, Any] = {"initial_lexer_fuel": 1_000_000, "step_lexer_fuel": 200_000, "step_max_items": 50_000}
 LIMITS |= {"max_items_in_row": 500, "max_lexer_states": 20_000, "max_grammar_size": 200_000}
-# Some schemas, such as many patterns that one text has to match, take hours and all memory; the limits don't cover that.
-# So a new grammar is first compiled by a process of its own, which is ended in time.
+# Some schemas, such as many patterns that one text has to match, take hours and all memory; the limits don't tell. So a
+# new grammar is first compiled by a process of its own, which is ended in time.
 MOST_CPU_SECONDS, MOST_BYTES = 2, 1 << 30
 CHECK = """
 import json, resource, sys
@@ -44,11 +44,13 @@ for limit, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, size), 
 from llguidance import LLMatcher, LLParserLimits
 sys.stdout.buffer.write(LLMatcher.validate_grammar(grammar, limits=LLParserLimits(**limits)).encode())
 """
+# By byte: its bits, the lowest first, as 8 booleans that are read as one number, since that is the fastest way.
+BITS = (torch.arange(256)[:, None] >> torch.arange(8) & 1).bool().view(torch.int64).flatten()
 MISSING_HELP = "pip install 'llama-reference[grammar]' has it too"
 
 
 def write_grammar(response_format: Mapping[str, Any]) -> str:
-    """The format as a grammar of llguidance, in its notation. Raises LlamaError where llguidance is not installed."""
+    """The format as a grammar in llguidance's notation. Raises LlamaError for some mistakes, and without it."""
     if find_missing("llguidance"):
         raise LlamaError(f"{missing_error('response_format', 'llguidance')} ({MISSING_HELP})")
     from llguidance import LLMatcher
@@ -59,10 +61,17 @@ def write_grammar(response_format: Mapping[str, Any]) -> str:
     if kind == "regex":
         return LLMatcher.grammar_from_regex(response_format["regex"])
     if kind == "choice":
-        texts = (json.dumps(text, ensure_ascii=False) for text in response_format["choice"])
-        return LLMatcher.grammar_from_lark(f"start: {' | '.join(texts)}")
+        return LLMatcher.grammar_from_regex("|".join(map(escape, response_format["choice"])))
     schema = response_format["json_schema"]["schema"] if kind == "json_schema" else {"type": "object"}
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": JSON_SPACE})
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": JSON_SPACE})
+    except ValueError as e:  # it is nested too deeply, or has too large a number
+        raise LlamaError(f"response_format of type {kind}: {to_one_line(e)}") from None
+
+
+def escape(text: str) -> str:
+    """A regular expression for one text."""
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def check_format(response_format: Mapping[str, Any]) -> None:
@@ -143,7 +152,7 @@ class Words:
     def __call__(self, text: str | bytes) -> list[int]:
         """The ids of a text that follows another one: where the grammar leaves one text, those that a model expects."""
         data = text if isinstance(text, bytes) else text.encode()
-        for lead in ("", "\n"):  # SentencePiece tokenizers put a space before a text, but none after a line's end
+        for lead in ("", "\x02"):  # SentencePiece tokenizers put a space before a text, but none after such a byte
             ids = self._tokenizer.encode(lead + data.decode(errors="replace"), bos=False, eos=False)
             for start in range(min(len(ids), 3)):
                 if b"".join(self.tokens[token] for token in ids[start:]) == data:
@@ -167,15 +176,11 @@ class Matcher:
 
         Tokens that end the answer are allowed where the grammar may end. An answer that has left the grammar already,
         which proposals may do, leaves the logits as they are: what is chosen there is never used. Raises LlamaError
-        where no token is left, or where the grammar gets too complex.
+        where the grammar gets too complex.
         """
         if not self._follow(answer):
             return logits
         allowed = self._find_allowed(logits.shape[-1], stops)
-        if not allowed.any():
-            raise LlamaError(
-                "response_format leaves no token to choose: the vocabulary, or what ends an answer, doesn't fit it"
-            )
         return logits.where(copy_to_device(allowed, logits.device), NEVER)
 
     def _follow(self, answer: list[int]) -> bool:
@@ -195,7 +200,7 @@ class Matcher:
         """Which tokens may come next: booleans (vocab_size), on the CPU."""
         packed = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self.check()
-        bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
+        bits = BITS[packed.int()].view(torch.bool)
         may_end = bits[self._n_words].item()
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
         known = min(vocab_size, self._n_words)
