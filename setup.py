@@ -31,7 +31,7 @@ setup(
             "torchmetrics>=1.4",  # how good answers are
             "matplotlib>=3.7",  # draws the curves of a training
         ],
-        "grammar": ["llguidance>=1.7"],  # answers in the form that a JSON schema, a regex or a grammar describes
+        "grammar": ["llguidance>=1.9"],  # answers in the form that a JSON schema, a regex or a grammar describes
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",  # several tests at a time
@@ -46,7 +46,7 @@ setup(
             "prometheus-client>=0.20",
             "openai>=1.50",  # the official clients of the server's protocols
             "anthropic>=0.40",
-            "llguidance>=1.7",
+            "llguidance>=1.9",
             "jsonschema>=4.20",  # says whether answers are what a schema describes
             "import-linter>=2.1",  # which module may import which
             "ruff>=0.6",
