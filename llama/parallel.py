@@ -7,7 +7,7 @@ import atexit
 import contextlib
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,6 @@ import fairscale.nn.model_parallel.initialize as fs_init
 import torch
 import torch.distributed as dist
 
-from ._util.agreement import find_difference
 from ._util.device import choose_device, choose_dtype
 from ._util.heartbeat import start_heartbeat, stop_heartbeat
 from ._util.ranks import checked_env_rank, env_rank
@@ -136,12 +135,11 @@ def broadcast_object(value: T, group: dist.ProcessGroup | None = None) -> T:
 
 
 @contextlib.contextmanager
-def raise_together(group: dist.ProcessGroup | None = None, about: Mapping[str, str] | None = None) -> Iterator[None]:
+def raise_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A context for a step that may fail on one rank alone: if it fails on any, all raise LlamaError with its message.
 
     group: the ranks that take this step; None: the whole world. Without this context, the other ranks would wait in
     their next collective for a rank that has gone. An error that is no LlamaError is raised as it is where it occurred.
-    about: what has to be equal on all ranks.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         yield
@@ -152,9 +150,8 @@ def raise_together(group: dist.ProcessGroup | None = None, about: Mapping[str, s
         yield
     except Exception as e:
         error, message = e, str(e) if isinstance(e, LlamaError) else f"{type(e).__name__}: {e}"
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, (message, about), group=group)
-    messages: list[str | None] = [one for one, _ in said]
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, message, group=group)
     if error is not None and not isinstance(error, LlamaError):
         raise error
     for rank, message in enumerate(messages):
@@ -163,7 +160,3 @@ def raise_together(group: dist.ProcessGroup | None = None, about: Mapping[str, s
             shared = LlamaError(message if on_all_ranks else f"rank {rank}: {message}")
             shared.everywhere = True
             raise shared from error
-    if (difference := find_difference([own for _, own in said])) is not None:
-        shared = LlamaError(difference)
-        shared.everywhere = True
-        raise shared

@@ -1,7 +1,11 @@
 """What tests/engine/test_serving.py runs on ranks: one rank that asks alone, and calls that differ."""
 
+import gc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import torch
 
 from llama import Llama, LlamaError
 from llama.parallel import is_group_leader, is_main_process
@@ -79,3 +83,63 @@ def call_differently(directory: str) -> tuple[str, str, str, str]:
         except LlamaError as e:
             found.append(str(e))
     return found[0], found[1], found[2], found[3]
+
+
+def edit_and_lead(directory: str) -> list[list[int]] | None:
+    """Answers after edits and with a hook, all of them made on every rank."""
+    llama = Llama.build(directory, **OPTIONS)
+    llama.complete(PROMPTS[:2], 4, temperature=0)
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            layer.attention_norm.weight.mul_(1.5)
+    answers = lead_once(llama)
+    handle = llama.model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.25)
+    hooked = lead_once(llama)
+    handle.remove()
+    last = lead_once(llama)
+    return None if answers is None else [*answers, *(hooked or []), *(last or [])]
+
+
+def lead_once(llama: Llama) -> list[list[int]] | None:
+    if not is_group_leader():
+        llama.engine.follow()
+        return None
+    with llama.engine.lead():
+        return [c.tokens for c in llama.complete(PROMPTS[:2], 8, temperature=0)]
+
+
+def stream_differently(directory: str) -> dict[str, Any]:
+    """What ranks find that drain streams in another order, or leave them at different places."""
+    llama, first = Llama.build(directory, **OPTIONS), is_main_process()
+    found: dict[str, Any] = {}
+
+    def attempt(name: str, act: Callable[[], Any]) -> None:
+        try:
+            found[name] = act()
+        except LlamaError as e:
+            found[name] = str(e)
+        gc.collect()
+
+    def drain(order: list[int]) -> list[list[int]]:
+        streams = [llama.stream([prompt], 8, temperature=0) for prompt in PROMPTS[:2]]
+        tokens: list[list[int]] = [[], []]
+        for i in order:
+            tokens[i] = [step.token for steps in streams[i] for step in steps]
+        return tokens
+
+    def leave(leaves: bool) -> str:
+        stream = llama.stream([PROMPTS[2]], 20, temperature=0)
+        for count, _ in enumerate(stream):
+            if leaves and count == 3:
+                stream.close()  # type: ignore[attr-defined]
+                break
+        llama.complete([PROMPTS[0]], 3, temperature=0)
+        return "ended"
+
+    attempt("in turn", lambda: drain([1, 0]))
+    attempt("other order", lambda: drain([0, 1] if first else [1, 0]))
+    attempt("left by 0", lambda: leave(first))
+    attempt("left by 1", lambda: leave(not first))
+    attempt("led alone", lambda: lead_once(llama) if first else llama.complete([PROMPTS[0]], 3, temperature=0))
+    attempt("after", lambda: llama.complete([PROMPTS[1]], 6, temperature=0)[0].tokens)
+    return found

@@ -162,15 +162,20 @@ def test_copied_and_saved_models_have_no_slots(build: Callable[..., Transformer]
     assert not [name for name in model.state_dict() if "cache" in name]
 
 
+class Owner:
+    """Whoever claims slots."""
+
+
 @torch.no_grad()
-def test_slots_of_another_owner_hold_nothing(build: Callable[..., Transformer]) -> None:
+def test_each_owner_has_slots_of_its_own(build: Callable[..., Transformer]) -> None:
     cache = build().kv_cache
-    one, other = object(), object()
+    one, other = Owner(), Owner()
     assert cache.claim(one, 4, torch.float32, torch.device("cpu"))
     assert not cache.claim(one, 4, torch.float32, torch.device("cpu"))
-    assert cache.claim(other, 4, torch.float32, torch.device("cpu"))
-    assert cache.claim(one, 4, torch.float32, torch.device("cpu")), "the other may have written to them"
-    assert cache.claim(one, 4, torch.bfloat16, torch.device("cpu"))
+    first = cache.generation
+    assert cache.claim(other, 4, torch.float32, torch.device("cpu")) and cache.generation != first
+    assert not cache.claim(one, 4, torch.float32, torch.device("cpu")) and cache.generation == first
+    assert cache.claim(one, 4, torch.bfloat16, torch.device("cpu")) and cache.generation != first
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_DONTNEED"), reason="this system takes no memory back")

@@ -26,19 +26,3 @@ def normalize(value: object) -> str:
     if isinstance(value, Sequence):
         return "[" + ",".join(map(normalize, value)) + "]"
     return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def find_difference(said: Sequence[Mapping[str, str] | None]) -> str | None:
-    """What differs in what ranks say of the call that they make: its name by "call", and digests by other names."""
-    first = said[0] or {}
-    for rank, other in enumerate(said):
-        for name, value in first.items():
-            found = (other or {}).get(name)
-            if found != value:
-                what = (
-                    f"{found}, and rank 0 {value}"
-                    if name == "call"
-                    else f"{first['call']} with other {name} than rank 0"
-                )
-                return f"rank {rank} calls {what}: all ranks make the same calls in the same order"
-    return None

@@ -9,12 +9,15 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ..errors import LlamaError
 from .slot_memory import SlotMemory
+
+Layers = dict[int, tuple[SlotMemory, SlotMemory]]  # keys and values, by the id of a layer's Attention
 
 
 class KVCache:
@@ -24,19 +27,35 @@ class KVCache:
         self.lock = threading.RLock()  # held by whoever runs the model
         self.n_slots = 0
         self.generation = 0  # changes with the memory
-        self.by_hand = 0  # tokens that the caches of calls by hand hold at most
+        self._ends: list[int] = []  # of the rows of calls by hand: the furthest position that was written
         self.owner: object = None  # whose slots they are
-        self._form: object = None  # with their owner, number, dtype and device
-        self._layers: dict[int, tuple[SlotMemory, SlotMemory]] = {}  # by the id of a layer's Attention
+        # Of each owner: number, dtype and device of its slots, their generation, and the memory of each layer.
+        self._held: WeakKeyDictionary[Any, tuple[object, int, Layers]] = WeakKeyDictionary()
+        self._generations = 0
+        self._layers: Layers = {}
+
+    @property
+    def by_hand(self) -> int:
+        """Tokens that the caches of calls by hand hold."""
+        return sum(self._ends)
+
+    def note_by_hand(self, bsz: int, end: int) -> None:
+        """A call by hand writes so many rows up to position `end`."""
+        self._ends += [0] * (bsz - len(self._ends))
+        for row in range(bsz):
+            self._ends[row] = max(self._ends[row], end)
 
     def claim(self, owner: object, n_slots: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Make the slots an owner's. Returns whether they hold nothing that it wrote: they are new, or another's."""
-        form = owner, n_slots, dtype, device
-        if form == self._form:
-            return False
-        self._form, self.owner, self.n_slots, self.generation = form, owner, n_slots, self.generation + 1
-        self._layers.clear()
-        return True
+        """Make the slots those of an owner. Returns whether they hold nothing that it wrote, since they are new."""
+        form = n_slots, dtype, device
+        held = self._held.get(owner)
+        is_new = held is None or held[0] != form
+        if is_new or held is None:
+            self._generations += 1
+            self._held[owner] = held = form, self._generations, {}
+        self.owner, self.n_slots = owner, n_slots
+        _, self.generation, self._layers = held
+        return is_new
 
     def caches(self, attention: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, (slots, S + 1, KV, D) each; captured steps have their padding at the end."""
@@ -116,7 +135,7 @@ def place_rows(cache: KVCache, slots: Tensor | None, bsz: int, end: int | None, 
     is_cached = end is not None
     slots = UNTOLD_SLOTS.get() if slots is None and is_cached else slots
     if slots is None:
-        cache.by_hand = max(cache.by_hand, bsz * (end or 0))
+        cache.note_by_hand(bsz, end or 0)
         return None
     if not is_cached:
         raise LlamaError("slots were given without start_pos, and nothing is cached then: give both, or neither")

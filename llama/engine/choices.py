@@ -78,6 +78,9 @@ def choose_tokens(logits: Tensor, places: abc.Sequence[Place], failures: dict[in
             logits[i] = own if s.matcher is None else s.matcher.mask(own, answer, s.stops)
         except Exception as e:  # whatever a caller's function raises is its own request's failure
             failures[i] = e
+            continue
+        if logits[i].isnan().any() and original[i].isfinite().all():
+            failures[i] = LlamaError("logits_processor, or another setting, has made logits NaN")
     groups: dict[tuple[object, ...], list[int]] = {}  # places whose tokens are sampled together
     for i, place in enumerate(places):
         groups.setdefault(place.sequence.settings.narrowing, []).append(i)

@@ -5,36 +5,36 @@ the model and the tokenizer; knows no file and no dialog.
 """
 
 import contextlib
-import threading
-from collections import Counter, abc, deque
+from collections import abc
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 from .. import parallel
-from .._util.interrupt import hold_interrupt
 from .._util.validate import check_count
-from ..errors import LlamaError
+from ..errors import LlamaError, shorten
 from ..model import Transformer
-from ..settings import settings_of_rows
+from ..settings import CALL_OPTIONS, settings_of_rows
 from ..tokenization.protocol import AnyTokenizer
+from .agreement import call_together
 from .cache_book import CacheBook
-from .forward_pass import find_cache_dtype, is_dynamic
-from .leading import Arrival, Channel, Commands, Farewell
-from .rank_groups import call_together, long_timeout_group
-from .request import Request, raise_failures
-from .request_checks import check_budget, check_prompts, check_speculation, check_token_ids
+from .forward_pass import is_dynamic
+from .leading import Channel, Commands, Farewell, follow_steps
+from .rank_groups import long_timeout_group
+from .request import Request, stream_requests
+from .request_checks import check_budget, check_prompts, check_speculation, check_texts_fit, check_token_ids
 from .sequence import OutputOptions, Sequence, Step
 from .sequence_maker import CallOptions, SequenceMaker
 from .serving import Server
 from .speculative import DraftProposer
+from .step_runner import StepRunner
 from .stepper import SHARED, Stepper
 
+LEADING = "lead or follow"
 SLOTS_PER_ROW = 4  # slots of the cache for each row of a pass, where unused ones take no memory
 
 
-class Engine:
+class Engine(StepRunner):
     """What a `Llama` generates with. It may be used from several threads; on several ranks, every rank makes the same
     calls, from one thread.
     """
@@ -50,30 +50,19 @@ class Engine:
     ):
         """cache_tokens: that the KV cache holds at most; None: max_batch_size times max_seq_len."""
         params = model.params
-        self.model = model
+        self._arguments = model, tokenizer, seed, prefill_chunk, draft, cache_tokens
         self.tokenizer = tokenizer
         self.prefill_chunk = prefill_chunk  # tokens of prompts in one forward pass
-        self.cache_tokens = cache_tokens or params.max_batch_size * params.max_seq_len
-        self.n_slots = SLOTS_PER_ROW * params.max_batch_size
+        self.cache_tokens = params.max_batch_size * params.max_seq_len if cache_tokens is None else cache_tokens
+        n_slots = SLOTS_PER_ROW * params.max_batch_size
         if model.device.type != "cpu":  # where slots take their memory at once
-            self.n_slots = max(min(self.n_slots, self.cache_tokens // params.max_seq_len), 1)
-        self.stepper = Stepper(model, CacheBook(self.n_slots, self.cache_tokens), prefill_chunk)
+            n_slots = max(min(n_slots, self.cache_tokens // params.max_seq_len), 1)
         self.last_call: list[Sequence] = []  # the sequences of the last call
         self.maker = SequenceMaker(
             params, tokenizer, seed, None if draft is None else DraftProposer(draft, prefill_chunk)
         )
-        self._keys, self._scopes = count(1), count(SHARED + 1)
-        self._turn = threading.Condition()  # guards what follows
-        self._runner: int | None = None  # the thread that runs a step now
-        self._waited: Counter[int] = Counter()  # by key: callers that wait for a step
-        self._arrived: deque[Sequence] = deque()  # since the last step
-        self._cancelled: deque[Sequence] = deque()  # since the last step; appended to without a lock, at any moment
-        self._open_scopes: set[int] = set()  # those that get more sequences
-        self._closed_scopes: list[int] = []  # since the last step
-        self._thread: int | None = None  # that uses the engine, on several ranks
-        self._channel: Channel | None = None  # to the ranks that follow this one
-        self._has_failed = False  # whether the last step raised an error
-        self._server: Server | None = None
+        super().__init__(model, Stepper(model, CacheBook(n_slots, self.cache_tokens), prefill_chunk), n_slots)
+        self._scopes = count(SHARED + 1)
         if model.fast is not None:
             with model.kv_cache.lock:
                 self._claim_slots()
@@ -95,6 +84,10 @@ class Engine:
         prefix_cache: whether to begin at the longest prefix that the cache holds, and to leave this one to others.
         notify: within `serve`, called by the engine's thread whenever there are new steps, and at the end.
         """
+        if name := min(CALL_OPTIONS & settings.keys(), default=None):
+            raise LlamaError(f"submit has no {name}: it is for one answer; Llama.complete has it")
+        if notify is not None and (self._server is None or not callable(notify)):
+            raise LlamaError(f"notify is {shorten(notify)}, expected a function without arguments, within serve()")
         options = CallOptions(output or OutputOptions(), reuse=prefix_cache, notify=notify)
         return self.make_requests([prompt_tokens], settings, None, options)[0]
 
@@ -116,6 +109,7 @@ class Engine:
         with self._turn:
             scope = self._choose_scope(options.reuse)
             sequences = self.maker.make_sequences(prompt_tokens, all_settings, scope, options)
+            self._number_sequences(sequences)
             if self._server is not None:
                 self._welcome(sequences)
         return [Request(self, s) for s in sequences]
@@ -123,6 +117,7 @@ class Engine:
     def read(self, sequences: list[Sequence]) -> Iterator[Sequence]:
         """Those that are to be read and get no answer, each as soon as it was read."""
         live = list(sequences)
+        check_texts_fit(sequences, self.cache_tokens)
         try:
             while live:
                 self.wait_any(live)
@@ -131,7 +126,7 @@ class Engine:
         finally:
             for s in live:
                 self.cancel(s)
-            self._tidy()
+            self.tidy()
 
     def open_scopes(self, count: int) -> list[int]:
         """For each of so many prompts, what its texts share in the KV cache until `close_scopes`: equal ones share it.
@@ -149,144 +144,39 @@ class Engine:
         with self._turn:
             self._open_scopes.difference_update(scopes)
             self._closed_scopes += set(scopes)
-        self._tidy()
+        self.tidy()
 
     def stream(self, requests: list[Request]) -> Iterator[list[Step]]:
-        """The steps of requests, in lists of those that are there at a time, in the order of their rows.
+        """`stream_requests` of these, which are the last call's."""
+        self.last_call = [request.sequence for request in requests]
+        return stream_requests(self, requests)
 
-        With echo, the first list holds the prompts' own tokens. Raises LlamaError at the end for those that failed.
-        """
-        self.last_call = sequences = [request.sequence for request in requests]
-        try:
-            yield from self._stream(requests)
-        finally:
-            for request in requests:
-                request.cancel()
-            self._tidy()
-        raise_failures(sequences)
+    def __reduce__(self) -> Any:
+        """A copy is a new engine, for a copy of the model, that has answered nothing; it counts prompts as this one."""
+        return Engine, self._arguments, self.maker.seeds.times_given
 
-    def _stream(self, requests: list[Request]) -> Iterator[list[Step]]:
-        live = list(requests)
-        echoed = not requests[0].sequence.output.echo
-        while live:
-            sequences = [request.sequence for request in live]
-            if echoed:
-                self.wait_any(sequences)
-            else:
-                self.wait_all(sequences)
-                steps = [s.steps.popleft() for s in sequences for _ in range(len(s.prompt)) if s.steps]
-                echoed = True
-                yield steps
-            if steps := [step for request in live for step in request.take()]:
-                yield steps
-            live = [request for request in live if not request.is_over]
-
-    def cancel(self, sequence: Sequence) -> None:
-        """The sequence gets no more steps. May be called at any moment, by the garbage collector too."""
-        sequence.is_over = True
-        self._cancelled.append(sequence)
-
-    # --- steps --------------------------------------------------------------------------------------------------------
-
-    def wait_any(self, sequences: list[Sequence]) -> None:
-        """Run steps until one of these sequences, at least one of them, has one for its caller, or is over."""
-        self._wait(sequences, any)
-
-    def wait_all(self, sequences: list[Sequence]) -> None:
-        """Run steps until each of these sequences has one for its caller, or is over."""
-        self._wait(sequences, all)
-
-    def _wait(self, sequences: list[Sequence], enough: abc.Callable[[abc.Iterable[bool]], bool]) -> None:
-        self._check_thread()
-        with self._turn:
-            self._welcome(sequences)
-            self._waited.update(s.key for s in sequences)
-            try:
-                while not enough(bool(s.steps) or s.is_over for s in sequences):
-                    if self._runner is not None or self._server is not None:
-                        self._turn.wait()
-                    else:
-                        self._run_step(list(self._waited))
-            finally:
-                self._waited.subtract(s.key for s in sequences)
-                self._waited += Counter()  # forgets those that nobody waits for
-
-    def _welcome(self, sequences: abc.Iterable[Sequence]) -> None:
-        """Sequences are waited for, some for the first time. Called with `_turn`."""
-        new = [s for s in sequences if not s.key and not s.is_over]
-        for s in new:
-            s.key = next(self._keys)
-        self._arrived += new
-        if self._server is not None and new:
-            self._server.add(new)
-            self._turn.notify_all()
-
-    def _run_step(self, waited: list[int]) -> None:
-        """One step, without holding back other threads that want to say something. Called with `_turn`."""
-        commands = Commands(
-            waited=waited,
-            arrived=[self._arrived.popleft() for _ in range(len(self._arrived))],
-            cancelled=[self._cancelled.popleft().key for _ in range(len(self._cancelled))],
-            closed_scopes=self._closed_scopes,
-            open_scopes=frozenset(self._open_scopes),
-            by_hand=self.model.kv_cache.by_hand,
-            has_failed=self._has_failed,
-        )
-        self._closed_scopes, self._has_failed = [], False
-        with hold_interrupt(), self._busy():
-            forgets = self.stepper.notice_edits(commands.arrived)
-            commands = replace(commands, resets=self._claim_slots(), forgets=forgets)
-            if self._channel is not None:
-                self._channel.send(commands)
-            try:
-                self.stepper.carry_out(commands)
-            except BaseException:
-                self._has_failed = True
-                raise
-
-    def _tidy(self) -> None:
-        """End what was cancelled, and give back its memory, unless the next step is to do so."""
-        with self._turn:
-            if self._runner is not None or self.model.kv_cache.owner is not self:
-                return
-            if parallel.group().size() > 1:
-                if self.is_leading and (self._cancelled or self._closed_scopes):
-                    self._run_step([])  # the others are to do the same
-                return
-            cancelled = [self._cancelled.popleft().key for _ in range(len(self._cancelled))]
-            self.stepper.tidy(Commands((), cancelled=cancelled, closed_scopes=self._closed_scopes))
-            self._closed_scopes = []
-
-    def _claim_slots(self) -> bool:
-        """Make the model's slots this engine's. Returns whether they hold nothing that it wrote."""
-        return self.model.kv_cache.claim(self, self.n_slots, find_cache_dtype(self.model), self.model.device)
-
-    @contextlib.contextmanager
-    def _busy(self) -> Iterator[None]:
-        """The model is this thread's, while others may go on with all else. Called with `_turn`."""
-        self._runner = threading.get_ident()
-        self._turn.release()
-        try:
-            with self.model.kv_cache.lock:
-                yield
-        finally:
-            self._turn.acquire()
-            self._runner = None
-            self._turn.notify_all()
+    def __setstate__(self, times_given: Any) -> None:
+        self.maker.seeds.times_given = times_given
 
     # --- ranks, and a thread of its own -------------------------------------------------------------------------------
 
-    @property
-    def is_leading(self) -> bool:
-        """Whether this rank submits alone, and the others follow."""
-        return self._channel is not None
-
-    def together(self, call: str, **arguments: object) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def together(self, call: str, **arguments: object) -> Iterator[None]:
         """A context for the checks of a call, which fail on all ranks alike.
 
         call, arguments: what has to be the same on all ranks. Raises LlamaError that names what differs.
         """
-        return contextlib.nullcontext() if self.is_leading else call_together(call, **arguments)
+        self._check_thread()
+        if self.is_leading:
+            yield
+            return
+        first = self._next_key
+        try:
+            with call_together(call, self._find_live, self._number, **arguments):
+                yield
+        except BaseException:
+            self._forget_from(first)  # some ranks may have made sequences, and others not
+            raise
 
     @contextlib.contextmanager
     def lead(self) -> Iterator[None]:
@@ -297,8 +187,9 @@ class Engine:
         if parallel.group().size() == 1:
             yield
             return
-        if self.is_leading or not parallel.is_group_leader():
-            raise LlamaError("only the first rank of a group leads, and once at a time: the others call follow()")
+        with call_together(LEADING):
+            if self.is_leading or not parallel.is_group_leader():
+                raise LlamaError("only the first rank of a group leads, and once at a time: the others call follow()")
         with long_timeout_group() as group:
             self._channel = Channel(group)
             self.stepper.tells_cancelled = False
@@ -308,41 +199,31 @@ class Engine:
                 with self._turn:
                     while self._runner is not None:
                         self._turn.wait()
-                    farewell = Farewell(next(self._keys), next(self._scopes))
+                    farewell = Farewell(self._next_key, next(self._scopes))
                     self._channel.send(farewell)
                     self._channel = None
                     self._resume(farewell)
 
     def follow(self) -> None:
         """Carry out the steps of the rank that leads, until it leaves its context. For all ranks but the first."""
-        if parallel.is_group_leader():
-            raise LlamaError("the first rank of a group leads: call lead() there, and follow() on the others")
+        with call_together(LEADING):
+            if parallel.is_group_leader():
+                raise LlamaError("the first rank of a group leads: call lead() there, and follow() on the others")
         self.stepper.tells_cancelled = False
         with long_timeout_group() as group:
-            channel, error = Channel(group), None
-            while isinstance(commands := channel.receive(), Commands):
-                if commands.has_failed != (error is not None):
-                    raise LlamaError("a step failed on one rank and not on the others") from error
-                error = self._follow_step(commands)
-        self._resume(commands)
+            self._resume(follow_steps(Channel(group), self.maker, self._carry_out_led))
 
-    def _follow_step(self, commands: Commands) -> Exception | None:
-        """Carry out a step that another rank leads; returns the error that it raised, as on that rank."""
-        known: dict[int, Sequence] = {}
-        for arrival in cast(abc.Sequence[Arrival], commands.arrived):
-            s = arrival.make_sequence(self.tokenizer.stream_decoder(), self.maker.make_proposer, known)
-            known[s.key] = s
-        try:
-            with self.model.kv_cache.lock:
-                self._claim_slots()
-                self.stepper.carry_out(replace(commands, arrived=list(known.values())))
-        except Exception as e:  # a hook's, for example
-            return e
-        return None
+    def _carry_out_led(self, commands: Commands) -> None:
+        with self.model.kv_cache.lock:
+            self.stepper.notice_edits(commands.arrived)
+            self._claim_slots()
+            if self.stepper.is_fast() != commands.is_fast:
+                raise SystemExit("error: the model was edited or hooked on this rank otherwise than on the first one")
+            self.stepper.carry_out(commands)
 
     def _resume(self, farewell: Farewell) -> None:
         """All ranks make the same calls again."""
-        self._keys, self._scopes = count(farewell.key), count(farewell.scope)
+        self._next_key, self._scopes = farewell.key, count(farewell.scope)
         self.stepper.tells_cancelled = parallel.group().size() > 1
 
     @contextlib.contextmanager
@@ -353,12 +234,14 @@ class Engine:
         this one leads. Afterwards requests go on while somebody waits for them, as before.
         """
         with self.lead():
-            server = Server(self._turn, self._run_step, self._tidy)
+            server = Server(self._turn, self._run_step, self.tidy, lambda: self._runner is not None)
             with self._turn:
                 if self._server is not None:
                     raise LlamaError("the engine serves already: use the context that there is")
-                self._server = server
-                server.add(self.stepper.sequences.values())
+                self._server = server  # from here on nobody else begins a step
+                while self._runner is not None:
+                    self._turn.wait()
+                server.add([*self.stepper.sequences.values(), *self._arrived])
             try:
                 with server.run():
                     yield
@@ -380,20 +263,3 @@ class Engine:
         if is_dynamic(self.model):
             return None
         return SHARED if reuse else next(self._scopes)
-
-    def _check_thread(self) -> None:
-        """Raise LlamaError for a call within a step, which would wait for itself, and for a second thread on ranks."""
-        if self._runner == threading.get_ident():
-            raise LlamaError(
-                "a hook or a logits processor made a call to the Llama whose step calls it: call the model itself "
-                "there, or make the call before or after"
-            )
-        if parallel.group().size() == 1 or self.is_leading:
-            return
-        if self._thread is None:
-            self._thread = threading.get_ident()
-        elif self._thread != threading.get_ident():
-            raise LlamaError(
-                "a second thread uses a model on several ranks, where calls of threads come in another order on each: "
-                "make all calls from one thread"
-            )

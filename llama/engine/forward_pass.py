@@ -20,10 +20,14 @@ def is_intercepted(model: Transformer) -> bool:
     return hooked or "forward" in vars(model) or type(model).forward is not PLAIN_FORWARD
 
 
+def read_cast(device: str) -> torch.dtype | None:
+    """The dtype of `torch.autocast` in this thread; None: it is off."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def find_cache_dtype(model: Transformer) -> torch.dtype:
     """The dtype of the keys and values that a pass computes now."""
-    device = model.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return read_cast(model.device.type) or model.dtype
 
 
 def is_dynamic(model: Transformer) -> bool:

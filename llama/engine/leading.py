@@ -6,16 +6,16 @@ Knows sequences and process groups; knows no model and no scheduler.
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import LlamaError
 from ..settings import Settings
-from ..tokenization.protocol import AnyStreamDecoder
 from .sequence import Sequence as TokenSequence
-from .speculative import Proposer
+from .sequence_maker import SequenceMaker
 from .stop_strings import StopFinder
 
 MESSAGE_BYTES = 2048  # of a message's first part, with its length; what doesn't fit comes in a second one
@@ -37,6 +37,7 @@ class Commands:
     open_scopes: frozenset[int] = frozenset()
     forgets: bool = False  # whether the model was edited, so that nothing in the cache is used for what arrives
     resets: bool = False  # whether the slots hold nothing any more
+    is_fast: bool = True  # whether passes run in the model's fast form
     by_hand: int = 0  # tokens that the caches of calls by hand hold
     has_failed: bool = False  # whether the step before raised an error
 
@@ -67,8 +68,7 @@ class Arrival:
 
     def make_sequence(
         self,
-        decoder: AnyStreamDecoder,
-        make_proposer: Callable[[int | None], Proposer | None],
+        maker: SequenceMaker,
         known: dict[int, TokenSequence],
     ) -> TokenSequence:
         """known: sequences by key, of which one may be the twin."""
@@ -76,10 +76,10 @@ class Arrival:
         settings: Settings = self.fields["settings"]
         return TokenSequence(
             **self.fields,
-            decoder=decoder,
+            decoder=maker.tokenizer.stream_decoder(),
             generator=torch.Generator(),
             stop_finder=StopFinder(settings.stop),
-            proposer=make_proposer(self.ngram) if self.fields["most_proposals"] else None,
+            proposer=maker.make_proposer(self.ngram) if self.fields["most_proposals"] else None,
             lookup_ngram=self.ngram,
             twin=None if self.twin is None else known.get(self.twin),
             consume=ignore if states else None,
@@ -124,3 +124,21 @@ class Channel:
 
 def as_tensor(data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def follow_steps(channel: Channel, maker: SequenceMaker, carry_out: Callable[[Commands], None]) -> Farewell:
+    """Carry out the steps of another rank until it says farewell. Raises LlamaError where one fails here alone."""
+    error: Exception | None = None
+    while isinstance(commands := channel.receive(), Commands):
+        if commands.has_failed != (error is not None):
+            raise LlamaError("a step failed on one rank and not on the others") from error
+        known: dict[int, TokenSequence] = {}
+        for arrival in cast(Sequence[Arrival], commands.arrived):
+            s = arrival.make_sequence(maker, known)
+            known[s.key] = s
+        error = None
+        try:
+            carry_out(replace(commands, arrived=list(known.values())))
+        except Exception as e:  # a hook's, for example, which the rank that leads raises too
+            error = e
+    return cast(Farewell, commands)

@@ -18,7 +18,7 @@ Together = Callable[[str], AbstractContextManager[None]]
 def not_finite_error(model: nn.Module, together: Together, what: str) -> LlamaError:
     """The error for numbers that aren't finite. Looks through all weights; every rank makes the same call.
 
-    together: `Engine.together`, or `rank_groups.call_together` within a step.
+    together: `Engine.together`, or `agreement.call_together` within a step.
     what: the numbers, and whether they are one or many, as in "row 0: the logits at position 5 are".
     """
     try:

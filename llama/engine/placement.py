@@ -35,6 +35,7 @@ class Job:
     cuts: int = 0  # pieces in a row that were cut short for the sake of others
     awaits: "Job | None" = None  # a request that is reading a prefix which both begin with
     common: int = 0  # the length of that prefix
+    after: "Job | None" = None  # a request that has to be read first
 
 
 @dataclass

@@ -1,19 +1,15 @@
-"""Groups of ranks that wait for each other for a long time, and calls that all ranks of a model make alike.
+"""Groups of ranks that wait for each other for a long time.
 
 Knows process groups; knows no engine.
 """
 
 import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from .. import parallel
-from .._util.agreement import digest
-
-IN_CALL: ContextVar[bool] = ContextVar("whether a call is made that all ranks make", default=False)
 
 
 @contextlib.contextmanager
@@ -45,22 +41,3 @@ def leaders_group() -> Iterator[dist.ProcessGroup | None]:
     finally:
         if parallel.is_group_leader():
             dist.destroy_process_group(leaders)
-
-
-@contextlib.contextmanager
-def call_together(call: str, **arguments: object) -> Iterator[None]:
-    """As `raise_together` for the model-parallel group, and all raise LlamaError that made different calls.
-
-    Calls that a call makes in this context are no calls of their own.
-    """
-    if parallel.group().size() == 1 or IN_CALL.get():
-        yield
-        return
-    token = IN_CALL.set(True)
-    try:
-        with parallel.raise_together(
-            parallel.group(), {"call": call, **{name: digest(value) for name, value in arguments.items()}}
-        ):
-            yield
-    finally:
-        IN_CALL.reset(token)

@@ -17,6 +17,8 @@ class Waits(Protocol):
 
     def cancel(self, sequence: Sequence) -> None: ...
     def wait_any(self, sequences: list[Sequence]) -> None: ...
+    def wait_all(self, sequences: list[Sequence]) -> None: ...
+    def tidy(self) -> None: ...
     def notice_taken(self) -> None: ...
 
 
@@ -64,6 +66,37 @@ class Request:
         """No further steps are computed. What others wait for goes on."""
         self._finalizer()
         self._engine.notice_taken()
+
+
+def stream_requests(engine: Waits, requests: list[Request]) -> Iterator[list[Step]]:
+    """The steps of requests, in lists of those that are there at a time, in the order of their rows.
+
+    With echo, the first list holds the prompts' own tokens. Raises LlamaError at the end for those that failed.
+    """
+    try:
+        yield from _stream(engine, requests)
+    finally:
+        for request in requests:
+            request.cancel()
+        engine.tidy()
+    raise_failures([request.sequence for request in requests])
+
+
+def _stream(engine: Waits, requests: list[Request]) -> Iterator[list[Step]]:
+    live = list(requests)
+    echoed = not requests[0].sequence.output.echo
+    while live:
+        sequences = [request.sequence for request in live]
+        if echoed:
+            engine.wait_any(sequences)
+        else:
+            engine.wait_all(sequences)
+            steps = [s.steps.popleft() for s in sequences for _ in range(len(s.prompt)) if s.steps]
+            echoed = True
+            yield steps
+        if steps := [step for request in live for step in request.take()]:
+            yield steps
+        live = [request for request in live if not request.is_over]
 
 
 def raise_failures(sequences: list[Sequence]) -> None:

@@ -12,6 +12,7 @@ from ..errors import LlamaError, shorten
 from ..model import ModelArgs
 from ..settings import Settings
 from .grammar import check_format
+from .sequence import Sequence as TokenSequence
 
 
 def check_room(prompt_tokens: Sequence[int], max_seq_len: int) -> None:
@@ -78,8 +79,23 @@ def check_budget(
     for i, (prompt, own) in enumerate(zip(prompt_tokens, settings, strict=True)):
         room = max_seq_len - len(prompt)
         answer = room if own.max_gen_len is None else min(room, own.max_gen_len)
+        if len(prompt) >= cache_tokens:
+            raise LlamaError(
+                f"prompt {i} has {len(prompt)} tokens, but the KV cache holds {cache_tokens} in all: shorten it, or "
+                "build with a larger kv_cache_gb"
+            )
         if len(prompt) + answer > cache_tokens:
             raise LlamaError(
                 f"prompt {i} has {len(prompt)} tokens and may get {answer}, together {len(prompt) + answer}, but the "
                 f"KV cache holds {cache_tokens} tokens in all: lower max_gen_len, or build with a larger kv_cache_gb"
+            )
+
+
+def check_texts_fit(sequences: Sequence[TokenSequence], cache_tokens: int) -> None:
+    """Check that each text that is only read fits the whole KV cache."""
+    for s in sequences:
+        if s.position > cache_tokens:
+            raise LlamaError(
+                f"text {s.index} has {s.position} tokens, but the KV cache holds {cache_tokens} in all: shorten it, or "
+                "build with a larger kv_cache_gb"
             )

@@ -37,19 +37,31 @@ class Scheduler:
     # --- commands ---------------------------------------------------------------------------------------------------
 
     def add(
-        self, key: int, tokens: Sequence[int], *, scope: int | None, reads_all: bool = False, proposals: int = 0
+        self,
+        key: int,
+        tokens: Sequence[int],
+        *,
+        scope: int | None,
+        reads_all: bool = False,
+        proposals: int = 0,
+        after: int | None = None,
     ) -> None:
         """A request arrives: its key, larger than all before, and its prompt.
 
         scope: requests of equal scopes share prefixes; None shares nothing. reads_all: every position is computed.
-        proposals: most tokens that are proposed in a step.
+        proposals: most tokens that are proposed in a step. after: a request that has to be read before this one is.
         """
         job = Job(key, list(tokens), scope, reads_all, proposals, key in self._wanted)
+        job.after = None if after is None else self._jobs.get(after)
         self._jobs[key] = job
         if scope is not None:
             self._in_scope[scope] += 1
         if job.wanted:
             self._placement.wait(job)
+
+    def read_all(self, key: int) -> None:
+        """Every position of a request that waits is to be computed."""
+        self._jobs[key].reads_all = True
 
     def want(self, keys: Iterable[int]) -> None:
         """Compute these requests from now on, and no others. The others keep their slots while there is room."""
@@ -185,6 +197,10 @@ class Scheduler:
 
         Whoever waits for another does so until that one has read nearly all of it, or doesn't go on.
         """
+        if job.after is not None:
+            if job.after.reading and job.after.key in self._jobs:
+                return True
+            job.after = None
         if not self._still_reads(job.awaits, job.common):
             match = self._placement.find_coming(job)
             reader = next((self._jobs[key] for key in match.holders() if self._jobs[key].wanted), None)

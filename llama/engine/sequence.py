@@ -82,6 +82,9 @@ class Sequence:
     consume_logits: ConsumeLogits | None = None  # gets the logits after the last token
     notify: Callable[[], object] | None = None  # called where the engine serves, when there are steps or it is over
     key: int = 0  # its number among all that came to the engine; 0: it hasn't
+    cast: torch.dtype | None = None  # of `torch.autocast` where it was asked for
+    is_echoed: bool = False  # whether its steps have begun with the prompt's own tokens
+    has_arrived: bool = False  # whether somebody has waited for it
     answer: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop: int | str | None = None
@@ -168,6 +171,13 @@ class Sequence:
     def wants_prompt_logprobs(self) -> bool:
         """Whether the logprobs of the prompt's tokens are to be computed for it."""
         return self.output.echo and self.output.logprobs and self.twin is None
+
+    @property
+    def needs_twin(self) -> bool:
+        """Whether it waits for the logprobs of its twin's prompt, which aren't all there."""
+        if self.twin is None or not (self.output.echo and self.output.logprobs):
+            return False
+        return len(self.twin.prompt_logprobs) < len(self.prompt)
 
     @property
     def reports_prompt(self) -> bool:

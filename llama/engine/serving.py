@@ -17,15 +17,23 @@ class Server:
     """Which sequences the thread computes, and the thread. All of it is used with `turn`."""
 
     def __init__(
-        self, turn: threading.Condition, run_step: Callable[[list[int]], None], tidy: Callable[[], None]
+        self,
+        turn: threading.Condition,
+        run_step: Callable[[list[int]], None],
+        tidy: Callable[[], None],
+        is_busy: Callable[[], bool],
     ) -> None:
-        """run_step: one step for the sequences with these keys, which lets go of `turn` meanwhile."""
-        self._turn, self._run_step, self._tidy = turn, run_step, tidy
-        self._sequences: list[Sequence] = []  # that aren't over
+        """run_step: one step for the sequences with these keys, which lets go of `turn` meanwhile.
+
+        is_busy: whether another thread runs a step.
+        """
+        self._turn, self._run_step, self._tidy, self._is_busy = turn, run_step, tidy, is_busy
+        self.thread: int | None = None  # its number, once it runs
+        self._sequences: dict[int, Sequence] = {}  # by key: those that aren't over
         self._is_running = False
 
     def add(self, sequences: Iterable[Sequence]) -> None:
-        self._sequences += sequences
+        self._sequences |= {s.key: s for s in sequences}
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:
@@ -42,11 +50,16 @@ class Server:
             thread.join()
 
     def _loop(self) -> None:
+        self.thread = threading.get_ident()
         with self._turn:
             while self._is_running:
-                ended = [s for s in self._sequences if s.is_over]
-                self._sequences = [s for s in self._sequences if not s.is_over]
-                wanted = [s for s in self._sequences if len(s.steps) < MOST_BUFFERED]
+                if self._is_busy():
+                    self._turn.wait()
+                    continue
+                ended = [key for key, s in self._sequences.items() if s.is_over]
+                for key in ended:
+                    del self._sequences[key]
+                wanted = [s for s in self._sequences.values() if len(s.steps) < MOST_BUFFERED]
                 if wanted:
                     self._step(wanted)
                     continue
@@ -57,10 +70,19 @@ class Server:
     def _step(self, wanted: list[Sequence]) -> None:
         try:
             self._run_step([s.key for s in wanted])
-        except Exception as e:  # whatever a hook raises; the thread goes on with what comes later
+        except BaseException as e:  # whatever a hook raises; the thread goes on with what comes later
             for s in wanted:
-                s.error, s.is_over = LlamaError(f"row {s.index}: {type(e).__name__}: {e}"), True
-                s.error.__cause__ = e
+                end_with(s, e)
         for s in wanted:
             if s.notify is not None and (s.steps or s.is_over):
-                s.notify()
+                try:
+                    s.notify()
+                except BaseException as e:  # the caller's own function, which is its own failure
+                    end_with(s, e, "notify raised ")
+
+
+def end_with(sequence: Sequence, error: BaseException, what: str = "") -> None:
+    """End a sequence with an error."""
+    sequence.error = LlamaError(f"row {sequence.index}: {what}{type(error).__name__}: {error}")
+    sequence.error.__cause__ = error
+    sequence.is_over = True

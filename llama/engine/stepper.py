@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import parallel
 from ..errors import LlamaError
 from ..model import Transformer
+from .agreement import call_together
 from .cache_book import CacheBook
 from .choices import FAILED, NONE_LEFT, NOT_FINITE, Choices, Place, choose
 from .forward_pass import compute_logits, is_intercepted
@@ -21,7 +22,6 @@ from .leading import Commands
 from .model_runner import PassRow, compute_prompt_logprobs, run_rows, settle
 from .model_version import read_version
 from .not_finite import not_finite_error
-from .rank_groups import call_together
 from .scheduler import Scheduler
 from .sequence import ConsumeLogits, Step, read_alternatives
 from .sequence import Sequence as TokenSequence
@@ -65,6 +65,12 @@ class Stepper:
         version, self._version = self._version, read_version(self.model)
         return version != self._version
 
+    @torch.no_grad()
+    def is_fast(self) -> bool:
+        """Whether passes run in the model's fast form."""
+        fast = self.model.fast
+        return fast is not None and fast.is_usable() and not is_intercepted(self.model)
+
     def carry_out(self, commands: Commands) -> None:
         """One step. Where it raises, all sequences are computed anew later."""
         if commands.resets:
@@ -93,6 +99,8 @@ class Stepper:
         if sequence.remaining == 0 and not sequence.reports_prompt:
             sequence.is_over = True
             return
+        if sequence.needs_twin and sequence.twin is not None and sequence.twin.key not in self.sequences:
+            sequence.twin = None  # nobody reads that one
         self.sequences[sequence.key] = sequence
         self.scheduler.add(
             sequence.key,
@@ -100,6 +108,7 @@ class Stepper:
             scope=sequence.scope,
             reads_all=sequence.reads_all,
             proposals=sequence.most_proposals,
+            after=None if sequence.twin is None or not sequence.needs_twin else sequence.twin.key,
         )
 
     def cancel(self, keys: Sequence[int]) -> None:
@@ -119,6 +128,10 @@ class Stepper:
         if sequence is None:
             return
         sequence.is_over = True
+        for copy in self.sequences.values():
+            if copy.twin is sequence and copy.needs_twin:
+                copy.twin = None
+                self.scheduler.read_all(copy.key)
         self.scheduler.finish(key)
 
     @torch.no_grad()
@@ -207,7 +220,8 @@ class Stepper:
                 s.consume(piece.start, h)
             if not piece.is_last:
                 continue
-            if not s.answer and s.output.echo and not s.is_read:
+            if s.output.echo and not s.is_read and not s.is_echoed:
+                s.is_echoed = True  # a step that fails later is computed again, and this is told already
                 s.steps.extend(s.echo())
             if s.remaining == 0 and s.consume_logits is None:
                 self.end(s.key)
@@ -293,7 +307,8 @@ class Stepper:
         if token == NONE_LEFT:
             return LlamaError(
                 f"row {s.index}: no token is left to choose at position {s.position}: its settings "
-                "forbid all of them; loosen logit_bias, no_repeat_ngram_size, min_gen_len or logits_processor"
+                "forbid all of them; loosen logit_bias, no_repeat_ngram_size, min_gen_len, logits_processor or "
+                "response_format"
             )
         if token == FAILED:
             error = LlamaError(f"row {s.index}: {failure}")

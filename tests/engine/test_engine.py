@@ -1,7 +1,9 @@
 """Requests that come and go beside each other: each has the answer that it has alone, whoever runs the steps."""
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,7 +19,10 @@ from torch import Tensor
 
 from llama import Llama, LlamaError
 from llama.engine import rows
+from llama.engine.sequence import OutputOptions
+from llama.engine.sequence_maker import CallOptions
 from llama.generation import Step
+from llama.model import Transformer
 from llama.session import Session
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 3, "device": "cpu", "dtype": "float32"}
@@ -305,7 +310,7 @@ def test_small_budget(directory: Path) -> None:
     llama = Llama.build(directory, **OPTIONS | {"kv_cache_gb": 100 * TOKEN_BYTES / 1e9})
     answers = llama.complete(prompts, 40, rows=[{"seed": i} for i in range(5)])
     assert [answer.tokens for answer in answers] == [answer.tokens for answer in expected]
-    with pytest.raises(LlamaError, match="has 90 tokens and may get 5, together 95, but the KV cache holds 80 tokens"):
+    with pytest.raises(LlamaError, match="prompt 0 has 90 tokens, but the KV cache holds 80 in all: shorten it"):
         Llama.build(directory, **OPTIONS | {"kv_cache_gb": 80 * TOKEN_BYTES / 1e9}).complete([prompt_of(1, 90)], 5)
 
 
@@ -350,3 +355,133 @@ def test_calls_inside_and_outside_of_autocast(llama: Llama) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         llama.complete([prompt], 8, temperature=0, prefix_cache=True)
     assert llama.complete([prompt], 8, temperature=0, prefix_cache=True)[0].tokens == plain
+
+
+def test_equal_prompts_with_echoed_logprobs_beside_a_longer_prefix(directory: Path) -> None:
+    """A copy has the prompt's logprobs of its twin, and so isn't read before it."""
+    llama = Llama.build(directory, **{**OPTIONS, "max_batch_size": 2}, prefill_chunk=16)
+    common = prompt_of(3, 70)
+    prompts = [[*common, 1], prompt_of(4, 5), [*common, 2], [*common, 2]]
+    rows: list[Any] = [{"max_gen_len": count} for count in (1, 1, 9, 9)]
+    tokens, logprobs = llama.generate(prompts, None, 0, logprobs=True, echo=True, rows=rows)
+    assert tokens[2] == tokens[3] and logprobs is not None
+    (alone_tokens,), alone_logprobs = llama.generate([prompts[2]], 9, 0, logprobs=True, echo=True)
+    assert tokens[2] == alone_tokens and alone_logprobs is not None
+    for own in logprobs[2:]:
+        assert own == pytest.approx(alone_logprobs[0], abs=1e-4)
+
+
+def test_a_twin_that_ends_early_leaves_its_copy_to_read_for_itself(llama: Llama) -> None:
+    options = CallOptions(OutputOptions(True, True), 2)
+    first, second = llama.engine.make_requests([prompt_of(5, 40)], {"temperature": 0, "max_gen_len": 4}, None, options)
+    first.cancel()
+    steps = list(second)
+    assert len(steps) == 44 and all(step.logprob is not None for step in steps)
+
+
+def test_a_step_that_fails_does_not_echo_twice(llama: Llama) -> None:
+    calls = 0
+
+    def fail_once(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("once")
+
+    prompt = prompt_of(6, 8)
+    stream = llama.stream([prompt], 6, temperature=0, echo=True)
+    other = llama.stream([prompt_of(7, 30)], 6, temperature=0)
+    next(other)
+    handle = llama.model.layers[1].register_forward_hook(fail_once)
+    with pytest.raises(RuntimeError):
+        next(stream)
+        next(other)
+    handle.remove()
+    again = llama.stream([prompt], 6, temperature=0, echo=True)
+    assert tokens_of(again)[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("edit", ["negate", "rows", "columns", "hook and undo", "eps"])
+def test_a_plain_model_is_watched_as_well(directory: Path, edit: str) -> None:
+    """Edits that leave its numbers the same as a set, or that are undone before the next request comes."""
+    built = Llama.build(directory, **OPTIONS)
+    model = Transformer(built.model.params)
+    model.load_state_dict(built.model.state_dict())
+    llama = Llama(model, built.tokenizer)
+    prompt = prompt_of(8, 60)
+
+    def ask(tokens: list[int]) -> tuple[list[int], int]:
+        request = llama.engine.submit(tokens, max_gen_len=6, temperature=0)
+        return [step.token for step in request], request.reused
+
+    running = iter(llama.engine.submit(prompt, max_gen_len=20, temperature=0))
+    next(running)
+    weight = model.layers[0].feed_forward.w1.weight.data
+    with torch.no_grad():
+        if edit == "negate":
+            model.layers[0].feed_forward.w1.weight.neg_()
+        elif edit in ("rows", "columns"):
+            weight.copy_(weight.flip(0 if edit == "rows" else 1).clone())
+        elif edit == "eps":
+            model.layers[0].attention_norm.eps = 0.5
+    if edit == "hook and undo":
+        handle = model.layers[0].register_forward_hook(lambda module, inputs, output: output * 1.5)
+        next(running)
+        handle.remove()
+    list(running)
+    found, reused = ask([*prompt, 7])
+    fresh = Llama(model, built.tokenizer)
+    expected = [step.token for step in fresh.engine.submit([*prompt, 7], max_gen_len=6, temperature=0)]
+    assert found == expected and reused == 0
+
+
+def test_two_engines_over_one_model_get_on(directory: Path) -> None:
+    one = Llama.build(directory, **OPTIONS, prefill_chunk=8)
+    other = Llama(one.model, one.tokenizer, prefill_chunk=8)
+    prompts = [prompt_of(9, 70), prompt_of(10, 60)]
+    expected = [alone(one, prompt, 12) for prompt in prompts]
+    streams = [llama.stream([prompt], 12, temperature=0) for llama, prompt in zip((one, other), prompts, strict=True)]
+    found: list[list[int]] = [[], []]
+    while any(len(tokens) < 12 for tokens in found):
+        for stream, tokens in zip(streams, found, strict=True):
+            tokens += tokens_of([next(stream, [])])
+    assert found == expected
+
+
+def test_autocast_is_that_of_who_asks(llama: Llama) -> None:
+    """And two kinds at the same time are refused."""
+    stream = llama.stream([prompt_of(1, 9)], 8, temperature=0)
+    next(stream)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(LlamaError, match=r"in and out of torch\.autocast"):
+        llama.complete([prompt_of(2, 9)], 4, temperature=0)
+    stream.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("call", ["score", "embed"])
+def test_a_text_larger_than_the_cache_is_refused(directory: Path, call: str) -> None:
+    built = Llama.build(directory, **OPTIONS)
+    llama = Llama(built.model, built.tokenizer, cache_tokens=40)
+    with pytest.raises(LlamaError, match=r"text 0 has .* tokens, but the KV cache holds 40 in all"):
+        getattr(llama, call)(["a" * 60])
+    assert alone(llama, [1, 2, 3], 5) == alone(built, [1, 2, 3], 5)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda llama: pickle.loads(pickle.dumps(llama))])
+def test_copies(llama: Llama, how: Any) -> None:
+    expected = alone(llama, prompt_of(1, 9), 8)
+    stream = llama.stream([prompt_of(1, 9)], 8, temperature=0)
+    next(stream)
+    other = how(llama)
+    assert other.engine.model is other.model and alone(other, prompt_of(1, 9), 8) == expected
+
+
+def test_submit_is_for_one_answer(llama: Llama) -> None:
+    with pytest.raises(LlamaError, match="submit has no num_beams: it is for one answer"):
+        llama.engine.submit([1, 2], num_beams=3)
+    with pytest.raises(LlamaError, match=r"notify is 3, expected a function without arguments, within serve\(\)"):
+        llama.engine.submit([1, 2], notify=3)  # type: ignore[arg-type]
+
+
+def test_logits_that_a_processor_makes_nan_are_told(llama: Llama) -> None:
+    with pytest.raises(LlamaError, match="logits_processor, or another setting, has made logits NaN"):
+        llama.complete([[1, 2]], 3, logits_processor=lambda tokens, logits: logits * torch.nan)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from leading_program import call_differently, lead_and_follow, serve_on_ranks
+from leading_program import call_differently, edit_and_lead, lead_and_follow, serve_on_ranks, stream_differently
 from rank_pool import RankPool
 from tiny import ARGS, write_checkpoint
 
@@ -135,6 +135,40 @@ def test_requests_may_be_older_and_younger_than_the_context(llama: Llama) -> Non
     assert take_all(younger) == expected[1]
 
 
+@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3)])
+def test_a_notify_that_raises_ends_its_own_request(llama: Llama, error: BaseException) -> None:
+    def fail() -> None:
+        raise error
+
+    with llama.engine.serve():
+        request = llama.engine.submit(PROMPTS[0], max_gen_len=12, temperature=0, notify=fail)
+        with pytest.raises(LlamaError, match="notify raised"):
+            take_all(request)
+        assert take_all(llama.engine.submit(PROMPTS[1], max_gen_len=12, temperature=0)) == greedy(llama, PROMPTS[1])
+
+
+def test_serving_begins_and_ends_while_others_run_steps(llama: Llama) -> None:
+    """Threads that stream all the while get what they get alone."""
+    expected = [greedy(llama, prompt) for prompt in PROMPTS[:4]]
+    ends = threading.Event()
+
+    def ask(i: int) -> list[list[int]]:
+        found = []
+        while not ends.is_set() or not found:
+            found.append(take_all(llama.engine.submit(PROMPTS[i], max_gen_len=12, temperature=0)))
+        return found
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = [threads.submit(ask, i) for i in range(4)]
+        for _ in range(30):
+            with llama.engine.serve():
+                time.sleep(0.01)
+            time.sleep(0.005)
+        ends.set()
+        for answer, right in zip(answers, expected, strict=True):
+            assert all(found == right for found in answer.result(60))
+
+
 def test_one_rank_leads_nobody(llama: Llama) -> None:
     with llama.engine.lead():
         assert greedy(llama, PROMPTS[0]) == greedy(llama, PROMPTS[0])
@@ -166,5 +200,21 @@ def test_calls_that_differ_between_ranks_are_refused(pool: RankPool, directory: 
     expected = "rank 1 calls text_completion with other prompts than rank 0"
     assert prompts == f"{expected}: all ranks make the same calls in the same order"
     assert "rank 1 calls complete with other settings than rank 0" in settings
-    assert "rank 1 calls embed, and rank 0 score" in calls
+    assert "rank 1 calls embed, and on rank 0 score is called" in calls
     assert isinstance(after, str)
+
+
+def test_streams_on_ranks(pool: RankPool, directory: Path) -> None:
+    """What is drained in another order is refused; a stream that rank 0 has left ends, one that rank 1 has left not."""
+    found = pool.run(stream_differently, str(directory), ranks=2).results
+    assert found[0]["after"] == found[1]["after"] and found[0]["in turn"] == found[1]["in turn"]
+    assert "rank 1 waits for answers, and on rank 0 others" in found[0]["other order"] == found[1]["other order"]
+    assert "rank 1 calls complete, and on rank 0 answers are waited for" in found[0]["left by 1"]
+    assert found[1]["left by 0"] == "ended"
+    assert "rank 1 calls complete, and on rank 0 lead or follow is called" in found[0]["led alone"]
+
+
+def test_edits_on_all_ranks_are_seen_by_those_that_follow(pool: RankPool, directory: Path) -> None:
+    (expected,) = [edit_and_lead(str(directory))]
+    leader, _ = pool.run(edit_and_lead, str(directory), ranks=2).results
+    assert leader == expected
