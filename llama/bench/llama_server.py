@@ -53,15 +53,14 @@ class LlamaServerSubject:
         check_architecture(args, quantization)
         vocabulary = read_vocabulary(find_source()).resize(args.vocab_size)
         self._directory = tempfile.TemporaryDirectory()
-        path, self._log = Path(self._directory.name, "model.gguf"), Path(self._directory.name, "log")
+        path, self._log = Path(self._directory.name, "model.gguf"), tempfile.TemporaryFile()  # noqa: SIM115 # see close
         try:
             write_gguf(path, args, dtype, quantization, tensors, vocabulary)
             self.address = HOST, find_free_port()
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    list_words(path, self.address, args, dtype), stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                )
+            words = list_words(path, self.address, args, dtype)
+            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
         except BaseException:
+            self._log.close()
             self._directory.cleanup()
             raise
         try:
@@ -78,6 +77,7 @@ class LlamaServerSubject:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._log.close()
         self._directory.cleanup()
 
     def serve(self, load: ServeLoad, requests: Sequence[LoadRequest]) -> list[Answer]:
@@ -87,7 +87,8 @@ class LlamaServerSubject:
         deadline = time.monotonic() + SECONDS_TO_START
         while not is_ready(self.address):
             if self._process.poll() is not None or time.monotonic() > deadline:
-                lines = self._log.read_text(errors="replace").splitlines()
+                self._log.seek(0)
+                lines = self._log.read().decode(errors="replace").splitlines()
                 errors = [line for line in lines if ERROR in line]  # the first says why, the others that it ends
                 said = to_one_line((errors or lines or ["nothing was said"])[0])
                 raise LlamaError(f"llama.cpp's server didn't start: {said}: leave llama.cpp out of --compare")

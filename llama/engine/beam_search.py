@@ -180,7 +180,7 @@ def beam_search(
     try:
         live = [search for search in searches if search.room > 0]
         while live:
-            logits = _read(engine, live)
+            logits = _read(engine, live, calls_back=process is not None)
             candidates = _choose(engine, logits, live, beams.num_beams * max(2, 1 + len(stops)), process)
             for search, branches in zip(live, candidates, strict=True):
                 _advance(search, branches, beams, stops)
@@ -191,13 +191,18 @@ def beam_search(
     return [(search.finished + missing)[: beams.num_return_sequences] for search in searches]
 
 
-def _read(engine: Engine, searches: list[_Search]) -> Tensor:
-    """The logits after each live branch of each search: float32 (B, vocab_size)."""
+def _read(engine: Engine, searches: list[_Search], calls_back: bool) -> Tensor:
+    """The logits after each live branch of each search: float32 (B, vocab_size).
+
+    calls_back: whether a caller's function, which may edit the model, is called between two passes.
+    """
     branches = [(search, branch) for search in searches for branch in search.live]
     logits: list[Tensor] = [torch.empty(0)] * len(branches)
     texts = [
         engine.maker.make_reading(
-            search.index, search.prompt, branch.tokens, search.scope, consume_logits=partial(logits.__setitem__, place)
+            *(search.index, search.prompt, branch.tokens, search.scope),
+            consume_logits=partial(logits.__setitem__, place),
+            is_drained=not calls_back,
         )
         for place, (search, branch) in enumerate(branches)
     ]

@@ -110,11 +110,11 @@ class SequenceMaker:
         first: int | None = None,
         consume: Consume | None = None,
         consume_logits: ConsumeLogits | None = None,
+        is_drained: bool = True,
     ) -> Sequence:
         """A sequence that is read and gets no further token. scope: one of `open_scopes`; None: it shares nothing.
 
-        first: the first token of the prompt whose logprob is wanted; None: none is. consume, consume_logits: as in
-        `Sequence`.
+        first: the first token of the prompt whose logprob is wanted; None: none is. The others: as in `Sequence`.
         """
         wanted = OutputOptions(logprobs=first is not None, echo=first is not None)
         return Sequence(
@@ -132,7 +132,7 @@ class SequenceMaker:
             is_read=True,
             consume=consume,
             consume_logits=consume_logits,
-            is_drained=True,
+            is_drained=is_drained,
             answer=list(answer),
         )
 
