@@ -57,9 +57,9 @@ def test_all_kinds_of_calls_from_threads(llama: Llama) -> None:
     def run_all() -> list[Any]:
         calls: list[Callable[[], Any]] = [
             lambda: llama.text_completion(["hello", "sea"], 0, max_gen_len=9),
-            lambda: llama.text_completion(["hello"], 0, max_gen_len=9, num_beams=3),
+            lambda: llama.text_completion(["hello"], 0, max_gen_len=9, num_beams=3)[0]["generation"],
             lambda: [score.tokens for score in llama.score(["a text", "and another one"])],
-            lambda: llama.embed(["a text", "more"]).round(decimals=4).tolist(),
+            lambda: llama.embed(["a text", "more"]).flatten().tolist(),
             lambda: [step.token for steps in llama.stream(PROMPTS[:4], 9, temperature=0) for step in steps if step.row],
             lambda: llama.complete([PROMPTS[0]], 9, temperature=0, lookup_ngram=1)[0].tokens,
         ]
@@ -69,8 +69,10 @@ def test_all_kinds_of_calls_from_threads(llama: Llama) -> None:
 
     expected = run_all()
     with llama.engine.serve():
-        assert run_all() == expected
-    assert run_all() == expected
+        served = run_all()
+    for found in (served, run_all()):
+        assert found[:3] + found[4:] == expected[:3] + expected[4:]
+        assert found[3] == pytest.approx(expected[3], abs=1e-4)
 
 
 def test_notify_is_called_for_steps_and_the_end(llama: Llama) -> None:
