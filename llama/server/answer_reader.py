@@ -35,10 +35,14 @@ class AnswerReader:
         self._written, self._shown = "", 0
         self._deltas: list[Delta] = []
         self.steps: list[Step] = []
+        self.was_reasoning = False  # whether the last token belongs to the reasoning
+        self.reasoning_tokens = 0
 
     def push(self, step: Step) -> list[Delta]:
         """What is known with this step."""
         self.steps.append(step)
+        self.was_reasoning = self._parser.is_reasoning
+        self.reasoning_tokens += self.was_reasoning
         self._written += step.text
         content = read_content(self._tokenizer, self._written)
         new, self._shown = content[self._shown :], max(self._shown, len(content))

@@ -24,6 +24,7 @@ from .chat import Chat
 from .completions import Completion
 from .errors import ApiError, failed, invalid, refused
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
+from .responses import ResponseAnswer, ResponseBody
 from .service import Service
 from .streams import NAMED, PLAIN, respond_whole, respond_with_events
 from .texts import detokenize, embed, tokenize
@@ -94,6 +95,13 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     async def completions(request: Request, body: CompletionBody) -> Response:
         one = Completion(service, body)
         return await (respond_with_events(one.stream(), PLAIN) if body.stream else respond_whole(request, one.complete))
+
+    @app.post("/v1/responses")
+    async def responses(request: Request, body: ResponseBody) -> Response:
+        answer = ResponseAnswer(service, body)
+        if body.stream:
+            return await respond_with_events(answer.stream(), NAMED)
+        return await respond_whole(request, answer.complete)
 
     @app.post("/v1/messages")
     async def messages(request: Request, body: MessageBody) -> Response:

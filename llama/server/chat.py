@@ -34,7 +34,7 @@ class Chat:
         async with self._request.run() as running:
             async for _ in self._request.read(running):
                 pass
-            usage = count_usage(running.answers, running.tokens)
+            usage = count_usage(running.answers, running.tokens, running.reasoning_tokens)
         choices = [self._describe_choice(i, reader) for i, reader in enumerate(running.readers)]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
@@ -65,7 +65,7 @@ class Chat:
                 if is_over:
                     yield self._chunk(row, {}, with_usage, reason=reader.finish_reason)
             if with_usage:
-                usage = count_usage(running.answers, running.tokens)
+                usage = count_usage(running.answers, running.tokens, running.reasoning_tokens)
                 yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
 
     def _describe_step(self, step: Step) -> dict[str, Any] | None:

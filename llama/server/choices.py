@@ -34,7 +34,7 @@ def keep_before_stop(steps: Sequence[Step]) -> list[Step]:
     return list(steps[: steps[-1].length]) if steps and steps[-1].finish_reason is not None else list(steps)
 
 
-def count_usage(answers: Answers, completion_tokens: int) -> dict[str, Any]:
+def count_usage(answers: Answers, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
     prompt = answers.prompt_tokens
     return {
         "prompt_tokens": prompt,
@@ -42,7 +42,7 @@ def count_usage(answers: Answers, completion_tokens: int) -> dict[str, Any]:
         "total_tokens": prompt + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": answers.cached_tokens, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": reasoning_tokens,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

@@ -35,6 +35,11 @@ class Running:
         """Tokens that were generated."""
         return sum(len(reader.steps) for reader in self.readers)
 
+    @property
+    def reasoning_tokens(self) -> int:
+        """Those of them that belong to reasoning."""
+        return sum(reader.reasoning_tokens for reader in self.readers)
+
 
 class DialogRequest:
     """One dialog to answer."""
@@ -49,7 +54,7 @@ class DialogRequest:
         self._tools, forced = read_tools(body, self._form)
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_value("top_logprobs goes with logprobs: true", "top_logprobs")
-        if body.response_format is not None and self._tools:
+        if body.response_format not in (None, {"type": "text"}) and self._tools:
             raise unsupported("response_format", "goes without tools here: an answer held to it can't call them")
         if (response_format := forced or body.response_format) is not None:
             self._settings["response_format"] = response_format

@@ -137,6 +137,11 @@ class MessageParser:
         self._follows_call = False  # what is held follows a call
         self._calls = 0
 
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether the text so far ends inside of the reasoning."""
+        return self._stage == self._read_reasoning
+
     def push(self, text: str) -> list[Delta]:
         """What is known of the message with this further text."""
         self._held += text
