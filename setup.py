@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["llama", "llama.*"]), "llama.demo_model"],
     package_dir={"llama.demo_model": "demo/model"},  # it lies there in the source, and in the package once installed
-    package_data={"llama.accelerate.kernels": ["csrc/*"], "llama.demo_model": ["*"]},
+    package_data={"llama.accelerate.kernels": ["csrc/*"], "llama.demo_model": ["*"], "llama.server": ["page.html"]},
     python_requires=">=3.11",
     install_requires=[requirement for requirement in REQUIREMENTS if requirement],
     extras_require={
@@ -48,6 +48,7 @@ setup(
             "anthropic>=0.40",
             "llguidance>=1.9",
             "jsonschema>=4.20",  # says whether answers are what a schema describes
+            "selenium>=4.20",  # drives a browser, for the chat page
             "import-linter>=2.1",  # which module may import which
             "ruff>=0.6",
             "mypy>=1.11",

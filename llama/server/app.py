@@ -23,6 +23,7 @@ from .anthropic import CountBody, MessageAnswer, MessageBody, count_tokens
 from .chat import Chat
 from .completions import Completion
 from .errors import ApiError, failed, invalid, refused
+from .page import respond_with_page
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .responses import ResponseAnswer, ResponseBody
 from .service import Service
@@ -30,7 +31,7 @@ from .streams import NAMED, PLAIN, respond_whole, respond_with_events
 from .texts import detokenize, embed, tokenize
 
 LOG = logging.getLogger("llama.server")
-OPEN_PATHS = ("/health", "/metrics")  # that need no key
+OPEN_PATHS = ("/", "/health", "/metrics")  # that need no key
 
 
 def make_app(service: Service) -> FastAPI:
@@ -135,6 +136,10 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def text_of(body: DetokenizeBody) -> Response:
         return JSONResponse(await service.call(detokenize, service, body))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return respond_with_page()
 
     @app.get("/health")
     async def health() -> Response:
