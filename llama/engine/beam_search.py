@@ -25,6 +25,7 @@ from .engine import Engine
 from .not_finite import not_finite_error
 from .outputs import Completion
 from .request_checks import check_budget, check_prompts, check_token_ids
+from .sequence import Sequence as TokenSequence
 from .transfer import copy_to_device, exact_dtype
 
 # From an unfinished answer's logprobs, float32 (vocab_size), its prompt and its tokens so far, to the logprobs to use.
@@ -127,8 +128,33 @@ class _Search:
     finished: list[Beam] = field(default_factory=list)  # the best first, num_beams at most
 
 
+class Ending:
+    """Ends a search from another thread, on the rank that leads."""
+
+    def __init__(self) -> None:
+        self._is_wanted = True
+        self._texts: Sequence[TokenSequence] = ()  # that are read now
+
+    def end(self, engine: Engine) -> None:
+        """The search reads nothing more, and raises LlamaError."""
+        self._is_wanted = False
+        for text in self._texts:
+            engine.cancel(text)
+        engine.notice_taken()
+
+    def check(self, texts: Sequence[TokenSequence]) -> None:
+        """Raise LlamaError if the search was ended. texts: that are read next."""
+        self._texts = texts
+        if not self._is_wanted:
+            raise LlamaError("the search was ended")
+
+
 def search_beams(
-    engine: Engine, prompt_tokens: Sequence[Sequence[int]], beams: Beams, settings: Settings
+    engine: Engine,
+    prompt_tokens: Sequence[Sequence[int]],
+    beams: Beams,
+    settings: Settings,
+    ending: Ending | None = None,
 ) -> list[Completion]:
     """The best answers to the first prompt, then to the second ... Raises LlamaError."""
     with engine.together("beams", prompts=prompt_tokens, settings=(beams, settings)):
@@ -139,7 +165,8 @@ def search_beams(
         return apply_logits_processors(logprobs, settings, Context(prompt, answer, stops))
 
     max_gen_len = settings.max_gen_len or engine.model.params.max_seq_len
-    best = beam_search(engine, prompt_tokens, beams, max_gen_len, stops, process if settings.changes_logits else None)
+    used = process if settings.changes_logits else None
+    best = beam_search(engine, prompt_tokens, beams, max_gen_len, stops, used, ending)
     decode = partial(decode_after, engine.tokenizer)
     return [
         Completion(list(prompt), b.tokens, decode(prompt, b.tokens), b.finish_reason, b.stop, score=b.score)
@@ -156,6 +183,7 @@ def beam_search(
     max_gen_len: int,
     stops: frozenset[int],
     process: Process | None = None,
+    ending: Ending | None = None,
 ) -> list[list[Beam]]:
     """The `num_return_sequences` best answers to each prompt, the best first. Every rank makes the same call.
 
@@ -180,7 +208,7 @@ def beam_search(
     try:
         live = [search for search in searches if search.room > 0]
         while live:
-            logits = _read(engine, live, calls_back=process is not None)
+            logits = _read(engine, live, ending or Ending(), calls_back=process is not None)
             candidates = _choose(engine, logits, live, beams.num_beams * max(2, 1 + len(stops)), process)
             for search, branches in zip(live, candidates, strict=True):
                 _advance(search, branches, beams, stops)
@@ -191,7 +219,7 @@ def beam_search(
     return [(search.finished + missing)[: beams.num_return_sequences] for search in searches]
 
 
-def _read(engine: Engine, searches: list[_Search], calls_back: bool) -> Tensor:
+def _read(engine: Engine, searches: list[_Search], ending: Ending, calls_back: bool) -> Tensor:
     """The logits after each live branch of each search: float32 (B, vocab_size).
 
     calls_back: whether a caller's function, which may edit the model, is called between two passes.
@@ -206,8 +234,10 @@ def _read(engine: Engine, searches: list[_Search], calls_back: bool) -> Tensor:
         )
         for place, (search, branch) in enumerate(branches)
     ]
+    ending.check(texts)
     for _ in engine.read(texts):
         pass
+    ending.check(())
     return torch.stack(logits)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engine.sequence import Step
 from ..tokenization.protocol import AnyTokenizer
+from .beams import Search
 from .service import Answers
 
 
@@ -34,7 +35,7 @@ def keep_before_stop(steps: Sequence[Step]) -> list[Step]:
     return list(steps[: steps[-1].length]) if steps and steps[-1].finish_reason is not None else list(steps)
 
 
-def count_usage(answers: Answers, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
+def count_usage(answers: Answers | Search, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:
     prompt = answers.prompt_tokens
     return {
         "prompt_tokens": prompt,

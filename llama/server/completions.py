@@ -11,6 +11,7 @@ from typing import Any
 
 from ..engine.sequence import OutputOptions, Step
 from ..tokenization.texts import decode_token, name_tokens
+from .beams import Search, begin_search
 from .choices import count_usage
 from .errors import bad_value
 from .protocol import CompletionBody
@@ -44,12 +45,12 @@ class Completion:
 
     @property
     def choices(self) -> int:
-        """Answers that are generated, to all prompts together."""
+        """Answers that are worked on, to all prompts together."""
         prompt = self._body.prompt
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
-        return (len(prompt) if several else 1) * self._generated
+        return (len(prompt) if several else 1) * max(self._generated, self._body.num_beams or 1)
 
-    async def _begin(self) -> Answers:
+    async def _begin(self) -> Answers | Search:
         body, service = self._body, self._service
         prompts = await service.call(encode_prompts, service, body.prompt)
         most = 16 if body.max_tokens is None else body.max_tokens  # the API's default
@@ -59,6 +60,8 @@ class Completion:
                 len(prompt), most if body.max_tokens is not None else min(most, room), service.max_seq_len, "prompt"
             )
         self._settings["max_gen_len"] = max(most, 1)
+        if body.has_beams:
+            return await begin_search(service, prompts, self._settings, body)
         output = OutputOptions(
             body.logprobs is not None or body.best_of is not None, bool(body.echo), body.logprobs or 0
         )
@@ -67,12 +70,12 @@ class Completion:
     async def complete(self) -> dict[str, Any]:
         """The whole answers."""
         with self._service.admit(self.choices), await self._begin() as answers:
-            steps: list[list[Step]] = [[] for _ in answers.requests]
+            steps: list[list[Step]] = [[] for _ in answers.prompts]
             async for new in answers.steps():
                 for step in new:
                     is_hidden = len(steps[step.row]) < self._hidden
                     steps[step.row].append(replace(step, text="") if is_hidden else step)
-            lengths = [len(r.sequence.prompt) if self._body.echo else 0 for r in answers.requests]
+            lengths = [len(prompt) if self._body.echo else 0 for prompt in answers.prompts]
             usage = count_usage(answers, sum(map(len, steps)) - sum(lengths))
         if self._body.max_tokens == 0:
             steps = [own[:length] for own, length in zip(steps, lengths, strict=True)]
@@ -120,7 +123,7 @@ class Completion:
         tail = {"usage": None} if with_usage else {}
         with self._service.admit(self.choices), await self._begin() as answers:
             count = 0
-            left = [len(r.sequence.prompt) if body.echo else 0 for r in answers.requests]  # echoed tokens to come
+            left = [len(prompt) if body.echo else 0 for prompt in answers.prompts]  # echoed tokens to come
             offsets, firsts, hidden = [0] * len(left), [bool(body.echo)] * len(left), [self._hidden] * len(left)
             async for new in answers.steps():
                 for step in new:

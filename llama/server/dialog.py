@@ -14,6 +14,7 @@ from ..tokenization.messages import DialogOptions
 from ..tokenization.tool_calls import find_tool_form
 from ..tokenization.tool_parser import Delta
 from .answer_reader import AnswerReader
+from .beams import Search, begin_search
 from .errors import bad_value, refused, unsupported
 from .protocol import ChatBody
 from .sampling_options import count_choices, limit_length, read_settings
@@ -27,7 +28,7 @@ MESSAGE_KEYS = {"role", "content", "name", "refusal", "tool_calls", "tool_call_i
 class Running:
     """Answers that are under way, and the reader of each."""
 
-    answers: Answers
+    answers: Answers | Search
     readers: list[AnswerReader]
 
     @property
@@ -56,6 +57,8 @@ class DialogRequest:
             raise bad_value("top_logprobs goes with logprobs: true", "top_logprobs")
         if body.response_format not in (None, {"type": "text"}) and self._tools:
             raise unsupported("response_format", "goes without tools here: an answer held to it can't call them")
+        if forced and body.has_beams:
+            raise unsupported("tool_choice", "is none or auto with num_beams: beams can't be held to a call")
         if (response_format := forced or body.response_format) is not None:
             self._settings["response_format"] = response_format
         check_keys(body.messages)
@@ -63,12 +66,12 @@ class DialogRequest:
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Running]:
         """The answers; at the end of the context those that aren't over are cancelled."""
-        with self._service.admit(self.n), await self._begin() as answers:
-            prompt, with_tools = answers.requests[0].sequence.prompt, bool(self._tools)
+        with self._service.admit(max(self.n, self._body.num_beams or 1)), await self._begin() as answers:
+            prompt, with_tools = answers.prompts[0], bool(self._tools)
             tokenizer = self._service.llama.tokenizer
             yield Running(answers, [AnswerReader(tokenizer, self._form, with_tools, prompt) for _ in range(self.n)])
 
-    async def _begin(self) -> Answers:
+    async def _begin(self) -> Answers | Search:
         body, service = self._body, self._service
         prompt = await service.call(self.encode)
         asked, param = body.max_completion_tokens, "max_completion_tokens"
@@ -79,6 +82,8 @@ class DialogRequest:
         if asked is not None:
             self._settings["max_gen_len"] = asked
         output = OutputOptions(bool(body.logprobs), False, body.top_logprobs or 0)
+        if body.has_beams:
+            return await begin_search(service, [prompt], self._settings, body)
         return await service.submit([prompt], self._settings, output, self.n, body.cache_prompt)
 
     def encode(self) -> list[int]:

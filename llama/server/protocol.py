@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Tokens = list[Annotated[int, Field(ge=0)]]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-MOST_CHOICES, MOST_TOP_LOGPROBS = 128, 20
+MOST_CHOICES, MOST_TOP_LOGPROBS, MOST_BEAMS = 128, 20, 16
 
 
 class Body(BaseModel):
@@ -45,7 +45,14 @@ class Sampling(Body):
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] | None = (
+        None  # above 1: search for the likeliest
+    )
     cache_prompt: bool = True  # whether to begin at what the KV cache holds, and to leave something to later requests
+
+    @property
+    def has_beams(self) -> bool:
+        return self.num_beams not in (None, 1)
 
 
 class ChatBody(Sampling):

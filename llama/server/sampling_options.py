@@ -5,10 +5,11 @@ Knows bodies and settings; knows no prompt and no answer.
 
 from typing import Any
 
-from .errors import ApiError, bad_value
+from .errors import ApiError, bad_value, unsupported
 from .protocol import MOST_CHOICES, Sampling
 
 SAME = ("seed", "temperature", "top_p", "presence_penalty", "frequency_penalty", "top_k", "min_p", "repetition_penalty")
+NOT_WITH_BEAMS = ("stream", "seed", "top_p", "top_k", "min_p", "stop", "best_of", "logprobs", "echo", "response_format")
 SMALLEST_TOP_P = 1e-9  # the API's 0 takes the likeliest token, as this does
 
 
@@ -23,7 +24,18 @@ def read_settings(body: Sampling) -> dict[str, Any]:
         settings["logit_bias"] = {read_id(token): bias for token, bias in body.logit_bias.items()}
     if body.stream_options is not None and not body.stream:
         raise bad_value("stream_options goes with stream: true", "stream_options")
-    return settings
+    return read_beams(body, settings) if body.has_beams else settings
+
+
+def read_beams(body: Sampling, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a search for the likeliest answers. Raises ApiError for what has no meaning there."""
+    for name in NOT_WITH_BEAMS:
+        value = getattr(body, name, None)
+        if value is not None and value is not False:
+            raise unsupported(name, "goes without num_beams: beams are searched for, not drawn, and come as a whole")
+    if (body.n or 1) > (body.num_beams or 1):
+        raise bad_value(f"n is {body.n} and num_beams {body.num_beams}: expected at most as many answers", "n")
+    return {**settings, "temperature": body.temperature or 0.0}
 
 
 def read_id(token: str) -> int:

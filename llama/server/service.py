@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from .errors import ApiError, failed, refused
 from .metrics import Metrics
 
 T = TypeVar("T")
+MOST_SEARCHES = 8  # beam searches at a time; others wait
 RETRY_SECONDS = 1
 
 
@@ -42,6 +44,7 @@ class Service:
         self.llama, self.options = llama, options
         self.metrics = Metrics()
         self.created = int(time.time())
+        self.searches = ThreadPoolExecutor(MOST_SEARCHES, "llama-search")  # the threads of beam searches
         self.is_draining = False
         self.open_answers = 0  # answers that wait or are under way
 
@@ -145,6 +148,11 @@ class Answers:
                 message = f"the answer took more than {self._timeout:.0f} s"
                 raise ApiError(504, message, kind="server_error", code="timeout") from None
             self._news.clear()
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The prompt of each answer."""
+        return [request.sequence.prompt for request in self.requests]
 
     @property
     def prompt_tokens(self) -> int:
