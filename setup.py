@@ -26,6 +26,7 @@ setup(
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "prometheus-client>=0.20",
+            "httpx2>=2.16",  # passes requests on to other copies of the model
         ],
         "finetune": [
             "torchmetrics>=1.4",  # how good answers are
@@ -44,6 +45,7 @@ setup(
             "fastapi>=0.115",
             "uvicorn>=0.30",
             "prometheus-client>=0.20",
+            "httpx2>=2.16",
             "openai>=1.50",  # the official clients of the server's protocols
             "anthropic>=0.40",
             "llguidance>=1.9",

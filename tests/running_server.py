@@ -29,7 +29,7 @@ class Running:
     def wait_until_idle(self) -> None:
         """Until no request is left in the engine."""
         deadline = time.monotonic() + 30
-        while self.llama.engine.stepper.sequences or self.service.open_answers:
+        while self.llama.engine.stepper.sequences or self.service.queue.open:
             assert time.monotonic() < deadline
             time.sleep(0.01)
 

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -42,6 +43,7 @@ SECONDS_ENDED = 5  # after which a lost rank is told of: before, its error may b
 SECONDS_STOPPED = 5  # that a rank may be stopped: ranks that are suspended together don't stop at the same moment
 SECONDS_SILENT = 60  # that a rank of another machine may be: it can't send while other code holds its interpreter
 SECONDS_TO_CONNECT = 20
+SECONDS_TO_TELL = 3  # whoever uses this rank that it ends
 SECONDS_TO_FLUSH = 1
 BEAT, GOODBYE = b".", b"!"
 KEY_BYTES, RANK_BYTES = 16, 4
@@ -101,6 +103,7 @@ class Heartbeat(threading.Thread):
         self.peers: list[Peer] = []
         self.rank = env_rank()[0]
         self.is_connected = False
+        self.before_end: list[Callable[[str], None]] = []  # are told why, where this process is about to end
         self._process_id = os.getpid()
         self._terminal = read_terminal()
         self._is_over = threading.Event()
@@ -158,17 +161,25 @@ class Heartbeat(threading.Thread):
 
         A rank that is stopped can't end by itself, and would be left behind.
         """
+        message = f"rank {self.rank} has lost {lost}"
         with contextlib.suppress(OSError):
-            os.write(2, f"error: rank {self.rank} has lost {lost}\n".encode())
+            os.write(2, f"error: {message}\n".encode())
+        for tell in self.before_end:
+            in_time(tell, SECONDS_TO_TELL, message)
         restore_terminal(self._terminal)
-        flush = threading.Thread(target=flush_output, daemon=True)
-        flush.start()
-        flush.join(SECONDS_TO_FLUSH)  # the main thread may hold the stream's lock
+        in_time(flush_output, SECONDS_TO_FLUSH)  # the main thread may hold the stream's lock
         for process in (*self._stopped, *(peer.process for peer in self.peers)):
             if process is not None and process.state() == STOPPED:
                 with contextlib.suppress(OSError):
                     os.kill(process.id, signal.SIGKILL)
         os._exit(1)
+
+
+def in_time(function: Callable[..., None], seconds: float, *arguments: str) -> None:
+    """Call a function, and go on if it takes longer."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def read_terminal() -> list | None:

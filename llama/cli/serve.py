@@ -1,21 +1,18 @@
 """`python -m llama serve`: its options, and the process that answers OpenAI's clients until it is told to stop."""
 
 import argparse
+import contextlib
 import logging
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .._util.console import print_note
 from .._util.packages import install_command
 from .._util.ranks import is_main_process
 from ..errors import LlamaError
-from ..generation import Llama
+from ..parallel import raise_together
 from .model_options import INTEGER, NUMBER, add_model_options, build_model, read_settings, recommend_settings
 from .program import checkpoint_or_demo
-
-if TYPE_CHECKING:
-    from ..server.service import Service
 
 ADDRESS, PORT = "127.0.0.1", 8000
 API_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of a request to a model whose files recommend nothing
@@ -31,6 +28,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
     add("--cors_origin", metavar="ORIGIN", help="whose pages in browsers may send requests (default: no one's)")
     add("--max_batch_size", **INTEGER, default=8, help="answers that are computed at a time (default: 8)")
     add("--max_queue", **INTEGER, default=256, help="answers that may wait or be under way (default: 256)")
+    groups = "ranks that share a copy of the model; each such group has one (default: all ranks share one)"
+    add("--model_parallel_size", **INTEGER, help=groups)
     add("--timeout", **NUMBER, default=600.0, help="seconds that an answer may take (default: 600)")
     add_model_options(command)
     command.set_defaults(run=run)
@@ -38,40 +37,36 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     try:
+        from ..server.ranks import serve
         from ..server.service import ServerOptions, Service
     except ModuleNotFoundError as e:
-        missing = "fastapi", "uvicorn", "prometheus-client"
+        missing = "fastapi", "uvicorn", "prometheus-client", "httpx2"
         raise LlamaError(f"serve needs {e.name}, which is not installed: run {install_command(*missing)}") from e
     settings = read_settings(options, {**API_DEFAULTS, **recommend_settings(options)})
-    llama = build_model(options, options.max_batch_size)
-    if not is_main_process():
-        return llama.engine.follow()
-    defaults = {name: value for name, value in settings.items() if value not in (None, ())}
+    with raise_together():  # before the model is loaded, which may take long
+        listener = listen(options.host, options.port) if is_main_process() else None
+    llama = build_model(options, options.max_batch_size, options.model_parallel_size)
     directory = Path(checkpoint_or_demo(options.ckpt_dir, options.adapter_dir)).resolve()
     server_options = ServerOptions(
         model=options.model_name or ("demo" if options.ckpt_dir is None else directory.name),
-        defaults=defaults,
+        defaults={name: value for name, value in settings.items() if value not in (None, ())},
         api_key=options.api_key,
         cors_origin=options.cors_origin,
         max_queue=options.max_queue,
         timeout=options.timeout,
     )
-    serve(llama, Service(llama, server_options), options)
+    if is_main_process():  # the other ranks log nothing
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    with listener or contextlib.nullcontext():
 
+        def say(copies: int) -> None:
+            assert listener is not None
+            host, port = listener.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            several = f", {copies} copies" if copies > 1 else ""
+            print_note(f"serving {server_options.model} at http://{shown}:{port}/v1{several} (Ctrl-C ends)")
 
-def serve(llama: Llama, service: "Service", options: argparse.Namespace) -> None:
-    """Answer clients until the process is told to stop; then those that were heard are answered first."""
-    import uvicorn
-
-    from ..server.app import make_app
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    with listen(options.host, options.port) as listener, llama.engine.serve():
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print_note(f"serving {service.options.model} at http://{shown}:{port}/v1 (Ctrl-C ends)")
-        config = uvicorn.Config(make_app(service), log_config=None, log_level="warning", access_log=False)
-        uvicorn.Server(config).run(sockets=[listener])
+        serve(Service(llama, server_options), listener, say)
 
 
 def listen(host: str, port: int) -> socket.socket:

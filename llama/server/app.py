@@ -6,9 +6,7 @@ Knows HTTP; what an endpoint does is its module's.
 import hmac
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Callable
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,33 +25,34 @@ from .page import respond_with_page
 from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, TokenizeBody
 from .responses import ResponseAnswer, ResponseBody
 from .service import Service
-from .streams import NAMED, PLAIN, respond_whole, respond_with_events
+from .stopping import Failure, FailureGuard
+from .streams import NAMED, PLAIN, respond_whole, respond_with_events, write_error
 from .texts import detokenize, embed, tokenize
 
 LOG = logging.getLogger("llama.server")
 OPEN_PATHS = ("/", "/health", "/metrics")  # that need no key
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application, which answers once the engine serves."""
-    app = FastAPI(title="llama", version="1", lifespan=make_lifespan(service))
+def make_app(
+    service: Service, failure: Failure | None = None, copies: Callable[[ASGIApp], ASGIApp] | None = None
+) -> FastAPI:
+    """The application, which answers once the engine serves.
+
+    failure: that this process may come to. copies: what stands before the application and gives requests to others.
+    """
+    app = FastAPI(title="llama", version="1")
     add_errors(app)
     add_endpoints(app, service)
+    if copies is not None:
+        app.add_middleware(copies)
+    if failure is not None:
+        app.add_middleware(FailureGuard, failure=failure)
     app.add_middleware(Guard, service=service)
     if service.options.cors_origin is not None:
         app.add_middleware(
             CORSMiddleware, allow_origins=[service.options.cors_origin], allow_methods=["*"], allow_headers=["*"]
         )
     return app
-
-
-def make_lifespan(service: Service) -> Callable[[FastAPI], Any]:
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        service.is_draining = True
-
-    return lifespan
 
 
 def add_errors(app: FastAPI) -> None:
@@ -88,27 +87,29 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         chat = Chat(service, body)
-        return await (
-            respond_with_events(chat.stream(), PLAIN) if body.stream else respond_whole(request, chat.complete)
-        )
+        if body.stream:
+            return await respond_with_events(request, chat.stream(), PLAIN)
+        return await respond_whole(request, chat.complete)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
         one = Completion(service, body)
-        return await (respond_with_events(one.stream(), PLAIN) if body.stream else respond_whole(request, one.complete))
+        return await (
+            respond_with_events(request, one.stream(), PLAIN) if body.stream else respond_whole(request, one.complete)
+        )
 
     @app.post("/v1/responses")
     async def responses(request: Request, body: ResponseBody) -> Response:
         answer = ResponseAnswer(service, body)
         if body.stream:
-            return await respond_with_events(answer.stream(), NAMED)
+            return await respond_with_events(request, answer.stream(), NAMED)
         return await respond_whole(request, answer.complete)
 
     @app.post("/v1/messages")
     async def messages(request: Request, body: MessageBody) -> Response:
         answer = MessageAnswer(service, body)
         if body.stream:
-            return await respond_with_events(answer.stream(), NAMED)
+            return await respond_with_events(request, answer.stream(), NAMED)
         return await respond_whole(request, answer.complete)
 
     @app.post("/v1/messages/count_tokens")
@@ -144,7 +145,7 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse(
-            {"status": "draining" if service.is_draining else "ok"}, 503 if service.is_draining else 200
+            {"status": "draining" if service.queue.is_draining else "ok"}, 503 if service.queue.is_draining else 200
         )
 
     @app.get("/metrics")
@@ -210,11 +211,6 @@ class Guard:
             return message
 
         return bounded
-
-
-def write_error(error: ApiError, path: str) -> dict[str, Any]:
-    """The error object of the protocol that a path belongs to."""
-    return NAMED.write_error(error) if path.startswith("/v1/messages") else PLAIN.write_error(error)
 
 
 def too_large(most: int) -> ApiError:

@@ -1,8 +1,11 @@
 """What a server counts, as Prometheus reads it. Knows numbers; knows no model."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -36,3 +39,30 @@ class Metrics:
 
     def write(self) -> bytes:
         return generate_latest(self._registry)
+
+
+class Labelled(Collector):
+    """Figures of several copies of a model, each with its number as a label."""
+
+    def __init__(self, texts: Sequence[str]):
+        """texts: as `Metrics.write` writes them. Requests are those of the first copy, which hears all clients."""
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for copy, text in enumerate(self._texts):
+            for family in text_string_to_metric_families(text):
+                is_shared = family.name.startswith("llama_requests")
+                if is_shared and copy:
+                    continue
+                own = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                label = {} if is_shared else {"copy": str(copy)}
+                own.samples += [sample._replace(labels={**sample.labels, **label}) for sample in family.samples]
+        yield from families.values()
+
+
+def label_copies(texts: Sequence[str]) -> bytes:
+    """One text of the figures of several copies."""
+    registry = CollectorRegistry()
+    registry.register(Labelled(texts))
+    return generate_latest(registry)

@@ -6,7 +6,7 @@ The event loop only looks at what the engine's thread has left. Knows the engine
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,10 +18,10 @@ from ..errors import LlamaError
 from ..generation import Llama
 from .errors import ApiError, failed, refused
 from .metrics import Metrics
+from .queue import Queue
 
 T = TypeVar("T")
 MOST_SEARCHES = 8  # beam searches at a time; others wait
-RETRY_SECONDS = 1
 
 
 @dataclass(frozen=True)
@@ -44,32 +44,17 @@ class Service:
         self.llama, self.options = llama, options
         self.metrics = Metrics()
         self.created = int(time.time())
+        self.queue = Queue(options.max_queue)
         self.searches = ThreadPoolExecutor(MOST_SEARCHES, "llama-search")  # the threads of beam searches
-        self.is_draining = False
-        self.open_answers = 0  # answers that wait or are under way
+        self.metrics.open.set_function(lambda: self.queue.open)
 
     @property
     def max_seq_len(self) -> int:
         return self.llama.model.params.max_seq_len
 
-    @contextlib.contextmanager
-    def admit(self, answers: int) -> Iterator[None]:
-        """Room in the queue for so many answers. Raises ApiError where there is none."""
-        if self.is_draining:
-            raise ApiError(503, "the server is being stopped", kind="server_error", code="shutting_down")
-        if answers > self.options.max_queue:
-            raise ApiError(400, f"{answers} answers were asked for, and the queue holds {self.options.max_queue}")
-        if self.open_answers + answers > self.options.max_queue:
-            headers = {"Retry-After": str(RETRY_SECONDS)}
-            message = "the queue is full: try again later"
-            raise ApiError(429, message, kind="rate_limit_error", code="queue_full", headers=headers)
-        self.open_answers += answers
-        self.metrics.open.set(self.open_answers)
-        try:
-            yield
-        finally:
-            self.open_answers -= answers
-            self.metrics.open.set(self.open_answers)
+    def admit(self, answers: int) -> contextlib.AbstractContextManager[None]:
+        """A context with room in the queue for so many answers. Raises ApiError where there is none."""
+        return self.queue.admit(answers)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for another model than that which is served."""

@@ -6,13 +6,14 @@ Knows HTTP's responses; knows no endpoint's fields.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from .errors import ApiError, failed
 
+T = TypeVar("T")
 GONE = 499  # the status of a request whose client has gone, which nobody reads
 STATUS_NAMES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
 
@@ -45,6 +46,16 @@ class NamedEvents(EventStyle):
 PLAIN, NAMED = EventStyle(), NamedEvents()
 
 
+def find_style(path: str) -> EventStyle:
+    """How the endpoint at a path writes events."""
+    return NAMED if path.startswith(("/v1/messages", "/v1/responses")) else PLAIN
+
+
+def write_error(error: ApiError, path: str) -> dict[str, Any]:
+    """The error object of the protocol that a path belongs to."""
+    return NAMED.write_error(error) if path.startswith("/v1/messages") else PLAIN.write_error(error)
+
+
 async def stream_events(
     first: dict[str, Any] | None, events: AsyncIterator[dict[str, Any]], style: EventStyle
 ) -> AsyncIterator[str]:
@@ -62,22 +73,33 @@ async def stream_events(
     yield style.ending
 
 
-async def respond_with_events(events: AsyncIterator[dict[str, Any]], style: EventStyle) -> Response:
-    """A stream of events. What goes wrong before the first one is told by the status. Raises ApiError."""
-    first = await anext(events, None)
+async def respond_with_events(request: Request, events: AsyncIterator[dict[str, Any]], style: EventStyle) -> Response:
+    """A stream of events. What goes wrong before the first one is told by the status. Raises ApiError.
+
+    A client may go away while it waits for the first one too.
+    """
+    first = await unless_gone(request, find_first(events))
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
     return StreamingResponse(stream_events(first, events, style), media_type="text/event-stream", headers=headers)
 
 
+async def find_first(events: AsyncIterator[dict[str, Any]]) -> dict[str, Any] | None:
+    return await anext(events, None)
+
+
 async def respond_whole(request: Request, compute: Callable[[], Awaitable[Any]]) -> Response:
     """What a function computes, as JSON. It is cancelled when the client goes away."""
-    computing = asyncio.ensure_future(compute())
+    answer = await unless_gone(request, compute())
+    return Response(status_code=GONE) if answer is None else JSONResponse(answer)
+
+
+async def unless_gone(request: Request, computed: Awaitable[T]) -> T | None:
+    """What is computed; None where the client goes away before, which ends it."""
+    computing = asyncio.ensure_future(computed)
     leaving = asyncio.ensure_future(wait_until_gone(request))
     try:
         await asyncio.wait((computing, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not computing.done():
-            return Response(status_code=GONE)
-        return JSONResponse(computing.result())
+        return computing.result() if computing.done() else None
     finally:
         for task in (computing, leaving):
             task.cancel()
