@@ -6,22 +6,19 @@ Knows a dialog's body, which several protocols make; knows none of their ways to
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from ..engine.sequence import OutputOptions
-from ..errors import LlamaError
 from ..tokenization.messages import DialogOptions
 from ..tokenization.tool_calls import find_tool_form
 from ..tokenization.tool_parser import Delta
 from .answer_reader import AnswerReader
 from .beams import Search, begin_search
-from .errors import bad_value, refused, unsupported
+from .errors import bad_value, unsupported
+from .messages import encode_dialog
 from .protocol import ChatBody
 from .sampling_options import count_choices, limit_length, read_settings
 from .service import Answers, Service
 from .tools import read_tools
-
-MESSAGE_KEYS = {"role", "content", "name", "refusal", "tool_calls", "tool_call_id", "reasoning_content"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class DialogRequest:
         self._settings = read_settings(body)
         self.n = count_choices(body.n)
         self._form = find_tool_form(service.llama.formatter)
-        self._tools, forced = read_tools(body, self._form)
+        self._tools, forced = read_tools(body, self._form, service.llama.tokenizer)
         if body.top_logprobs is not None and not body.logprobs:
             raise bad_value("top_logprobs goes with logprobs: true", "top_logprobs")
         if body.response_format not in (None, {"type": "text"}) and self._tools:
@@ -61,13 +58,14 @@ class DialogRequest:
             raise unsupported("tool_choice", "is none or auto with num_beams: beams can't be held to a call")
         if (response_format := forced or body.response_format) is not None:
             self._settings["response_format"] = response_format
-        check_keys(body.messages)
+        self._is_held = response_format not in (None, {"type": "text"})
 
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Running]:
         """The answers; at the end of the context those that aren't over are cancelled."""
         with self._service.admit(max(self.n, self._body.num_beams or 1)), await self._begin() as answers:
-            prompt, with_tools = answers.prompts[0], bool(self._tools)
+            with_tools = bool(self._tools)
+            prompt = [] if self._is_held else answers.prompts[0]  # what is held to a form has no place to think first
             tokenizer = self._service.llama.tokenizer
             yield Running(answers, [AnswerReader(tokenizer, self._form, with_tools, prompt) for _ in range(self.n)])
 
@@ -94,11 +92,7 @@ class DialogRequest:
             options["tools"] = self._tools
         if body.chat_template_kwargs is not None:
             options["chat_template_kwargs"] = body.chat_template_kwargs
-        messages = [rename_role(message) for message in body.messages]
-        try:
-            return self._service.llama.formatter.encode_dialog_prompt(messages, **options)  # type: ignore[arg-type]
-        except LlamaError as e:
-            raise refused(e, "messages") from e
+        return encode_dialog(self._service.llama.formatter, body.messages, options)
 
     async def read(self, running: Running) -> AsyncIterator[tuple[int, list[Delta], bool]]:
         """(answer, what is new in it, whether it is over) for each step."""
@@ -113,17 +107,3 @@ class DialogRequest:
                     running.answers.end(step.row)  # it has the one call that it may have
                     is_over = True
                 yield step.row, deltas, is_over
-
-
-def check_keys(messages: list[dict[str, Any]]) -> None:
-    """Raise ApiError for a key of a message that the API doesn't have."""
-    for i, message in enumerate(messages):
-        if unknown := sorted(message.keys() - MESSAGE_KEYS):
-            raise bad_value(
-                f"messages[{i}] has the unknown key {unknown[0][:40]!r}", f"messages[{i}].{unknown[0][:40]}"
-            )
-
-
-def rename_role(message: dict[str, Any]) -> dict[str, Any]:
-    """The API's newer name of the system's role is what templates call "system"."""
-    return {**message, "role": "system"} if message.get("role") == "developer" else message

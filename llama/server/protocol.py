@@ -45,9 +45,7 @@ class Sampling(Body):
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
-    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] | None = (
-        None  # above 1: search for the likeliest
-    )
+    num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] | None = None  # above 1: search for the likeliest
     cache_prompt: bool = True  # whether to begin at what the KV cache holds, and to leave something to later requests
 
     @property

@@ -12,6 +12,7 @@ from ..engine.request_checks import check_prompts
 from ..engine.scoring import embed_tokens
 from .completions import encode_prompts
 from .errors import ApiError, unsupported
+from .messages import encode_dialog
 from .protocol import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
 
@@ -44,7 +45,7 @@ def tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     if body.messages is not None:
-        tokens = service.llama.formatter.encode_dialog_prompt(body.messages)  # type: ignore[arg-type]
+        tokens = encode_dialog(service.llama.formatter, body.messages, {})
     else:
         tokens = service.llama.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens, eos=False)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_seq_len}

@@ -1,19 +1,25 @@
 """The tools of a request: which the model may call, and the form that holds it to calling one.
 
-Knows schemas of functions and forms of calls; knows no model.
+Knows schemas of functions, forms of calls and how grammars are written; knows no model.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..tokenization.tool_calls import ToolForm
+from ..engine.grammar import JSON_SPACE
+from ..tokenization.protocol import AnyTokenizer
+from ..tokenization.tool_calls import Layout, ToolForm
 from .errors import bad_value, unsupported
 from .protocol import ChatBody
 
-FORCED = ("llama",)  # forms whose calls are plain JSON, so that a grammar can ask for one
+NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+SPACE = {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
 
 
-def read_tools(body: ChatBody, form: ToolForm) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+def read_tools(
+    body: ChatBody, form: ToolForm, tokenizer: AnyTokenizer
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """(the tools that may be called, the `response_format` that forces a call, if one is forced). Raises ApiError."""
     check_tools(body.tools or [])
     choice = body.tool_choice
@@ -34,26 +40,47 @@ def read_tools(body: ChatBody, form: ToolForm) -> tuple[list[dict[str, Any]], di
             raise bad_value(f"tool_choice names no tool of {names}", "tool_choice")
     else:
         raise bad_value("tool_choice is none, auto, required, or a function by its name", "tool_choice")
-    if form.name not in FORCED:
-        raise unsupported("tool_choice", f"is none or auto here: calls of the form {form.name} can't be forced")
-    return body.tools, {"type": "json_schema", "json_schema": {"name": "call", "schema": write_schema(wanted, form)}}
+    return body.tools, {"type": "grammar", "grammar": write_grammar(wanted, form, tokenizer)}
 
 
-def write_schema(tools: Sequence[Mapping[str, Any]], form: ToolForm) -> dict[str, Any]:
-    """The JSON schema of a call of one of these tools."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                form.argument_keys[0]: tool["function"].get("parameters") or {"type": "object", "properties": {}},
-            },
-            "required": ["name", form.argument_keys[0]],
-            "additionalProperties": False,
-        }
-        for tool in tools
+def write_grammar(tools: Sequence[Mapping[str, Any]], form: ToolForm, tokenizer: AnyTokenizer) -> str:
+    """A Lark grammar of one call of one of these tools, as models of this form write it."""
+    layout = choose_layout(form, tokenizer)
+    marks = {mark: write_mark(mark, tokenizer) for mark in (layout.open, *layout.ends, *layout.name_ends)}
+    before, after = "", ""
+    if layout.begin:
+        before, after = f"{marks[layout.open]} {json.dumps(layout.begin)} ", f" {marks[layout.ends[0]]}"
+    elif layout.name_ends:
+        before = f"{marks[layout.open]} "
+    elif layout.open:  # marks on lines of their own
+        before, after = rf'{marks[layout.open]} "\n" ', rf' "\n" {marks[layout.ends[0]]}'
+    calls = []
+    for tool in tools:
+        name = json.dumps(tool["function"]["name"])
+        arguments = "%json " + json.dumps({**(tool["function"].get("parameters") or NO_PARAMETERS), **SPACE})
+        if layout.name_ends:
+            calls.append(f"{name} {marks[layout.name_ends[-1]]} {arguments}")
+        else:
+            head = f'{{"name": {name}, "{form.argument_keys[0]}": '
+            calls.append(f'{json.dumps(head)} {arguments} "}}"')
+    alternatives = " | ".join(f"call_{i}" for i in range(len(calls)))
+    return "\n".join(
+        [f"start: {before}({alternatives}){after}", *(f"call_{i}: {call}" for i, call in enumerate(calls))]
+    )
+
+
+def choose_layout(form: ToolForm, tokenizer: AnyTokenizer) -> Layout:
+    """The form's layout for this vocabulary: names and marks, where it has the marks, or else JSON objects."""
+    fitting = [
+        layout for layout in form.layouts if layout.name_ends and layout.name_ends[-1] in tokenizer.special_tokens
     ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return next(iter(fitting), form.layouts[0])
+
+
+def write_mark(mark: str, tokenizer: AnyTokenizer) -> str:
+    """A mark in a grammar: its token, or its text where it is none."""
+    token = tokenizer.special_tokens.get(mark)
+    return json.dumps(mark) if token is None else f"<[{token}]>"
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """Calls of tools and structured answers, by the official client."""
 
 import json
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, Literal
 
 import openai
@@ -8,8 +10,13 @@ import pytest
 from jsonschema import validate
 from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from published_tokenizers import AGENT, IM, MISTRAL, S, qwen, save, sentencepiece
 from pydantic import BaseModel
-from running_server import Running
+from running_server import Running, start
+from tiny import ARGS, write_checkpoint
+
+from llama import Llama
+from llama.tokenization.hf_tokenizer import HFTokenizer
 
 DIALOG: Any = [{"role": "user", "content": "What is the weather in Paris?"}]
 SCHEMA = {
@@ -20,7 +27,7 @@ SCHEMA = {
 }
 TOOLS: Any = [
     {"type": "function", "function": {"name": "weather", "description": "It tells.", "parameters": SCHEMA}},
-    {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}},
+    {"type": "function", "function": {"name": "clock"}},
 ]
 
 
@@ -64,6 +71,47 @@ def test_calls_in_chunks(client: OpenAI) -> None:
     json.loads("".join(call.function.arguments or "" for call in calls if call.function))
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
+
+
+NESTED = {
+    "type": "object",
+    "properties": {"zone": {"$ref": "#/$defs/Zone"}},
+    "required": ["zone"],
+    "additionalProperties": False,
+    "$defs": {"Zone": {"enum": ["UTC", "CET"]}},
+}
+WRITES_CALLS = "{% if tools %}{{ tools | tojson }}{% endif %}{{ '[TOOL_CALLS]' if messages[0].tool_calls }}"
+THINKS = AGENT.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}")
+
+
+@pytest.mark.parametrize("form", ["Qwen", "Qwen whose prompt begins to think", "Mistral", "Mistral with names"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_other_forms_are_held_to_a_call(tmp_path: Path, form: str, streams: bool) -> None:
+    """A model of random weights makes the call, with arguments that are what the schema describes."""
+    if form.startswith("Qwen"):
+        folder = save(tmp_path, qwen(), {**IM, "chat_template": THINKS if "think" in form else AGENT})
+    else:
+        controls = ["[INST]", "[/INST]", "[TOOL_CALLS]", *(["[ARGS]"] if "names" in form else [])]
+        folder = save(tmp_path, sentencepiece(controls, legacy=False), {**S, "chat_template": WRITES_CALLS + MISTRAL})
+    model = Llama.build(
+        write_checkpoint(tmp_path / "tiny", ARGS), max_seq_len=1024, device="cpu", dtype="float32"
+    ).model
+    tools: Any = [{"type": "function", "function": {"name": "now", "parameters": NESTED}}]
+    with ExitStack() as stack:
+        server = start(stack, Llama(model, HFTokenizer(folder)))
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        asked: dict[str, Any] = {"model": "demo", "messages": DIALOG, "tools": tools, "max_tokens": 100}
+        asked["tool_choice"] = "required" if streams else {"type": "function", "function": {"name": "now"}}
+        if streams:
+            with client.chat.completions.stream(**asked) as stream:
+                answer: ChatCompletion = stream.get_final_completion()
+        else:
+            answer = client.chat.completions.create(**asked)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function" and call.function.name == "now"
+    validate(json.loads(call.function.arguments), NESTED)
 
 
 def test_a_model_without_a_form_of_calls_refuses_tools(start_server: Any) -> None:
