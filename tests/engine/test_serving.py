@@ -14,6 +14,7 @@ from tiny import ARGS, write_checkpoint
 
 from llama import Llama, LlamaError
 from llama.engine.request import Request
+from llama.engine.request_checks import check_prompts
 from llama.engine.serving import MOST_BUFFERED
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 96, "max_batch_size": 3, "device": "cpu", "dtype": "float32"}
@@ -51,6 +52,25 @@ def test_requests_go_on_while_nobody_waits(llama: Llama) -> None:
         requests = [llama.engine.submit(prompt, max_gen_len=12, temperature=0) for prompt in PROMPTS]
         wait_until(lambda: all(request.sequence.is_over for request in requests))
         assert [[step.token for step in request.take()] for request in requests] == expected
+
+
+def test_a_refused_call_leaves_others_alone(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that came while it was checked."""
+    requests: list[Request] = []
+
+    def check_slowly(prompts: Any, params: Any) -> None:
+        check_prompts(prompts, params)
+        if prompts == [[1]]:
+            requests.append(llama.engine.submit(PROMPTS[len(requests)], max_gen_len=12, temperature=0))
+            raise LlamaError("it is refused")
+
+    expected = [greedy(llama, prompt) for prompt in PROMPTS]
+    monkeypatch.setattr("llama.engine.engine.check_prompts", check_slowly)
+    with llama.engine.serve():
+        for _ in PROMPTS:
+            with pytest.raises(LlamaError, match="it is refused"):
+                llama.engine.submit([1])
+        assert list(map(take_all, requests)) == expected
 
 
 def test_all_kinds_of_calls_from_threads(llama: Llama) -> None:
