@@ -19,7 +19,8 @@ from typing import Any
 import httpx2
 from tiny import ROOT, environment, launched
 
-SECONDS_TO_START = 120
+SECONDS_TO_START = 240
+SECONDS_TO_DRAIN = 120  # that torchrun waits for its ranks after a signal: this machine may be busy
 SIZES = ("--max_seq_len", "16384", "--max_batch_size", "4", "--device", "cpu", "--dtype", "float32")
 
 
@@ -76,9 +77,10 @@ def serving(directory: Path, log: Path, *options: str, ranks: int = 0) -> Iterat
     command = launched(
         "-m", "llama", "serve", "--ckpt_dir", str(directory), "--port", "0", *SIZES, *options, ranks=ranks
     )
+    variables = {**environment(), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_DRAIN)}
     with log.open("w") as written:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdout=written, stderr=subprocess.STDOUT, text=True
+            command, cwd=ROOT, env=variables, stdout=written, stderr=subprocess.STDOUT, text=True
         )
     try:
         deadline = time.monotonic() + SECONDS_TO_START

@@ -69,8 +69,7 @@ class Peer:
         if self.has_left:
             return None
         state = "" if self.process is None else self.process.state()
-        has_ended = state in ENDED if state else self.is_closed
-        self.ended = self.ended + seconds if has_ended else 0
+        self.ended = self.ended + seconds if self.has_ended else 0
         self.stopped = self.stopped + seconds if state == STOPPED else 0
         self.silent = 0 if heard or state else self.silent + seconds
         if self.ended > SECONDS_ENDED:
@@ -78,6 +77,11 @@ class Peer:
         if self.stopped > SECONDS_STOPPED:
             return "which was stopped by a signal"
         return f"which was silent for {SECONDS_SILENT} s" if self.silent > SECONDS_SILENT else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has, without a goodbye."""
+        return not self.has_left and (self.is_closed if self.process is None else self.process.state() in ENDED)
 
     def _receive(self) -> bytes:
         try:
@@ -221,6 +225,13 @@ def find_heartbeat() -> Heartbeat | None:
     """This process's thread, if it runs."""
     threads = (thread for thread in threading.enumerate() if isinstance(thread, Heartbeat))
     return next((thread for thread in threads if thread.is_looking), None)
+
+
+def name_lost_rank() -> str:
+    """The rank that has ended and that others may wait for, as messages name it."""
+    heartbeat = find_heartbeat()
+    ended = [peer.rank for peer in heartbeat.peers if peer.has_ended] if heartbeat is not None else []
+    return f"rank {ended[0]}" if ended else "another rank"
 
 
 def start_heartbeat() -> None:

@@ -55,7 +55,9 @@ def errors_in_one_line() -> Iterator[None]:
     except RuntimeError as e:
         if not is_lost_rank(e):
             raise
-        print(f"error: rank {env_rank()[0]} has lost another rank, which has ended", file=sys.stderr, flush=True)
+        from .._util.heartbeat import name_lost_rank
+
+        print(f"error: rank {env_rank()[0]} has lost {name_lost_rank()}, which has ended", file=sys.stderr, flush=True)
         os._exit(1)  # a normal exit would wait for the rank that has ended
 
 

@@ -55,7 +55,7 @@ def test_a_rank_that_ended_is_noticed(tmp_path: Path) -> None:
     ending.communicate()
     _, said = waiting.communicate(timeout=30)
     assert waiting.returncode == 1
-    assert said == "error: rank 0 has lost another rank, which has ended\n"
+    assert said == "error: rank 0 has lost rank 1, which has ended\n"
 
 
 @shared

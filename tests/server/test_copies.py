@@ -26,7 +26,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tiny"), endless=True)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one rank a copy", "two ranks a copy"])
+ONE_RANK = pytest.param(1, id="one rank a copy")
+TWO_RANKS = pytest.param(2, id="two ranks a copy", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[ONE_RANK, TWO_RANKS])
 def served(
     request: pytest.FixtureRequest, directory: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:
