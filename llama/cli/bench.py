@@ -10,6 +10,7 @@ from ..bench.measure import RAGGED
 from ..bench.plots import Chart
 from ..bench.runner import DEFAULT_SHAPE, DEMO_SHAPE, SHAPES, BenchConfig, parse_counts, run_benchmark
 from ..bench.serve_runner import SERVE_PEERS, ServeConfig, run_serve_benchmark
+from ..bench.stress import StressCounts, run_stress
 from ..bench.subjects import PEERS
 from ..errors import LlamaError, shorten
 from ..generation import PREFILL_CHUNK
@@ -28,6 +29,7 @@ SERVE_DEFAULTS: dict[str, Any] = {
     "prefill_chunk": PREFILL_CHUNK,
     "load_seed": LOAD.seed,
 }
+MODEL_OPTIONS = ("ckpt_dir", "adapter_dir", "shape", "dtype", "compile", "quantization", "compare")
 COUNTERPARTS = {"batch": "slots", "prompt": "prompt_range", "gen": "gen_range"}  # of --serve
 
 
@@ -53,6 +55,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
     peers = f"run these beside it: {', '.join(PEERS)}; with --serve: {', '.join(SERVE_PEERS)}"
     add("--compare", default="", metavar="PEERS", help=peers)
     add_serve_options(command)
+    add = command.add_argument_group("stress").add_argument
+    what = "ask a server of the demo model at random, much at once and much in a row, and tell what went wrong"
+    add("--stress", action="store_true", help=what)
     add_speed_options(command)
     add = command.add_argument_group("output").add_argument
     add("--json", action="store_true", help="print one JSON object, for programs and for --with")
@@ -77,6 +82,8 @@ def add_serve_options(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    if options.stress:
+        return run_stress_test(options)
     settle_options(options)
     if options.serve:
         serve_report = run_serve_benchmark(read_serve_config(options))
@@ -99,6 +106,17 @@ def run(options: argparse.Namespace) -> None:
     say(report.as_json() if options.json else report.as_text())
     if chart is not None and is_main_process():
         chart.draw(report)
+
+
+def run_stress_test(options: argparse.Namespace) -> None:
+    """Print what came of the stress test. Raises LlamaError for faults, and for options that it doesn't have."""
+    for name in ("serve", *BATCH_DEFAULTS, *SERVE_DEFAULTS, *MODEL_OPTIONS):
+        if getattr(options, name):
+            raise LlamaError(f"--{name} was given with --stress, which decides that itself: leave one of them out")
+    report = run_stress(options.device, StressCounts())
+    say(report.as_json() if options.json else report.as_text())
+    if report.faults:
+        raise LlamaError(f"{len(report.faults)} faults, first: {report.faults[0]}")
 
 
 def settle_options(options: argparse.Namespace) -> None:

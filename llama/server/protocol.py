@@ -3,9 +3,11 @@
 A field that isn't here is refused by name. Knows no model; what a field does is its endpoint's.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Tokens = list[Annotated[int, Field(ge=0)]]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -16,6 +18,18 @@ class Body(BaseModel):
     """A body whose fields have exactly their types, and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def check_characters(cls, data: Any) -> Any:
+        """Raise for halves of characters, which JSON can escape and no text can have."""
+        try:
+            json.dumps(data, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("half_character", "has half of a character, a lone surrogate") from None
+        except RecursionError:
+            raise PydanticCustomError("too_deep", "has arrays or objects too deep in each other") from None
+        return data
 
 
 class StreamOptions(Body):

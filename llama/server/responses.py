@@ -91,7 +91,7 @@ def read_body(body: ResponseBody) -> ChatBody:
 def add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) -> None:
     """Add an item of the input to a chat's messages: what the assistant thought, said and called is one message."""
     kind = item.get("type") or "message"
-    if kind not in ITEM_KEYS:
+    if not isinstance(kind, str) or kind not in ITEM_KEYS:
         raise unsupported(place, f"is of the type {str(kind)[:40]!r}, expected one of {', '.join(ITEM_KEYS)}")
     given = {key for key, value in item.items() if value is not None}
     if unknown := sorted(given - ITEM_KEYS[kind] - {"type", "id", "status"}):

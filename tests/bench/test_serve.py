@@ -265,6 +265,8 @@ def test_the_table_of_a_checkpoint_in_an_open_loop(bench: Command) -> None:
         (["--serve", "--compare", "plain"], "--compare has 'plain', expected one or more of closed"),
         (["--serve", "--shape", "70x"], "--shape is '70x', expected one of"),
         (["--compare", "closed"], "--compare has 'closed', expected one or more of transformers"),
+        (["--stress", "--serve"], "--serve was given with --stress, which decides that itself"),
+        (["--stress", "--ckpt_dir", "a"], "--ckpt_dir was given with --stress, which decides that itself"),
     ],
 )
 def test_mistakes_get_one_line_before_anything_is_measured(bench: Command, options: list[str], message: str) -> None:

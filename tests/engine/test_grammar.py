@@ -13,19 +13,19 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from llguidance import LLMatcher, LLTokenizer
 from published_tokenizers import FAMILIES, save
 from rank_pool import RankPool
 from tiny import write_checkpoint
 
 from llama import Llama, LlamaError
-from llama.engine.grammar import Grammars, Words, write_grammar
+from llama.bench.schemas import as_response_format as of_schema
+from llama.bench.schemas import draw_schema, is_prefix
+from llama.engine.grammar import Grammars, Words
 from llama.parallel import is_group_leader
 from llama.tokenization.hf_tokenizer import HFTokenizer
 from llama.tokenizer import Tokenizer
 
 OPTIONS: dict[str, Any] = {"max_seq_len": 2048, "max_batch_size": 8, "device": "cpu", "dtype": "float32"}
-BYTES = LLTokenizer("byte")  # another vocabulary, whose tokens are bytes
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 6}, "tags": {"enum": ["é", "東京", "🙂"]}},
@@ -40,42 +40,11 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {  # a format, and a regular expr
 }
 
 
-def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
-
-
 def nest(depth: int) -> dict[str, Any]:
     schema: dict[str, Any] = {}
     for _ in range(depth):
         schema = {"items": schema}
     return of_schema(schema)
-
-
-def draw_schema(random: random.Random, depth: int = 2) -> dict[str, Any]:
-    """A schema whose values have a largest length."""
-    kinds = ["string", "enum", "integer", "boolean", "null"] + ["object", "array", "anyOf"] * 2 * (depth > 0)
-    kind = random.choice(kinds) if depth < 2 else "object"
-    if kind == "string":
-        return {"type": "string", "minLength": random.randrange(2), "maxLength": random.randrange(1, 5)}
-    if kind == "enum":
-        return {"enum": random.sample([1, -2.5, None, True, "é", "日本", 'a"\\', [1, {"a": []}]], 3)}
-    if kind == "integer":
-        return {"type": "integer", "minimum": random.randrange(-200, 0), "maximum": random.randrange(300)}
-    if kind == "anyOf":
-        return {"anyOf": [draw_schema(random, depth - 1) for _ in range(2)]}
-    if kind == "array":
-        return {"type": "array", "items": draw_schema(random, depth - 1), "maxItems": random.randrange(1, 4)}
-    if kind == "object":
-        properties = {name: draw_schema(random, depth - 1) for name in random.sample(["a", "née", "key", "b c"], 2)}
-        required = random.sample([*properties], random.randrange(3))
-        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-    return {"type": kind}
-
-
-def is_prefix(text: str, response_format: dict[str, Any]) -> bool:
-    """Whether a text of the format may begin so, read as bytes."""
-    data = list(text.encode())
-    return LLMatcher(BYTES, write_grammar(response_format)).try_consume_tokens(data) == len(data)
 
 
 @pytest.fixture(scope="module")

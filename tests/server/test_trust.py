@@ -115,6 +115,9 @@ def test_an_answer_that_takes_too_long(start_server: StartServer) -> None:
         ("/v1/embeddings", {"input": "a " * 2000}, 400),
         ("/detokenize", {"tokens": [1 << 40]}, 400),
         ("/tokenize", {}, 400),
+        ("/tokenize", b'{"prompt": "half of a character: \\ud83d"}', 400),
+        ("/v1/chat/completions", b'{"messages": [{"role\xed\xa0\x80": "user", "content": "a"}]}', 400),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a", "type": ["message"]}]}, 400),
         ("/nothing", {}, 404),
     ],
 )
