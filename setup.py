@@ -51,6 +51,7 @@ setup(
             "llguidance>=1.9",
             "jsonschema>=4.20",  # says whether answers are what a schema describes
             "selenium>=4.20",  # drives a browser, for the chat page
+            "schemathesis>=4.10",  # makes requests from the server's OpenAPI document
             "import-linter>=2.1",  # which module may import which
             "ruff>=0.6",
             "mypy>=1.11",
