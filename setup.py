@@ -48,6 +48,9 @@ setup(
             "httpx2>=2.16",
             "openai>=1.50",  # the official clients of the server's protocols
             "anthropic>=0.40",
+            "langchain-openai>=1.0",  # clients of other projects, which are to work as they are
+            "litellm>=1.80",
+            "llm>=0.27",
             "llguidance>=1.9",
             "jsonschema>=4.20",  # says whether answers are what a schema describes
             "selenium>=4.20",  # drives a browser, for the chat page

@@ -64,7 +64,7 @@ def check_template(formatter: AnyChatFormat, messages: Sequence[Mapping[str, Any
 
 def read_message(given: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A message without keys that say nothing, and with the arguments of calls as templates want them: as objects."""
-    message = {key: value for key, value in given.items() if value is not None or key == "content"}
+    message = {key: value for key, value in given.items() if key == "content" or not is_empty(value)}
     check_keys(message, MESSAGE_KEYS, place)
     if message.get("role") == "developer":  # the newer name of what templates call "system"
         message["role"] = "system"
@@ -77,9 +77,14 @@ def read_message(given: Mapping[str, Any], place: str) -> dict[str, Any]:
         if not isinstance(calls, list):
             raise bad_value(f"{place}.tool_calls is no list of calls", f"{place}.tool_calls")
         message["tool_calls"] = [read_call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(calls)]
-        if not calls:
-            del message["tool_calls"]
     return message
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a key with this value says nothing: clients send back what they read, with all keys that it had."""
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    return value is None or value == []
 
 
 def read_call(call: Any, place: str) -> dict[str, Any]:
@@ -101,5 +106,5 @@ def read_call(call: Any, place: str) -> dict[str, Any]:
 
 def check_keys(given: Mapping[str, Any], known: set[str], place: str) -> None:
     """Raise ApiError for a key that the API doesn't have, or that this server can't do anything with."""
-    if unknown := sorted(key for key in given.keys() - known if given[key] is not None):
+    if unknown := sorted(key for key in given.keys() - known if not is_empty(given[key])):
         raise bad_value(f"{place} has the unknown key {unknown[0][:40]!r}", f"{place}.{unknown[0][:40]}")

@@ -13,7 +13,7 @@ from ..tokenization.tool_calls import Layout, ToolForm
 from .errors import bad_value, unsupported
 from .protocol import ChatBody
 
-NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+OPENING = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "if"}  # keys of a schema
 SPACE = {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
 
 
@@ -57,7 +57,7 @@ def write_grammar(tools: Sequence[Mapping[str, Any]], form: ToolForm, tokenizer:
     calls = []
     for tool in tools:
         name = json.dumps(tool["function"]["name"])
-        arguments = "%json " + json.dumps({**(tool["function"].get("parameters") or NO_PARAMETERS), **SPACE})
+        arguments = "%json " + json.dumps({**close_schema(tool["function"].get("parameters") or {}), **SPACE})
         if layout.name_ends:
             calls.append(f"{name} {marks[layout.name_ends[-1]]} {arguments}")
         else:
@@ -67,6 +67,13 @@ def write_grammar(tools: Sequence[Mapping[str, Any]], form: ToolForm, tokenizer:
     return "\n".join(
         [f"start: {before}({alternatives}){after}", *(f"call_{i}: {call}" for i, call in enumerate(calls))]
     )
+
+
+def close_schema(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of arguments, without any that the function doesn't name, unless it says that there may be others."""
+    if parameters and ("properties" not in parameters or OPENING & parameters.keys()):
+        return parameters
+    return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
 
 
 def choose_layout(form: ToolForm, tokenizer: AnyTokenizer) -> Layout:

@@ -76,8 +76,7 @@ def test_calls_in_chunks(client: OpenAI) -> None:
 NESTED = {
     "type": "object",
     "properties": {"zone": {"$ref": "#/$defs/Zone"}},
-    "required": ["zone"],
-    "additionalProperties": False,
+    "required": ["zone"],  # that there may be no others goes without saying
     "$defs": {"Zone": {"enum": ["UTC", "CET"]}},
 }
 WRITES_CALLS = "{% if tools %}{{ tools | tojson }}{% endif %}{{ '[TOOL_CALLS]' if messages[0].tool_calls }}"
@@ -111,7 +110,7 @@ def test_other_forms_are_held_to_a_call(tmp_path: Path, form: str, streams: bool
     assert choice.finish_reason == "tool_calls" and not choice.message.content
     (call,) = choice.message.tool_calls or []
     assert call.type == "function" and call.function.name == "now"
-    validate(json.loads(call.function.arguments), NESTED)
+    validate(json.loads(call.function.arguments), {**NESTED, "additionalProperties": False})
 
 
 def test_a_model_without_a_form_of_calls_refuses_tools(start_server: Any) -> None:
