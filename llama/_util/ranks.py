@@ -64,6 +64,13 @@ def has_other_ranks() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_lost_rank(e: BaseException) -> bool:
+    """Whether a collective operation failed because another rank has ended."""
+    import torch.distributed as dist
+
+    return has_other_ranks() and isinstance(e, RuntimeError) and ("gloo" in str(e) or isinstance(e, dist.DistError))
+
+
 def new_long_timeout_group() -> "dist.ProcessGroup | None":
     """A group of all ranks that waits for 30 days; None where there is one rank.
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .._util.interrupt import interrupt_in_one_line, missing_package_in_one_line
-from .._util.ranks import env_rank, has_other_ranks, is_main_process
+from .._util.ranks import env_rank, has_other_ranks, is_lost_rank, is_main_process
 from .._util.validate import suggest
 from ..checkpoints.demo import demo_checkpoint
 from ..errors import LlamaError, make_printable
@@ -77,13 +77,6 @@ def warnings_in_one_line() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
-
-
-def is_lost_rank(e: RuntimeError) -> bool:
-    """Whether a collective operation failed because another rank has ended."""
-    import torch.distributed as dist
-
-    return has_other_ranks() and ("gloo" in str(e) or isinstance(e, dist.DistError))
 
 
 def run(main: Callable[..., None]) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
+from .._util.heartbeat import name_lost_rank
+from .._util.ranks import is_lost_rank
 from ..errors import LlamaError
 
 
@@ -41,12 +43,21 @@ def unsupported(param: str, why: str) -> ApiError:
 
 def refused(error: LlamaError, param: str | None = None) -> ApiError:
     """A request that the library refuses."""
-    return ApiError(400, str(error), param=param, code="invalid_value")
+    return find_loss(error) or ApiError(400, str(error), param=param, code="invalid_value")
 
 
 def failed(error: Exception) -> ApiError:
     """An answer that could not be computed, through no fault of the client's."""
-    return ApiError(500, str(error), kind="server_error", code="internal_error")
+    return find_loss(error) or ApiError(500, str(error), kind="server_error", code="internal_error")
+
+
+def find_loss(error: BaseException | None) -> ApiError | None:
+    """That a rank of the model has ended, if that is what an error comes from."""
+    while error is not None and not is_lost_rank(error):
+        error = error.__cause__
+    if error is None:
+        return None
+    return ApiError(503, f"{name_lost_rank()} of the model has ended", kind="server_error", code="lost_rank")
 
 
 def invalid(error: RequestValidationError | ValidationError) -> ApiError:
