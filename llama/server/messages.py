@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import LlamaError
 from ..tokenization.chat_template import TemplateFormat, find_variables
-from ..tokenization.messages import DialogOptions
+from ..tokenization.messages import DIALOG_OPTIONS, DialogOptions
 from ..tokenization.protocol import AnyChatFormat
 from .errors import bad_value, refused, unsupported
 
@@ -49,7 +49,7 @@ def check_template(formatter: AnyChatFormat, messages: Sequence[Mapping[str, Any
     variables = find_variables(formatter)
     for name in options.get("chat_template_kwargs") or {}:
         if name not in variables:
-            known = ", ".join(sorted(variables)) or "none"
+            known = ", ".join(sorted(variables - DIALOG_OPTIONS)) or "none"
             raise unsupported("chat_template_kwargs", f"has {name[:40]!r}; this model's template knows {known}")
     if not isinstance(formatter, TemplateFormat):
         return

@@ -4,6 +4,7 @@ Knows schemas of functions, forms of calls and how grammars are written; knows n
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..tokenization.tool_calls import Layout, ToolForm
 from .errors import bad_value, unsupported
 from .protocol import ChatBody
 
+NAME = re.compile(r"[\w.-]{1,128}")  # of functions: what all forms of calls can say
 OPENING = {"additionalProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "if"}  # keys of a schema
 SPACE = {"x-guidance": {"whitespace_pattern": JSON_SPACE}}
 
@@ -98,3 +100,11 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
             raise bad_value(f"tools[{i}] is no function: expected type function, and function", f"tools[{i}]")
         if not isinstance(function.get("name"), str) or not function["name"]:
             raise bad_value(f"tools[{i}].function has no name", f"tools[{i}].function.name")
+        if not NAME.fullmatch(function["name"]):
+            message = (
+                f"tools[{i}].function.name is {function['name'][:40]!r}, expected letters, digits, '_', '-' and '.'"
+            )
+            raise bad_value(message, f"tools[{i}].function.name")
+        if not isinstance(function.get("parameters") or {}, Mapping):
+            where = f"tools[{i}].function.parameters"
+            raise bad_value(f"{where} is no JSON schema: expected an object", where)

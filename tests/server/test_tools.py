@@ -134,6 +134,9 @@ def test_results_of_tools_are_read(client: OpenAI) -> None:
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
+REQUIRED = {"tool_choice": "required"}
+
+
 class Report(BaseModel):
     city: Literal["Paris", "Rome"]
     warm: bool
@@ -163,6 +166,12 @@ def test_forms_beside_the_api(client: OpenAI, kind: str) -> None:
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice is none, auto, required"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "names no tool"),
         ({"tools": [{"type": "web_search"}]}, r"tools\[0\] is no function"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}]}, "is no JSON schema"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "expected letters, digits"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "x"}}}], **REQUIRED},
+            "response_format|schema",
+        ),
         ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "goes without tools"),
