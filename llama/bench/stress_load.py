@@ -19,7 +19,7 @@ from .asking import Address, Reply, ask, get
 
 QUESTIONS = ["What is the capital of {}?", "Tell me about {}.", "I am going to {}, what should I see?", "{}"]
 PLACES = ["France", "Italy", "Paris", "Rome", "Japan", "the sea", "a pancake", "Spain", "Peru", "blue"]
-SHARE_LEAVING = 1 / 3
+SHARE_LEAVING = 0.4  # of the clients want to leave; some have their answer before, so that about a third do
 SECONDS_TO_FREE = 30.0  # after the last client, until no answer is open
 OPEN_ANSWERS = re.compile(rb"^llama_open_answers(?:\{.*\})? ([\d.]+)", re.MULTILINE)
 WRITTEN = re.compile(rb'"content":"[a-z]')  # in an event
@@ -112,6 +112,7 @@ class Load:
         self._address, self._requests, self._clients, self._seed = address, requests, clients, seed
         self._lock = Lock()
         self._left = self._lost = self._mixed_up = 0
+        self._seconds = [1.0]  # that whole answers took
 
     def run(self, different: int, slots: int) -> LoadFigures:
         """Ask. different: so many of the requests differ. slots: answers that the server computes at a time."""
@@ -144,7 +145,9 @@ class Load:
         rng = random.Random(f"{self._seed} {number}")
         place = rng.randrange(len(asked))
         one, expected = asked[place], alone[place]
-        leave_after = rng.uniform(0, 2) ** 2 if rng.random() < SHARE_LEAVING else None
+        typical = sum(self._seconds) / len(self._seconds)
+        leave_after = rng.uniform(0, typical) if rng.random() < SHARE_LEAVING else None
+        began = time.perf_counter()
         try:
             reply = ask(self._address, one.path, one.dump(rng.random() < 0.7), leave_after)
         except (OSError, HTTPException):
@@ -157,6 +160,7 @@ class Load:
             is_same = all(expected.get(i, "").startswith(text) for i, text in read_begun(reply, one.path).items())
         with self._lock:
             self._left += not stayed
+            self._seconds += [time.perf_counter() - began] * (leave_after is None)
             self._lost += is_lost
             self._mixed_up += not is_same
 

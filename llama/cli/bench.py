@@ -1,9 +1,12 @@
 """`python -m llama bench`: its options, and the report that it prints or draws."""
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from .._util.console import say
+from .._util.packages import install_command
 from .._util.ranks import is_main_process
 from ..bench.load import Range, ServeLoad
 from ..bench.measure import RAGGED
@@ -13,8 +16,9 @@ from ..bench.serve_runner import SERVE_PEERS, ServeConfig, run_serve_benchmark
 from ..bench.stress import StressCounts, run_stress
 from ..bench.subjects import PEERS
 from ..errors import LlamaError, shorten
-from ..generation import PREFILL_CHUNK
+from ..generation import PREFILL_CHUNK, Llama
 from .model_options import ADAPTER_DIR, DEVICE, DTYPE, INTEGER, NUMBER, add_speed_options
+from .serve import ADDRESS, NEEDED, listen
 
 # Options of one benchmark: what is taken where they aren't given. The parser's own default is None, which tells.
 BATCH_DEFAULTS: dict[str, Any] = {"batch": "1", "prompt": "512", "gen": 64, "ragged": False, "plot": None, "with": []}
@@ -28,6 +32,7 @@ SERVE_DEFAULTS: dict[str, Any] = {
     "slots": ServeConfig.slots,
     "prefill_chunk": PREFILL_CHUNK,
     "load_seed": LOAD.seed,
+    "http": False,
 }
 MODEL_OPTIONS = ("ckpt_dir", "adapter_dir", "shape", "dtype", "compile", "quantization", "compare")
 COUNTERPARTS = {"batch": "slots", "prompt": "prompt_range", "gen": "gen_range"}  # of --serve
@@ -78,6 +83,7 @@ def add_serve_options(command: argparse.ArgumentParser) -> None:
     add("--gen_range", metavar="N-N", help=f"tokens of an answer (default: {LOAD.gen_range})")
     add("--slots", **INTEGER, help=f"requests that go on at a time (default: {ServeConfig.slots})")
     add("--prefill_chunk", **INTEGER, help=f"tokens of prompts in one pass (default: {PREFILL_CHUNK})")
+    add("--http", action="store_true", default=None, help="also ask this package's own server, over HTTP")
     add("--load_seed", **INTEGER, help=f"the same seed gives the same load (default: {LOAD.seed})")
 
 
@@ -86,7 +92,7 @@ def run(options: argparse.Namespace) -> None:
         return run_stress_test(options)
     settle_options(options)
     if options.serve:
-        serve_report = run_serve_benchmark(read_serve_config(options))
+        serve_report = run_serve_benchmark(read_serve_config(options), open_server)
         say(serve_report.as_json() if options.json else serve_report.as_text())
         return
     config = BenchConfig.from_options(
@@ -151,7 +157,21 @@ def read_serve_config(options: argparse.Namespace) -> ServeConfig:
         prefill_chunk=options.prefill_chunk,
         repeats=options.repeats,
         peers=parse_peers(options.compare),
+        http=options.http,
     )
+
+
+@contextlib.contextmanager
+def open_server(llama: Llama, most: int) -> Iterator[tuple[str, int]]:
+    """In this context a model is served at an address, to so many clients at once. Raises LlamaError if it can't be."""
+    try:
+        from ..server.service import ServerOptions, Service
+        from ..server.threaded import serve_in_thread
+    except ModuleNotFoundError as e:
+        raise LlamaError(f"--http needs {e.name}, which is not installed: run {install_command(*NEEDED)}") from e
+    service = Service(llama, ServerOptions(model="bench", max_queue=most))
+    with listen(ADDRESS, 0) as listener, serve_in_thread(service, listener):
+        yield ADDRESS, listener.getsockname()[1]
 
 
 def parse_peers(text: str) -> list[str]:

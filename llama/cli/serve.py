@@ -15,6 +15,7 @@ from .model_options import INTEGER, NUMBER, add_model_options, build_model, read
 from .program import checkpoint_or_demo
 
 ADDRESS, PORT = "127.0.0.1", 8000
+NEEDED = ("fastapi", "uvicorn", "prometheus-client", "httpx2")  # packages of the extra `serve`
 API_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of a request to a model whose files recommend nothing
 
 
@@ -40,8 +41,7 @@ def run(options: argparse.Namespace) -> None:
         from ..server.ranks import serve
         from ..server.service import ServerOptions, Service
     except ModuleNotFoundError as e:
-        missing = "fastapi", "uvicorn", "prometheus-client", "httpx2"
-        raise LlamaError(f"serve needs {e.name}, which is not installed: run {install_command(*missing)}") from e
+        raise LlamaError(f"serve needs {e.name}, which is not installed: run {install_command(*NEEDED)}") from e
     settings = read_settings(options, {**API_DEFAULTS, **recommend_settings(options)})
     with raise_together():  # before the model is loaded, which may take long
         listener = listen(options.host, options.port) if is_main_process() else None

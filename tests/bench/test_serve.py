@@ -15,11 +15,13 @@ from conftest import CASES
 
 from llama import Llama, LlamaError
 from llama.bench.engine_costs import StageClock, measure_python, measure_reuse
-from llama.bench.load import Arrivals, Range, ServeLoad
+from llama.bench.http_clients import HttpServing
+from llama.bench.load import Answer, Arrivals, Range, ServeLoad
 from llama.bench.serve_report import LoadRun, Percentiles, ServeFigures, ServeReport, percentile
 from llama.bench.serve_runner import ServeConfig, repeat_load, run_serve_benchmark
-from llama.bench.serving import Answer, ClosedServing, EngineServing, ServingSubject
+from llama.bench.serving import ClosedServing, EngineServing, ServingSubject
 from llama.bench.subjects import NoText, build_random_model
+from llama.cli.bench import open_server
 from llama.parallel import Place
 
 SMALL = ["--serve", "--device", "cpu", "--dtype", "float32", "--shape", "demo", "--repeats", "1"]
@@ -127,11 +129,13 @@ def test_figures_of_given_moments() -> None:
 
 
 @pytest.mark.parametrize("rate", [None, 200.0], ids=["closed loop", "open loop"])
-@pytest.mark.parametrize("name", ["llama", "closed"])
+@pytest.mark.parametrize("name", ["llama", "closed", "http"])
 def test_each_request_gets_its_number_of_tokens_in_order_of_time(tiny: Llama, name: str, rate: float | None) -> None:
     load = replace(LOAD, rate=rate)
     requests = load.make_requests(97)
-    subject: ServingSubject = EngineServing(tiny) if name == "llama" else ClosedServing(tiny, slots=3)
+    http = HttpServing(lambda: open_server(tiny, len(requests)))
+    subjects: list[ServingSubject] = [EngineServing(tiny), ClosedServing(tiny, slots=3), http]
+    (subject,) = [one for one in subjects if one.name == name]
     answers = subject.serve(load, requests)
     assert subject.name == name
     assert [len(answer.token_seconds) for answer in answers] == [request.gen for request in requests]
@@ -142,6 +146,12 @@ def test_each_request_gets_its_number_of_tokens_in_order_of_time(tiny: Llama, na
     if rate is None:
         waiting = [sum(a.submitted <= b.submitted < a.token_seconds[-1] for a in answers) for b in answers]
         assert max(waiting) <= load.clients
+
+
+def test_a_server_that_fails_ends_the_run_with_its_reason(tiny: Llama) -> None:
+    tiny.model.tok_embeddings.weight.data.fill_(float("nan"))
+    with pytest.raises(LlamaError, match=r"the clients of --http ended: .*0 tokens, expected 20; it says .*logits at position"):
+        HttpServing(lambda: open_server(tiny, 9)).serve(LOAD, LOAD.make_requests(97))
 
 
 def test_closed_batches_wait_for_their_last_answer(tiny: Llama) -> None:
@@ -205,15 +215,15 @@ def test_the_engines_costs_are_measured(place: Place) -> None:
 
 
 def test_the_report_has_every_field(bench: Command) -> None:
-    said, error = bench(*SMALL, *SMALL_LOAD, "--compare", "closed", "--json", "--slots", "2")
+    said, error = bench(*SMALL, *SMALL_LOAD, "--compare", "closed", "--http", "--json", "--slots", "2")
     assert error == ""
     report = json.loads(said)
     assert report.keys() == {field.name for field in fields(ServeReport)}
     assert report["load"]["requests"] == 5 and report["load"]["prompt_range"] == {"least": 3, "most": 9}
     assert (report["model"], report["slots"], report["repeats"]) == ("demo", 2, 1)
-    assert [figures["subject"] for figures in report["figures"]] == ["llama", "closed"]
-    (ratio,) = report["ratios"]
-    ours, closed = report["figures"]
+    assert [figures["subject"] for figures in report["figures"]] == ["llama", "http", "closed"]
+    assert [ratio["subject"] for ratio in report["ratios"]] == ["http", "closed"]
+    ratio, (ours, _, closed) = report["ratios"][1], report["figures"]
     assert ratio["token_rate"]["median"] == pytest.approx(ours["token_rate"]["median"] / closed["token_rate"]["median"])
     assert ratio["first_seconds"]["p95"]["median"] == pytest.approx(
         ours["first_seconds"]["p95"]["median"] / closed["first_seconds"]["p95"]["median"]
@@ -243,6 +253,7 @@ def test_the_table_of_a_checkpoint_in_an_open_loop(bench: Command) -> None:
     [
         (["--clients", "3"], "--clients was given without --serve: add --serve"),
         (["--rate", "3"], "--rate was given without --serve"),
+        (["--http"], "--http was given without --serve: add --serve"),
         (["--prompt_range", "3-4"], "--prompt_range was given without --serve"),
         (["--prefill_chunk", "64"], "--prefill_chunk was given without --serve"),
         (["--serve", "--batch", "3"], "--batch is an option of the benchmark without --serve: take --slots"),
@@ -278,7 +289,7 @@ def test_mistakes_get_one_line_before_anything_is_measured(bench: Command, optio
 def test_several_ranks_are_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ServeConfig, "find_place", lambda _: replace(place, world_size=2))
     with pytest.raises(LlamaError, match="--serve runs in one process, and 2 are here: leave out torchrun"):
-        run_serve_benchmark(ServeConfig(shape="demo"))
+        run_serve_benchmark(ServeConfig(shape="demo"), open_server)
 
 
 def test_a_slot_has_room_for_the_longest_request() -> None:

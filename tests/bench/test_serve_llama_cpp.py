@@ -21,11 +21,13 @@ from llama import LlamaError
 from llama._util.packages import find_missing
 from llama.bench import llama_server
 from llama.bench.gguf_vocabulary import Vocabulary, find_source, read_vocabulary
+from llama.bench.http_clients import ask_all
 from llama.bench.llama_cpp import write_gguf
-from llama.bench.llama_server import LlamaServerSubject, ask, ask_all, read_moments
+from llama.bench.llama_server import LlamaServerSubject, ask, read_moments
 from llama.bench.load import LoadRequest, Range, ServeLoad
 from llama.bench.serve_runner import PACKAGES, SERVE_PEERS, ServeConfig, run_serve_benchmark
 from llama.bench.subjects import build_random_model, check_peers, iterate_tensors
+from llama.cli.bench import open_server
 from llama.parallel import Place
 
 WORDS = Vocabulary("smollm", ["<end>", "a", "b", "ab"], [3, 1, 1, 1], ["a b"], {"eos_token_id": 0, "bos_token_id": 3})
@@ -127,7 +129,8 @@ def fake_server() -> Iterator[ThreadingHTTPServer]:
 def test_clients_ask_for_so_many_tokens_and_no_reuse(fake_server: ThreadingHTTPServer, rate: float | None) -> None:
     load = replace(LOAD, rate=rate)
     requests = load.make_requests(9)
-    answers = ask_all(("127.0.0.1", fake_server.server_port), load, requests)
+    address = "127.0.0.1", fake_server.server_port
+    answers = ask_all(lambda request, start: ask(address, request, start), load, requests)
     assert [len(answer.token_seconds) for answer in answers] == [request.gen for request in requests]
     assert all(answer.submitted < answer.token_seconds[0] for answer in answers)
     assert [answer.submitted for answer in answers if rate is not None] == [r.arrival for r in requests if r.arrival]
@@ -218,6 +221,6 @@ def test_the_server_makes_the_models_own_tokens(place: Place, monkeypatch: pytes
 def test_the_benchmark_compares_with_the_server(rate: float | None) -> None:
     skip_without_server()
     config = ServeConfig(shape="demo", device="cpu", load=replace(LOAD, rate=rate), repeats=1, peers=["llama.cpp"])
-    report = run_serve_benchmark(config)
+    report = run_serve_benchmark(config, open_server)
     assert [figures.subject for figures in report.figures] == ["llama", "llama.cpp"]
     assert all(figures.token_rate.min > 0 for figures in [*report.figures, *report.ratios])
