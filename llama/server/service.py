@@ -86,8 +86,8 @@ class Answers:
     def __init__(self, loop: asyncio.AbstractEventLoop, timeout: float, metrics: Metrics):
         self.requests: list[Request] = []
         self._loop, self._news, self._metrics = loop, asyncio.Event(), metrics
-        self._deadline = time.monotonic() + timeout
-        self._timeout = timeout
+        self._timeout, self._is_late = timeout, False
+        self._alarm: asyncio.TimerHandle | None = None
         self._ended: set[int] = set()
 
     def notify(self) -> None:
@@ -96,9 +96,16 @@ class Answers:
             self._loop.call_soon_threadsafe(self._news.set)
 
     def __enter__(self) -> "Answers":
+        self._alarm = self._loop.call_later(self._timeout, self._be_late)
         return self
 
+    def _be_late(self) -> None:
+        self._is_late = True
+        self._news.set()
+
     def __exit__(self, *_: object) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
         for request in self.requests:
             request.cancel()
 
@@ -126,13 +133,11 @@ class Answers:
             if all(request.is_over for request in self.requests):
                 self._metrics.note_prompts(self.prompt_tokens, self.cached_tokens)
                 return
-            try:
-                async with asyncio.timeout(self._deadline - time.monotonic()):
-                    await self._news.wait()
-            except TimeoutError:
-                message = f"the answer took more than {self._timeout:.0f} s"
-                raise ApiError(504, message, kind="server_error", code="timeout") from None
+            await self._news.wait()
             self._news.clear()
+            if self._is_late:
+                message = f"the answer took more than {self._timeout:.0f} s"
+                raise ApiError(504, message, kind="server_error", code="timeout")
 
     @property
     def prompts(self) -> list[list[int]]:

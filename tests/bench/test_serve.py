@@ -150,7 +150,9 @@ def test_each_request_gets_its_number_of_tokens_in_order_of_time(tiny: Llama, na
 
 def test_a_server_that_fails_ends_the_run_with_its_reason(tiny: Llama) -> None:
     tiny.model.tok_embeddings.weight.data.fill_(float("nan"))
-    with pytest.raises(LlamaError, match=r"the clients of --http ended: .*0 tokens, expected 20; it says .*logits at position"):
+    with pytest.raises(
+        LlamaError, match=r"the clients of --http ended: .*0 tokens, expected 20; it says .*logits at position"
+    ):
         HttpServing(lambda: open_server(tiny, 9)).serve(LOAD, LOAD.make_requests(97))
 
 
