@@ -1,11 +1,12 @@
 """Captures of what a function computes, to be replayed on the same memory without the Python that led to it.
 
-On a GPU a capture is a CUDA graph, on the CPU a list of calls: of kernels, and of torch's operations.
+On a GPU a capture is a CUDA graph. On the CPU it is a list of calls: kernels that follow each other are one call of the
+library, and torch's operations between them are calls of Python.
 
 Knows torch's operations and the kernels' calls; knows no model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .kernels.cpu import CAPTURED, Call
+from .kernels.cpu import CAPTURED, Call, CallList
 
 RUNS_BEFORE = 2  # of a function on a GPU: libraries and compilers do at first what no graph may have
 NO_WORK = ("new_empty", "empty", "empty_like", "empty_strided")  # operations that only take memory
@@ -26,9 +27,9 @@ class Capture:
 
     replay: Callable[[], object]
     output: Tensor
-    kept: object = None  # the tensors that a replay uses, where nothing else keeps them
 
 
+Operation = Callable[[], object]  # one of torch's, on the tensors of the capture
 CaptureFunction = Callable[[Callable[[], Tensor]], Capture]  # leaves in `output` what a replay would
 
 
@@ -57,7 +58,7 @@ class GraphCapture:
 
 def capture_calls(function: Callable[[], Tensor]) -> Capture:
     """Run a function and capture its calls. If one can't be repeated alone, a replay runs the whole function."""
-    calls: list[Call] = []
+    calls: list[Call | Operation] = []
     operations = OperationCapture(calls)
     token = CAPTURED.set(calls)
     try:
@@ -67,19 +68,33 @@ def capture_calls(function: Callable[[], Tensor]) -> Capture:
         CAPTURED.reset(token)
     if not operations.complete:
         return Capture(lambda: output.copy_(function()), output)
-    bound = [call for call, _ in calls]
+    steps = join_calls(calls)
 
     def replay() -> None:
-        for call in bound:
-            call()
+        for step in steps:
+            step()
 
-    return Capture(replay, output, calls)
+    return Capture(replay if len(steps) > 1 else steps[0], output)
+
+
+def join_calls(calls: Sequence[Call | Operation]) -> list[Operation]:
+    """The calls in their order, with kernels that follow each other as one."""
+    steps: list[Operation] = []
+    kernels: list[Call] = []
+    for call in [*calls, None]:
+        if isinstance(call, Call):
+            kernels.append(call)
+            continue
+        steps += [CallList(kernels)] if kernels else []
+        kernels = []
+        steps += [] if call is None else [call]
+    return steps
 
 
 class OperationCapture(TorchDispatchMode):
     """Captures torch's operations as calls."""
 
-    def __init__(self, calls: list[Call]):
+    def __init__(self, calls: list[Call | Operation]):
         super().__init__()
         self.complete = True  # whether each operation could be captured
         self._calls = calls
@@ -95,9 +110,9 @@ class OperationCapture(TorchDispatchMode):
         if func.namespace != "aten" or depends_on_numbers(func, args):
             self.complete = False
         elif func._schema.is_mutable:
-            self._calls.append((partial(func, *args, **kwargs), ()))
+            self._calls.append(partial(func, *args, **kwargs))
         elif not func.is_view and func.overloadpacket.__name__ not in NO_WORK:
-            self._calls.append((partial(repeat, output, func, args, kwargs), ()))
+            self._calls.append(partial(repeat, output, func, args, kwargs))
         return output
 
 

@@ -19,6 +19,7 @@ from ..kv_cache import StartPos
 from ..model import Attention, RMSNorm, Transformer, TransformerBlock
 from .kernels import cpu, dispatch
 from .plain_weights import LazyParameters, PackedWeight
+from .quantization import FloatMatrix
 from .shared_memory import SharedMemory
 
 NO_WINDOW = 1 << 60  # positions that a query sees in a layer without a window
@@ -62,20 +63,22 @@ class FastLinear:
             y = self.product(x, self.bias)
             return all_gather(y, self.shared) if self.gathers else y
         y = all_reduce(self.product(x), self.shared)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else add(y, self.bias, self.weight is not None)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.plain is not None:
             return F.linear(x, self.plain, bias)
         y = self.weight.packed.product(x)  # type: ignore[union-attr]
-        return y if bias is None else y + bias
+        return y if bias is None else add(y, bias, self.weight is not None)
 
 
 class FastEmbedding:
     """Rows of the embedding, of which this rank has some; of the packed output layer where both are one matrix."""
 
-    def __init__(self, layer: VocabParallelEmbedding, shared: SharedMemory | None):
+    def __init__(self, layer: VocabParallelEmbedding, kernels: bool, shared: SharedMemory | None):
+        self.kernels = kernels
         self.first, self.rows = layer.vocab_start_index, layer.vocab_end_index - layer.vocab_start_index
+        self.columns = layer.embedding_dim
         self.alone = get_model_parallel_world_size() == 1
         self.weight = packed_weight(layer)
         self.plain: Tensor | None = own_memory(layer, "weight") if self.weight is None else None
@@ -83,15 +86,20 @@ class FastEmbedding:
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """tokens: (B, T) -> (B, T, dim). Zeros for those that no rank has."""
+        h = self.rows_of(tokens)
+        return h if self.alone else all_reduce(h, self.shared)
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """The rows of tokens that this rank has, and zeros for the others."""
+        packed = None if self.weight is None else self.weight.packed
+        matrix = packed.packed if isinstance(packed, FloatMatrix) else self.plain
+        if self.kernels and matrix is not None and matrix.is_contiguous() and dispatch.runs_on_cpu(matrix):
+            return cpu.embed(tokens, matrix, self.rows, self.columns, self.first)
         own = tokens - self.first
         is_here = (own >= 0) & (own < self.rows)
         rows = own.where(is_here, 0)
-        if self.weight is None or self.weight.packed is None:
-            h = F.embedding(rows, cast(Tensor, self.plain))
-        else:
-            h = self.weight.packed.lookup(rows)
-        h = h * is_here[..., None]
-        return h if self.alone else all_reduce(h, self.shared)
+        h = F.embedding(rows, cast(Tensor, self.plain)) if packed is None else packed.lookup(rows)
+        return h * is_here[..., None]
 
 
 class FastNorm:
@@ -138,8 +146,9 @@ def run_block(
     caches: Caches | None,
 ) -> Tensor:
     """As `TransformerBlock.forward`. freqs_cis: complex, or the same numbers as pairs of real ones."""
-    h = x + run_attention(block, block.attention_norm(x), start_pos, freqs_cis, mask, caches)
-    return h + run_feed_forward(block, block.ffn_norm(h))
+    attended = run_attention(block, block.attention_norm(x), start_pos, freqs_cis, mask, caches)
+    h = add(x, attended, block.kernels)
+    return add(h, run_feed_forward(block, block.ffn_norm(h)), block.kernels)
 
 
 def run_attention(
@@ -179,7 +188,7 @@ class FastNetwork:
         modules: dict[str, Any] = dict(dict.items(model._modules))
         self.like = cast(Tensor, own_memory(modules["norm"], "weight"))  # of the model's dtype and device
         self.kernels = dispatch.is_available(self.like)
-        self.embed = FastEmbedding(modules["tok_embeddings"], shared)
+        self.embed = FastEmbedding(modules["tok_embeddings"], self.kernels, shared)
         self.blocks = [FastBlock(layer, self.kernels, shared) for layer in modules["layers"]]
         self.norm = FastNorm(modules["norm"], self.kernels)
         output = modules["output"]  # not linear in a model without an output layer, where it refuses to be called
@@ -221,6 +230,13 @@ class FastNetwork:
         if hidden is not None:
             hidden.append(h)
         return h
+
+
+def add(x: Tensor, y: Tensor, kernels: bool) -> Tensor:
+    """x (..., N) + y, of the same shape or (N). kernels: whether those of the CPU were compiled."""
+    if kernels and x.dtype == y.dtype and dispatch.runs_on_cpu(x):
+        return cpu.add(x, y)
+    return x + y
 
 
 def can_share(x: Tensor) -> bool:

@@ -6,10 +6,8 @@ takes few. Knows processes and tensors; knows no layers. kernels/csrc/ranks.c sa
 
 import mmap
 import os
-import time
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,33 +31,38 @@ class SharedMemory:
     rank: int
     ranks: int
     spins: int  # how often a rank looks for another before it sleeps
+    entered: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))  # as csrc/ranks.c leaves it
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's x, in float32. Overwrites x if it is contiguous."""
         x = x.contiguous()
         for piece in x.view(-1).split(SLOT // x.itemsize):
-            exchange = partial(self._exchange, f"sum_of_ranks_{cpu.DTYPES[x.dtype]}", piece, len(piece))
-            exchange()
-            cpu.record(exchange)
+            self._exchange(f"sum_of_ranks_{cpu.DTYPES[x.dtype]}", piece, len(piece), written=piece)
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x, (..., N), side by side: (..., ranks x N)."""
-        parts = x.new_empty(self.ranks, *x.shape)
-        rows, flat, most = parts.view(self.ranks, -1), x.contiguous().view(-1), SLOT // x.itemsize
-        for start in range(0, len(flat), most):
-            piece = flat[start : start + most]
-            self._exchange("gather_of_ranks", piece, piece.nbytes, rows[0, start:], rows[0].nbytes)
-        return parts.movedim(0, -2).flatten(-2)
+        x, columns = x.contiguous(), x.shape[-1]
+        y = x.new_empty(*x.shape[:-1], self.ranks * columns)
+        rows, by_ranks = x.view(-1, columns), y.view(-1, self.ranks, columns)
+        together = max(SLOT // rows[0].nbytes, 1)  # rows, or columns of one row, that go through the memory at a time
+        for row in range(0, len(rows), together):
+            for start in range(0, columns, SLOT // x.itemsize):
+                piece = rows[row : row + together, start : start + SLOT // x.itemsize].contiguous()
+                target, sizes = by_ranks[row:, 0, start:], (len(piece), piece[0].nbytes)
+                strides = by_ranks[0].nbytes, rows[0].nbytes
+                self._exchange("gather_of_ranks", piece, *sizes, target, *strides, written=y)
+        return y
 
-    def _exchange(self, name: str, *arguments: Tensor | int) -> None:
+    def _exchange(self, name: str, *arguments: Tensor | int, written: Tensor) -> None:
         """Call a function of ranks.c until all ranks have come. Raises DistError if one has ended or doesn't come."""
-        started, entered = time.monotonic(), 0
-        while not cpu.call(name, self.memory, self.rank, self.ranks, *arguments, self.spins, entered):
-            entered = 1
-            waited = time.monotonic() - started
-            if waited > SECONDS_AT_MOST or (waited > SECONDS_UNTIL_WORRIED and not self._all_alive()):
-                raise dist.DistError(f"a rank of this machine has ended, or did not come for {waited:.0f} s")
+        own = (self.memory, self.rank, self.ranks)
+        written_too = (self.memory, self.entered, written)
+        cpu.run(name, *own, *arguments, self.spins, self.entered, writes=written_too, wait_on=self._wait_on)
+
+    def _wait_on(self, waited: float) -> None:
+        if waited > SECONDS_AT_MOST or (waited > SECONDS_UNTIL_WORRIED and not self._all_alive()):
+            raise dist.DistError(f"a rank of this machine has ended, or did not come for {waited:.0f} s")
 
     def _all_alive(self) -> bool:
         return not any(map(has_ended, processes(self.memory, self.ranks).tolist()))

@@ -31,9 +31,7 @@ def instructions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
             if library is None:
                 pytest.skip("the compiler makes nothing for x86-64-v4")
             patch.setattr(cpu, "library", lambda: library)
-        cpu.FUNCTIONS.clear()
         yield request.param
-    cpu.FUNCTIONS.clear()
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,13 +138,13 @@ def threads() -> Iterator[int]:
 
 @compiled
 def test_the_number_of_threads_is_that_of_now(llama: Llama, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, prepared = [], cpu.bind
+    asked, run = [], cpu.run
 
-    def noting(*arguments: object) -> object:
+    def noting(*arguments: Any, **named: Any) -> None:
         asked.append(torch.get_num_threads())
-        return prepared(*arguments)
+        run(*arguments, **named)
 
-    monkeypatch.setattr(cpu, "bind", noting)
+    monkeypatch.setattr(cpu, "run", noting)
     tokens = torch.arange(6).view(1, 6)
     for position, count in enumerate((threads, threads + 1, threads + 1, threads)):
         torch.set_num_threads(count)

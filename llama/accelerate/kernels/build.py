@@ -26,7 +26,7 @@ from ...errors import LlamaError, to_one_line
 if sys.platform != "win32":
     import fcntl
 
-SOURCES = ("products.c", "integers.c", "attention.c", "ranks.c")  # in csrc/, with HEADER
+SOURCES = ("calls.c", "products.c", "integers.c", "attention.c", "ranks.c")  # in csrc/, with HEADER
 HEADER = "vectors.h"
 FLAGS = [
     "-O2",

@@ -6,8 +6,12 @@ compiled or loaded for this processor.
 
 import ctypes
 import functools
+import struct
+import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +24,11 @@ LANES = 16  # floats of a vector
 BLOCK = 64  # rows of a matrix whose numbers lie side by side
 WORD = 4  # bytes of a row that lie together
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # as the functions' names end
-PLAIN_NAMES = ("pack", "gather_of_ranks")
+ARGUMENTS = 17  # of a call at most, as in csrc/calls.c
+PLAIN_NAMES = ("run_calls", "pack", "gather_of_ranks")
 TYPED_NAMES = (
     *("product", "product_int8", "product_int4", "quantize_int8", "quantize_int4"),
-    *("rms_norm", "swiglu", "attention", "sum_of_ranks"),
+    *("embed", "rms_norm", "swiglu", "add", "attention", "sum_of_ranks"),
 )
 
 
@@ -35,44 +40,86 @@ def library() -> ctypes.CDLL | None:
 
 # --- calls ------------------------------------------------------------------------------------------------------------
 
-FUNCTIONS: dict[str, Callable[..., int]] = {}  # the library's functions by name, once they were called
-Call = tuple[Callable[[], object], tuple[object, ...]]  # what to call again, and the tensors that it uses
-CAPTURED: ContextVar[list[Call] | None] = ContextVar("captured", default=None)  # by a capture in this thread
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function of the library on the memory of tensors."""
+
+    name: str  # the function's
+    arguments: bytes  # addresses and numbers
+    reads: tuple[Tensor, ...]
+    writes: tuple[Tensor, ...]
+    wait_on: Callable[[float], None] | None = None  # called with seconds while other ranks don't come; may raise
 
 
-def call(name: str, *arguments: Tensor | int | float) -> int:
-    """Call a function of the library and return its result. Tensors must be contiguous; they become addresses."""
-    return bind(name, *arguments)()
+CAPTURED: ContextVar[list[Any] | None] = ContextVar("captured", default=None)  # by a capture in this thread
 
 
-def run(name: str, *arguments: Tensor | int | float) -> None:
-    """`call` a function without a result, and record it."""
-    bound = bind(name, *arguments)
-    bound()
-    record(bound, *arguments)
+class CallList:
+    """Calls that are made one after another, by one team of threads, as many as torch has when the list is made."""
+
+    def __init__(self, calls: Sequence[Call]):
+        self.calls = calls  # which keep their tensors
+        self._threads = torch.get_num_threads()
+        waits = find_waits(calls)
+        words = [
+            struct.pack("Pq", address(library(), call.name), wait) + call.arguments.ljust(8 * ARGUMENTS, b"\0")
+            for call, wait in zip(calls, waits, strict=True)
+        ]
+        self._size, self._memory = len(words[0]), b"".join(words)
+        self._address = ctypes.cast(self._memory, ctypes.c_void_p).value or 0
+        self._run = library().run_calls  # type: ignore[union-attr]
+        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long), ctypes.c_long
+
+    def __call__(self) -> None:
+        done, count, started = 0, len(self.calls), 0.0
+        while (done := done + self._run(self._address + done * self._size, count - done, self._threads)) < count:
+            started = started or time.monotonic()
+            self.calls[done].wait_on(time.monotonic() - started)  # type: ignore[misc]
 
 
-def record(bound: Callable[[], object], *tensors: object) -> None:
-    """Record this call and the tensors it uses, if a capture is running in this thread."""
+def find_waits(calls: Sequence[Call]) -> list[bool]:
+    """Before which calls threads have to wait for each other: before those that use what others wrote since.
+
+    What one reads or writes is the storage of a tensor, as a whole.
+    """
+    waits, read, written = [], set[int](), set[int]()
+    for call in calls:
+        reads, writes = ({x.untyped_storage().data_ptr() for x in tensors} for tensors in (call.reads, call.writes))
+        waits.append(bool((reads | writes) & written or writes & read))
+        if waits[-1]:
+            read, written = set(), set()
+        read, written = read | reads, written | writes
+    return waits
+
+
+def run(
+    name: str,
+    *arguments: Tensor | int | float,
+    writes: tuple[Tensor, ...],
+    wait_on: Callable[[float], None] | None = None,
+) -> None:
+    """Call a function of the library, and record the call if a capture is running in this thread.
+
+    Tensors must be contiguous; they become addresses. wait_on: as in `Call`.
+    """
+    tensors = tuple(x for x in arguments if isinstance(x, Tensor))
+    call = Call(name, pack_arguments(arguments), tensors, writes, wait_on)
+    CallList([call])()
     if (calls := CAPTURED.get()) is not None:
-        calls.append((bound, tensors))
+        calls.append(call)
 
 
-def bind(name: str, *arguments: Tensor | int | float) -> Callable[[], int]:
-    """A call of a function of the library on the memory of these tensors, with torch's present number of threads."""
-    function = FUNCTIONS.get(name) or find_function(name, arguments)
-    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    return functools.partial(function, *values, torch.get_num_threads())
+@functools.cache
+def address(library: ctypes.CDLL, name: str) -> int:
+    """The address of a function of the library."""
+    return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
 
 
-def find_function(name: str, arguments: Sequence[Tensor | int | float]) -> Callable[..., int]:
-    """Find a function in the library. It always takes arguments of these types, and then the number of threads."""
-    function = getattr(library(), name)
-    plain = {int: ctypes.c_long, float: ctypes.c_double}
-    function.argtypes = [*(plain.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_long]
-    function.restype = ctypes.c_long
-    FUNCTIONS[name] = function
-    return function
+def pack_arguments(arguments: Sequence[Tensor | int | float]) -> bytes:
+    """Arguments as csrc/vectors.h has them: 8 bytes each."""
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    return struct.pack("".join("d" if isinstance(x, float) else "q" for x in values), *values)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------
@@ -86,7 +133,7 @@ def allocate_packed(weight: Tensor) -> Tensor:
 
 def pack(weight: Tensor, packed: Tensor) -> None:
     """Fill the first blocks of `packed` with W; rows that the last block lacks are zeros there."""
-    call("pack", weight.contiguous(), packed, len(weight), packed.shape[1])
+    run("pack", weight.contiguous(), packed, len(weight), packed.shape[1], writes=(packed,))
 
 
 def unpack(packed: Tensor, rows: int) -> Tensor:
@@ -102,7 +149,8 @@ def lookup(packed: Tensor, rows: Tensor) -> Tensor:
 def quantize(weight: Tensor, integers: Tensor, scales: Tensor, bits: int) -> None:
     """Fill the first blocks of `integers` and `scales`, as `QuantizedMatrix` has them, with W (N, K) quantized."""
     weight = weight.contiguous()
-    call(f"quantize_int{bits}_{DTYPES[weight.dtype]}", weight, integers, scales, *weight.shape)
+    name = f"quantize_int{bits}_{DTYPES[weight.dtype]}"
+    run(name, weight, integers, scales, *weight.shape, writes=(integers, scales))
 
 
 # --- functions of a layer, of the same names as in triton.py ----------------------------------------------------------
@@ -115,7 +163,7 @@ def product(x: Tensor, packed: Tensor, rows: int) -> Tensor:
         raise RuntimeError(f"x is {x.dtype} of {x.shape[-1]} columns, and the matrix {packed.dtype} of {columns}")
     x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], rows)
-    run(f"product_{DTYPES[x.dtype]}", x, packed, y, x.numel() // columns, rows, columns)
+    run(f"product_{DTYPES[x.dtype]}", x, packed, y, x.numel() // columns, rows, columns, writes=(y,))
     return y
 
 
@@ -132,7 +180,7 @@ def integer_product(x: Tensor, integers: Tensor, scales: Tensor, rows: int, bits
     count = x.numel() // columns
     scratch = torch.empty(count * integers.shape[1] * (8 + group), dtype=torch.uint8)
     name = f"product_int{bits}_{DTYPES[x.dtype]}"
-    run(name, x, integers, scales, y, count, rows, columns, scratch)
+    run(name, x, integers, scales, y, count, rows, columns, scratch, writes=(y, scratch))
     return y
 
 
@@ -140,7 +188,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`model.RMSNorm` over the last dimension."""
     x, dim = x.contiguous(), x.shape[-1]
     y = x.new_empty(x.shape)
-    run(f"rms_norm_{DTYPES[x.dtype]}", x, weight, y, x.numel() // dim, dim, float(eps))
+    run(f"rms_norm_{DTYPES[x.dtype]}", x, weight, y, x.numel() // dim, dim, float(eps), writes=(y,))
     return y
 
 
@@ -148,7 +196,28 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
     """silu(a) * b, of the same shape."""
     a, b = a.contiguous(), b.contiguous()
     y = a.new_empty(a.shape)
-    run(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel())
+    run(f"swiglu_{DTYPES[a.dtype]}", a, b, y, a.numel(), writes=(y,))
+    return y
+
+
+def add(x: Tensor, z: Tensor) -> Tensor:
+    """x (..., N) + z, which has the same shape, or is (N)."""
+    x, z = x.contiguous(), z.contiguous()
+    y = x.new_empty(x.shape)
+    is_row, columns = z.ndim < x.ndim, x.shape[-1]
+    run(f"add_{DTYPES[x.dtype]}", x, z, y, x.numel() // columns, columns, int(is_row), writes=(y,))
+    return y
+
+
+def embed(tokens: Tensor, weight: Tensor, rows: int, columns: int, first: int) -> Tensor:
+    """Rows of W (rows, columns), packed or plain, for tokens (...), of which `first` is W's first: (..., columns).
+
+    Zeros for tokens that W doesn't have.
+    """
+    tokens = tokens.contiguous().long()
+    y = weight.new_empty(*tokens.shape, columns)
+    sizes = (tokens.numel(), rows, columns, first, int(weight.ndim > 2))
+    run(f"embed_{DTYPES[weight.dtype]}", tokens, weight, y, *sizes, writes=(y,))
     return y
 
 
@@ -185,5 +254,6 @@ def attention(
     xq, xk, xv, angles, starts = (x.contiguous() for x in (xq, xk, xv, angles, starts.long()))
     places = 0 if slots is None else slots.contiguous().long()  # 0: a null pointer
     sizes = (bsz, seqlen, heads, kv_heads, head_dim, max_seq_len, window, angle_stride)
-    run(f"attention_{DTYPES[xq.dtype]}", xq, xk, xv, cache_k, cache_v, angles, starts, places, out, *sizes)
+    name, written = f"attention_{DTYPES[xq.dtype]}", (cache_k, cache_v, out)
+    run(name, xq, xk, xv, cache_k, cache_v, angles, starts, places, out, *sizes, writes=written)
     return out

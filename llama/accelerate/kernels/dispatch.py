@@ -44,6 +44,11 @@ def can_attend(x: Tensor, seqlen: int) -> bool:
     return can_compute(x) and (seqlen == 1 or x.device.type == "cpu")
 
 
+def runs_on_cpu(x: Tensor) -> bool:
+    """Whether the CPU's functions, if they were compiled, compute with `x`, outside of torch.compile."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and not torch.compiler.is_compiling()
+
+
 def is_available(like: Tensor) -> bool:
     """Whether there are kernels for tensors such as this one."""
     with torch.cuda.device_of(like):  # the device to try kernels on

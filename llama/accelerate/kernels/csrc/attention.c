@@ -1,7 +1,5 @@
 /* Attention over the KV cache, of one new token a row and of many. The terms are explained in vectors.h. */
 
-#include <omp.h>
-
 #include "vectors.h"
 
 enum { FEW = 4 };        /* queries that use a key each time that it is loaded */
@@ -133,19 +131,16 @@ INLINE long find_cached(const int64_t *slots, long b, long kv_head, long KV, lon
 }
 
 /* `attention` of one token a row; rows that start below 0 are left out. */
-ENTRY void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                       const int64_t *starts, const int64_t *slots, char *out, long B, long H, long KV, long D, long S,
-                       long window, long stride, int bf16, int threads) {
+INLINE void attend_once(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                        const int64_t *starts, const int64_t *slots, char *out, long B, long H, long KV, long D, long S,
+                        long window, long stride, int bf16) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (long task = 0; task < B * KV; task++) {
         if (starts[task / KV] < 0) continue;
         const long cached = find_cached(slots, task / KV, task % KV, KV, S) * head;
-#define HEAD(bf16) attend_head(q + task * group * head, k + task * head, v + task * head, cache_k + cached, \
-        cache_v + cached, angles + task / KV * stride, out + task * group * head, group, D, starts[task / KV] + 1, \
-        window, bf16)
-        if (bf16) HEAD(1);
-        else HEAD(0);
+        attend_head(q + task * group * head, k + task * head, v + task * head, cache_k + cached, cache_v + cached,
+                    angles + task / KV * stride, out + task * group * head, group, D, starts[task / KV] + 1, window, bf16);
     }
 }
 
@@ -250,46 +245,45 @@ INLINE void attend_block(const char *q, const char *keys, const char *values, co
 }
 
 /* `attention` of T tokens a row. */
-ENTRY void attend_long(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
-                       const int64_t *starts, const int64_t *slots, char *out, long B, long T, long H, long KV, long D,
-                       long S, long window, long stride, int bf16, int threads) {
+INLINE void attend_long(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                        const int64_t *starts, const int64_t *slots, char *out, long B, long T, long H, long KV, long D,
+                        long S, long window, long stride, int bf16) {
     const long group = H / KV, head = D * (bf16 ? 2 : 4);
     const long per_task = (QUERIES + group - 1) / group, blocks = (T + per_task - 1) / per_task;
-#pragma omp parallel num_threads(threads)
-    {
 #pragma omp for
-        for (long i = 0; i < B * T * KV; i++) {
-            const long b = i / KV / T, t = i / KV % T;
-            const long place = (find_cached(slots, b, i % KV, KV, S) + starts[b] + t) * head;
-            if (bf16) rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, 1);
-            else rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, 0);
-            memcpy(cache_v + place, v + i * head, (size_t)head);
-        }
-#pragma omp for schedule(dynamic, 1)
-        for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest tasks come first */
-            const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * per_task;
-            const long place = (b * T * H + n * group) * head, cached = find_cached(slots, b, n, KV, S) * head;
-#define ATTEND(bf16) attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * stride, out + place, from, \
-        from + count_left(from, per_task, T), starts[b], H, group, D, window < S ? window : S, bf16)
-            if (bf16) ATTEND(1);
-            else ATTEND(0);
-        }
+    for (long i = 0; i < B * T * KV; i++) {
+        const long b = i / KV / T, t = i / KV % T;
+        const long place = (find_cached(slots, b, i % KV, KV, S) + starts[b] + t) * head;
+        rotate(k + i * head, angles + b * stride + t * D, cache_k + place, D, bf16);
+        memcpy(cache_v + place, v + i * head, (size_t)head);
+    }
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long task = B * KV * blocks - 1; task >= 0; task--) {  /* the longest tasks come first */
+        const long b = task % (B * KV) / KV, n = task % KV, from = task / (B * KV) * per_task;
+        const long place = (b * T * H + n * group) * head, cached = find_cached(slots, b, n, KV, S) * head;
+        attend_block(q + place, cache_k + cached, cache_v + cached, angles + b * stride, out + place, from,
+                     from + count_left(from, per_task, T), starts[b], H, group, D, window < S ? window : S, bf16);
     }
 }
 
 /* q, out (B, T, H, D), k and v (B, T, KV, D): of the T tokens of each row, which begin at position `starts` (B). slots (B):
  * where rows lie in the caches; null: row b at b. angles: complex numbers (T, D / 2) of each row; those of two rows are
- * `stride` floats apart. Writes the rotated keys, and the values, to the caches (slots, KV, S, D). Each query then attends to the last `window` positions up to its own. */
+ * `stride` floats apart. Writes the rotated keys, and the values, to the caches (slots, KV, S, D). Each query then attends
+ * to the last `window` positions up to its own. */
+INLINE int attention(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles,
+                     const int64_t *starts, const int64_t *slots, char *out, long B, long T, long H, long KV, long D,
+                     long S, long window, long stride, int bf16) {
+#define CACHES q, k, v, cache_k, cache_v, angles, starts, slots, out
+    if (T == 1) attend_once(CACHES, B, H, KV, D, S, window, stride, bf16);
+    else attend_long(CACHES, B, T, H, KV, D, S, window, stride, bf16);
+    return 1;
+}
+
+/* q, k, v, cache_k, cache_v, angles, starts, slots, out, B, T, H, KV, D, S, window, stride */
 #define ATTENTION(name, bf16) \
-    void name(const char *q, const char *k, const char *v, char *cache_k, char *cache_v, const float *angles, \
-              const int64_t *starts, const int64_t *slots, char *out, long B, long T, long H, long KV, long D, long S, \
-              long window, long stride, int threads) { \
-        if (T == 1) \
-            attend_once(q, k, v, cache_k, cache_v, angles, starts, slots, out, B, H, KV, D, S, window, stride, bf16, \
-                        threads); \
-        else \
-            attend_long(q, k, v, cache_k, cache_v, angles, starts, slots, out, B, T, H, KV, D, S, window, stride, bf16, \
-                        threads); \
+    KERNEL(name) { \
+        return attention(a[0].at, a[1].at, a[2].at, a[3].at, a[4].at, a[5].at, a[6].at, a[7].at, a[8].at, a[9].n, \
+                         a[10].n, a[11].n, a[12].n, a[13].n, a[14].n, a[15].n, a[16].n, bf16); \
     }
 ATTENTION(attention_float, 0)
 ATTENTION(attention_bf16, 1)

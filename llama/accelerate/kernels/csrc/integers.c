@@ -1,7 +1,5 @@
 /* Products with a quantized matrix, and the quantization. The terms are explained in vectors.h. */
 
-#include <omp.h>
-
 #include "vectors.h"
 
 enum { INTEGER_ROWS = 4, GROUP8 = 64, GROUP4 = 32 };
@@ -90,34 +88,25 @@ INLINE void integer_block_product(int bits, long p, const int8_t *x, const float
     }
 }
 
-ENTRY void integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
-                           char *scratch, int bf16, int threads) {
-    const long group = bits == 8 ? GROUP8 : GROUP4, groups = (K + group - 1) / group;
+INLINE int integer_product(int bits, const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K,
+                           char *scratch, int bf16) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, groups = (K + group - 1) / group, size = bf16 ? 2 : 4;
     float *x_scales = (float *)scratch;  /* scratch: M x groups x (4 + 4 + group) bytes */
     int32_t *x_sums = (int32_t *)(x_scales + M * groups);
     int8_t *bytes = (int8_t *)(x_sums + M * groups);
-#pragma omp parallel num_threads(threads)
-    {
 #pragma omp for
-        for (long m = 0; m < M; m++) {
-#define QUANTIZE_ROW(bits, bf16) quantize_row(bits, x + m * K * (bf16 ? 2 : 4), K, bytes + m * groups * group, \
-        x_scales + m * groups, x_sums + m * groups, bf16)
-            if (bits == 8 && bf16) QUANTIZE_ROW(8, 1);
-            else if (bits == 8) QUANTIZE_ROW(8, 0);
-            else if (bf16) QUANTIZE_ROW(4, 1);
-            else QUANTIZE_ROW(4, 0);
-        }
-#pragma omp for schedule(dynamic, 4)
-        for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
-            if (bits == 8) integer_block_product(8, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
-            else integer_block_product(4, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
-    }
+    for (long m = 0; m < M; m++)
+        quantize_row(bits, x + m * K * size, K, bytes + m * groups * group, x_scales + m * groups, x_sums + m * groups, bf16);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
+        integer_block_product(bits, p, bytes, x_scales, x_sums, w, scales, y, M, N, groups, bf16);
+    return 1;
 }
 
+/* x, integers, scales, y, M, N, K, scratch */
 #define INTEGER_PRODUCT(name, bits, bf16) \
-    void name(const char *x, const char *w, const uint16_t *scales, char *y, long M, long N, long K, char *scratch, \
-              int threads) { \
-        integer_product(bits, x, w, scales, y, M, N, K, scratch, bf16, threads); \
+    KERNEL(name) { \
+        return integer_product(bits, a[0].at, a[1].at, a[2].at, a[3].at, a[4].n, a[5].n, a[6].n, a[7].at, bf16); \
     }
 INTEGER_PRODUCT(product_int8_float, 8, 0)
 INTEGER_PRODUCT(product_int8_bf16, 8, 1)
@@ -185,15 +174,18 @@ INLINE void quantize_group(int bits, const char *w, long rows, long columns, lon
     for (long v = 0; v < VECTORS; v++) quantize_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
 }
 
+/* w, integers, scales, N, K */
 #define QUANTIZE(name, bits, group, bf16) \
-    void name(const char *w, char *integers, char *scales, long N, long K, int threads) { \
-        const long blocks = (N + BLOCK - 1) / BLOCK, groups = (K + group - 1) / group; \
-        _Pragma("omp parallel for collapse(2) num_threads(threads)") \
+    KERNEL(name) { \
+        const long N = a[3].n, K = a[4].n, blocks = (N + BLOCK - 1) / BLOCK, groups = (K + group - 1) / group; \
+        _Pragma("omp for collapse(2) nowait") \
         for (long p = 0; p < blocks; p++) \
             for (long g = 0; g < groups; g++) \
-                quantize_group(bits, w + (p * BLOCK * K + g * group) * (bf16 ? 2 : 4), count_left(p * BLOCK, BLOCK, N), \
-                               count_left(g * group, group, K), K, integers + (p * groups + g) * group * BLOCK * bits / 8, \
-                               scales + (p * groups + g) * BLOCK * 2, bf16); \
+                quantize_group(bits, (char *)a[0].at + (p * BLOCK * K + g * group) * (bf16 ? 2 : 4), \
+                               count_left(p * BLOCK, BLOCK, N), count_left(g * group, group, K), K, \
+                               (char *)a[1].at + (p * groups + g) * group * BLOCK * bits / 8, \
+                               (char *)a[2].at + (p * groups + g) * BLOCK * 2, bf16); \
+        return 1; \
     }
 QUANTIZE(quantize_int8_float, 8, GROUP8, 0)
 QUANTIZE(quantize_int8_bf16, 8, GROUP8, 1)

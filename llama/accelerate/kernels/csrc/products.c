@@ -1,8 +1,6 @@
 /* Products with a packed matrix, which are as fast as it is read, and the functions between products. The terms are
  * explained in vectors.h. */
 
-#include <omp.h>
-
 #include "vectors.h"
 
 /* --- y = x W^T, x (M, K), y (M, N), both float or both bfloat16 -------------------------------------------------------- */
@@ -31,76 +29,122 @@ INLINE void block_product(long p, const char *x, const char *w, char *y, long M,
     }
 }
 
-ENTRY void product(const char *x, const char *w, char *y, long M, long N, long K, int bf16, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
-    for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
-        if (bf16) block_product(p, x, w, y, M, N, K, 1);
-        else block_product(p, x, w, y, M, N, K, 0);
+INLINE int product(const char *x, const char *w, char *y, long M, long N, long K, int bf16) {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++) block_product(p, x, w, y, M, N, K, bf16);
+    return 1;
 }
 
-void product_float(const char *x, const char *w, char *y, long M, long N, long K, int threads) {
-    product(x, w, y, M, N, K, 0, threads);
-}
-
-void product_bf16(const char *x, const char *w, char *y, long M, long N, long K, int threads) {
-    product(x, w, y, M, N, K, 1, threads);
-}
+/* x, w, y, M, N, K */
+#define PRODUCT(name, bf16) KERNEL(name) { return product(a[0].at, a[1].at, a[2].at, a[3].n, a[4].n, a[5].n, bf16); }
+PRODUCT(product_float, 0)
+PRODUCT(product_bf16, 1)
 
 /* --- packing N rows of `steps` times 4 bytes each; rows past N are zeros ----------------------------------------------- */
 
-void pack(const loose_word *source, uint32_t *target, long N, long steps, int threads) {
-#pragma omp parallel for num_threads(threads)
+/* source, target, N, steps */
+KERNEL(pack) {
+    const loose_word *source = a[0].at;
+    uint32_t *target = a[1].at;
+    const long N = a[2].n, steps = a[3].n;
+#pragma omp for nowait
     for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++)
         pack_block(source + p * BLOCK * steps, target + p * BLOCK * steps, count_left(p * BLOCK, BLOCK, N), steps);
+    return 1;
 }
+
+/* --- rows of the embedding --------------------------------------------------------------------------------------------- */
+
+/* Row n of a packed matrix, to y (K). */
+INLINE void unpack_row(const char *w, long n, char *y, long K, int bf16) {
+    const long size = bf16 ? 2 : 4, together = 4 / size;
+    const char *block = w + n / BLOCK * BLOCK * K * size;
+    for (long k = 0; k < K / together; k++) memcpy(y + k * 4, block + (k * BLOCK + n % BLOCK) * 4, 4);
+}
+
+/* y (M, K): the rows of W (N, K), packed or plain, that tokens (M) stand for, of which the first is token `first`; zeros
+ * for those that W doesn't have. */
+INLINE int embed(const int64_t *tokens, const char *w, char *y, long M, long N, long K, long first, long packed, int bf16) {
+    const long size = bf16 ? 2 : 4;
+#pragma omp for nowait
+    for (long m = 0; m < M; m++) {
+        const long n = tokens[m] - first;
+        if (n < 0 || n >= N) memset(y + m * K * size, 0, (size_t)(K * size));
+        else if (packed) unpack_row(w, n, y + m * K * size, K, bf16);
+        else memcpy(y + m * K * size, w + n * K * size, (size_t)(K * size));
+    }
+    return 1;
+}
+
+/* tokens, w, y, M, N, K, first, packed */
+#define EMBED(name, bf16) \
+    KERNEL(name) { return embed(a[0].at, a[1].at, a[2].at, a[3].n, a[4].n, a[5].n, a[6].n, a[7].n, bf16); }
+EMBED(embed_float, 0)
+EMBED(embed_bf16, 1)
 
 /* --- between the products: numbers are rounded to their dtype wherever the plain network rounds them ------------------- */
 
 INLINE float round_to_dtype(float x, int bf16) { return bf16 ? widen(narrow(x)) : x; }
 
-INLINE void norm_row(const char *x, const char *weight, char *y, long D, double eps, int bf16) {
-    float squares = 0;
+INLINE int rms_norm(const char *x, const char *weight, char *y, long M, long D, double eps, int bf16) {
+    const long size = bf16 ? 2 : 4;
+#pragma omp for nowait
+    for (long m = 0; m < M; m++) {
+        const char *in = x + m * D * size;
+        char *out = y + m * D * size;
+        float squares = 0;
 #pragma omp simd reduction(+ : squares)
-    for (long d = 0; d < D; d++) squares += get(x, d, bf16) * get(x, d, bf16);
-    const float scale = 1 / __builtin_sqrtf(squares / (float)D + (float)eps);
-    for (long d = 0; d < D; d++) put(y, d, bf16, round_to_dtype(get(x, d, bf16) * scale, bf16) * get(weight, d, bf16));
-}
-
-ENTRY void rms_norm(const char *x, const char *weight, char *y, long M, long D, double eps, int bf16, int threads) {
-#pragma omp parallel for num_threads(threads) if (M > 8)
-    for (long m = 0; m < M; m++)
-        if (bf16) norm_row(x + m * D * 2, weight, y + m * D * 2, D, eps, 1);
-        else norm_row(x + m * D * 4, weight, y + m * D * 4, D, eps, 0);
-}
-
-INLINE floats swiglu_vector(floats a, floats b, int bf16) {
-    const floats e = exponential(max_of(a, -a) * -1.0f), one = (floats){0} + 1;
-    const floats sigmoid = choose(a >= 0, one, e) / (one + e);
-    return (bf16 ? widen_vector(narrow_vector(a * sigmoid)) : a * sigmoid) * b;
-}
-
-ENTRY void swiglu(const char *a, const char *b, char *y, long count, int bf16, int threads) {
-    const long size = bf16 ? 2 : 4, whole = count / LANES;
-#pragma omp parallel for num_threads(threads) if (count > 16384)
-    for (long i = 0; i < whole; i++)
-        if (bf16) store(y, i, swiglu_vector(load(a, i, 1), load(b, i, 1), 1), 1);
-        else store(y, i, swiglu_vector(load(a, i, 0), load(b, i, 0), 0), 0);
-    if (whole * LANES < count) {
-        char rest[3][LANES * 4] = {{0}};
-        const long from = whole * LANES * size, bytes = count * size - from;
-        memcpy(rest[0], a + from, (size_t)bytes);
-        memcpy(rest[1], b + from, (size_t)bytes);
-        store(rest[2], 0, swiglu_vector(load(rest[0], 0, bf16), load(rest[1], 0, bf16), bf16), bf16);
-        memcpy(y + from, rest[2], (size_t)bytes);
+        for (long d = 0; d < D; d++) squares += get(in, d, bf16) * get(in, d, bf16);
+        const float scale = 1 / __builtin_sqrtf(squares / (float)D + (float)eps);
+        for (long d = 0; d < D; d++)
+            put(out, d, bf16, round_to_dtype(get(in, d, bf16) * scale, bf16) * get(weight, d, bf16));
     }
+    return 1;
 }
 
+INLINE floats swiglu_vector(floats gate, floats up, int bf16) {
+    const floats e = exponential(max_of(gate, -gate) * -1.0f), one = (floats){0} + 1;
+    const floats silu = gate * (choose(gate >= 0, one, e) / (one + e));
+    return (bf16 ? widen_vector(narrow_vector(silu)) : silu) * up;
+}
+
+INLINE floats add_vectors(floats x, floats y, int bf16) { (void)bf16; return x + y; }
+
+/* What a function makes of two vectors, of `count` numbers of x and z, to y. The last vector may be a part of one. */
+#define BY_VECTORS(function, x, z, y, count, bf16) do { \
+    const long size = bf16 ? 2 : 4, whole = (count) / LANES; \
+    _Pragma("omp for nowait") \
+    for (long i = 0; i < (whole * LANES < (count) ? whole + 1 : whole); i++) { \
+        if (i < whole) store(y, i, function(load(x, i, bf16), load(z, i, bf16), bf16), bf16); \
+        else { \
+            char rest[3][LANES * 4] = {{0}}; \
+            const size_t from = (size_t)(whole * LANES * size), bytes = (size_t)((count) * size) - from; \
+            memcpy(rest[0], (x) + from, bytes); \
+            memcpy(rest[1], (z) + from, bytes); \
+            store(rest[2], 0, function(load(rest[0], 0, bf16), load(rest[1], 0, bf16), bf16), bf16); \
+            memcpy((y) + from, rest[2], bytes); \
+        } \
+    } } while (0)
+
+INLINE int swiglu(const char *gate, const char *up, char *y, long count, int bf16) {
+    BY_VECTORS(swiglu_vector, gate, up, y, count, bf16);
+    return 1;
+}
+
+/* x (M, N) + z, which has as many numbers, or N that are added to each row of x. */
+INLINE int add(const char *x, const char *z, char *y, long M, long N, long is_row, int bf16) {
+    if (!is_row) BY_VECTORS(add_vectors, x, z, y, M * N, bf16);
+    else {
+        const long size_of_row = N * (bf16 ? 2 : 4);
+        for (long m = 0; m < M; m++) BY_VECTORS(add_vectors, x + m * size_of_row, z, y + m * size_of_row, N, bf16);
+    }
+    return 1;
+}
+
+/* rms_norm: x, weight, y, M, D, eps. swiglu: gate, up, y, count. add: x, z, y, M, N, is_row */
 #define BETWEEN(type, bf16) \
-    void rms_norm_##type(const char *x, const char *weight, char *y, long M, long D, double eps, int threads) { \
-        rms_norm(x, weight, y, M, D, eps, bf16, threads); \
-    } \
-    void swiglu_##type(const char *a, const char *b, char *y, long count, int threads) { \
-        swiglu(a, b, y, count, bf16, threads); \
-    }
+    KERNEL(rms_norm_##type) { return rms_norm(a[0].at, a[1].at, a[2].at, a[3].n, a[4].n, a[5].x, bf16); } \
+    KERNEL(swiglu_##type) { return swiglu(a[0].at, a[1].at, a[2].at, a[3].n, bf16); } \
+    KERNEL(add_##type) { return add(a[0].at, a[1].at, a[2].at, a[3].n, a[4].n, a[5].n, bf16); }
 BETWEEN(float, 0)
 BETWEEN(bf16, 1)

@@ -37,29 +37,41 @@ static int wait_for_rank(uint64_t *latest, uint64_t turn, long spins) {
 }
 
 /* Write this rank's `bytes` to its slot, unless it has entered the turn already, and wait for the slots of all ranks.
- * Returns 0 if one of them hasn't come yet: call again, with `entered`. */
-static int exchange(char *memory, long rank, long ranks, const void *source, long bytes, long spins, long entered) {
-    const uint64_t turn = *turn_of(memory, rank) + !entered;
-    if (!entered) {
+ * Returns 0 if one of them hasn't come yet: call again, with what is then in `entered`. */
+static int meet(char *memory, long rank, long ranks, const void *source, long bytes, long spins, int64_t *entered) {
+    const uint64_t turn = *turn_of(memory, rank) + !*entered;
+    if (!*entered) {
         memcpy(slot(memory, ranks, rank, turn), source, (size_t)bytes);
         __atomic_store_n(turn_of(memory, rank), turn, __ATOMIC_RELEASE);
         syscall(SYS_futex, turn_of(memory, rank), FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     }
+    *entered = 1;
     for (long other = 0; other < ranks; other++)
         if (!wait_for_rank(turn_of(memory, other), turn, spins)) return 0;
+    *entered = 0;
     return 1;
 }
 
+/* `meet` by one thread of the team, for which the others wait. */
+static int exchange(char *memory, long rank, long ranks, const void *source, long bytes, long spins, int64_t *entered) {
+#pragma omp master
+    meet(memory, rank, ranks, source, bytes, spins, entered);
+#pragma omp barrier
+    return !*entered;
+}
+
 /* Replace x (count) by the sum over all ranks, in their order, so that it is the same on all. Returns as `exchange`. */
-INLINE long sum_of_ranks(char *memory, long rank, long ranks, char *x, long count, long spins, long entered, int bf16) {
+INLINE int sum_of_ranks(char *memory, long rank, long ranks, char *x, long count, long spins, int64_t *entered, int bf16) {
     const long size = bf16 ? 2 : 4, whole = count / LANES;
     if (!exchange(memory, rank, ranks, x, count * size, spins, entered)) return 0;
     const uint64_t turn = *turn_of(memory, rank);
+#pragma omp for nowait
     for (long i = 0; i < whole; i++) {
         floats sum = load(slot(memory, ranks, 0, turn), i, bf16);
         for (long other = 1; other < ranks; other++) sum += load(slot(memory, ranks, other, turn), i, bf16);
         store(x, i, sum, bf16);
     }
+#pragma omp for nowait
     for (long i = whole * LANES; i < count; i++) {
         float sum = get(slot(memory, ranks, 0, turn), i, bf16);
         for (long other = 1; other < ranks; other++) sum += get(slot(memory, ranks, other, turn), i, bf16);
@@ -68,20 +80,23 @@ INLINE long sum_of_ranks(char *memory, long rank, long ranks, char *x, long coun
     return 1;
 }
 
+/* memory, rank, ranks, x, count, spins, entered */
 #define SUM_OF_RANKS(name, bf16) \
-    long name(char *memory, long rank, long ranks, char *x, long count, long spins, long entered, int threads) { \
-        (void)threads; \
-        return sum_of_ranks(memory, rank, ranks, x, count, spins, entered, bf16); \
-    }
+    KERNEL(name) { return sum_of_ranks(a[0].at, a[1].n, a[2].n, a[3].at, a[4].n, a[5].n, a[6].at, bf16); }
 SUM_OF_RANKS(sum_of_ranks_float, 0)
 SUM_OF_RANKS(sum_of_ranks_bf16, 1)
 
-/* Copy the `bytes` of each rank to y, where two ranks' are `stride` bytes apart. Returns as `exchange`. */
-long gather_of_ranks(char *memory, long rank, long ranks, const char *x, long bytes, char *y, long stride, long spins,
-                     long entered, int threads) {
-    (void)threads;
-    if (!exchange(memory, rank, ranks, x, bytes, spins, entered)) return 0;
-    for (long other = 0; other < ranks; other++)
-        memcpy(y + other * stride, slot(memory, ranks, other, *turn_of(memory, rank)), (size_t)bytes);
+/* Copy the x of each rank, `rows` of `bytes` each, to y, where rows are `stride` bytes apart, and ranks `rank_stride`.
+ * Returns as `exchange`. memory, rank, ranks, x, rows, bytes, y, stride, rank_stride, spins, entered */
+KERNEL(gather_of_ranks) {
+    char *memory = a[0].at, *y = a[6].at;
+    const long ranks = a[2].n, rows = a[4].n, bytes = a[5].n;
+    if (!exchange(memory, a[1].n, ranks, a[3].at, rows * bytes, a[9].n, a[10].at)) return 0;
+    const uint64_t turn = *turn_of(memory, a[1].n);
+#pragma omp for nowait
+    for (long i = 0; i < ranks * rows; i++) {
+        const long rank = i / rows, row = i % rows;
+        memcpy(y + row * a[7].n + rank * a[8].n, slot(memory, ranks, rank, turn) + row * bytes, (size_t)bytes);
+    }
     return 1;
 }

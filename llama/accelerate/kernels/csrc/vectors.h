@@ -9,10 +9,9 @@
  * along K are side by side, 4 bytes a row: one float, two bfloat16, four integers of 8 bits, or eight of 4 bits. So a block
  * is read from its first byte to its last, and each vector of it is multiplied by the same few numbers of x.
  *
- * Inside a parallel loop the compiler doesn't treat any argument as a constant. So code that is to be compiled once for each
- * dtype is INLINE, and the parallel loop is in an ENTRY, which calls that code with a constant in each branch.
- *
- * `bf16` says whether numbers are bfloat16, else they are float. `threads`: how many threads share the work.
+ * A KERNEL is called by all threads of a team at once, as calls.c does, with the same arguments: they share its loops. No
+ * thread waits for another at its end. Code that is to be compiled once for each dtype is INLINE, and is called with a
+ * constant. `bf16` says whether numbers are bfloat16, else they are float.
  */
 
 #ifndef __AVX512F__
@@ -24,6 +23,13 @@
 #include <string.h>
 
 enum { BLOCK = 64, LANES = 16, VECTORS = BLOCK / LANES, FLOAT_ROWS = 6 };
+
+/* An argument of a kernel: an address or a number. Which of them it takes stands at each kernel. */
+typedef union { void *at; int64_t n; double x; } Argument;
+
+/* Returns whether the call is complete: all are, but exchanges between ranks that haven't come. */
+typedef int Kernel(const Argument *a);
+#define KERNEL(name) int name(const Argument *a)
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -37,7 +43,6 @@ typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
 static const ints lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 #define INLINE static inline __attribute__((always_inline))
-#define ENTRY static __attribute__((noinline))
 #define UNROLL _Pragma("GCC unroll 16")
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
