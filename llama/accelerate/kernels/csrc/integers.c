@@ -56,6 +56,7 @@ INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_sca
         for (long s = 0; s < steps; s++, w += 4 * BLOCK) {
             const int8_t *start = x + g * group + s * 4;
             words columns[VECTORS];
+            prefetch_step(w);
             UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
             UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
                 const uint32_t four = *(const loose_word *)(start + m * length + half * group / 2);
