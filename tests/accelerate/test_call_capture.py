@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import ARGS, write_checkpoint
 from torch import Tensor
 
@@ -198,3 +200,25 @@ def test_what_depends_on_numbers_is_done_as_it_was(asks: str) -> None:
     x.neg_()
     capture.replay()
     assert torch.equal(capture.output, -3 * torch.ones(3))
+
+
+@compiled
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=30))
+def test_threads_wait_where_a_call_needs_what_others_wrote(calls: list[tuple[int, int, int]]) -> None:
+    """Calls on a few memories, x = y + z, by more threads than cores: as if one came after the other."""
+    start = torch.randn(6, 3000, generator=torch.Generator().manual_seed(1)) / 8
+    memories, expected = [row.clone() for row in start], [row.clone() for row in start]
+    made = []
+    for target, y, z in calls:
+        arguments = (memories[y], memories[z], memories[target], 3000, 1, 0)
+        made.append(cpu.Call("add_float", cpu.pack_arguments(arguments), arguments[:2], (memories[target],)))
+        expected[target] = expected[y] + expected[z]
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        cpu.CallList(made)()
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.stack(memories), torch.stack(expected))
+    assert cpu.find_waits(made)[0] is False, "the first call waits for none"

@@ -170,6 +170,32 @@ def test_swiglu(instructions: str, count: int, dtype: torch.dtype) -> None:
     assert_within(kernels.swiglu(far, far), far.double().relu() ** 2, 4 * EPS[torch.float32] * far.double() ** 2, 2)
 
 
+@compiled
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 15, 16, 33, 70])
+def test_sums_are_torch_s(instructions: str, columns: int, dtype: torch.dtype) -> None:
+    """Of as many numbers, and of a row that is added to each row; to the bit."""
+    for rows in (1, 2, 7):
+        x, z = numbers(rows, 1, columns, dtype=dtype), numbers(rows, 1, columns, dtype=dtype, seed=1)
+        assert torch.equal(cpu.add(x, z), x + z)
+        assert torch.equal(cpu.add(x, z[0, 0]), x + z[0, 0])
+        assert torch.equal(cpu.add(x.repeat_interleave(2, -1)[..., ::2], z), x + z)
+
+
+@compiled
+@few
+@given(st.integers(1, 150), st.integers(1, 20), st.sampled_from(DTYPES), st.integers(-3, 200), st.booleans())
+def test_rows_of_an_embedding(rows: int, words: int, dtype: torch.dtype, first: int, is_packed: bool) -> None:
+    """As they lie in the matrix, packed or plain; zeros for tokens that it doesn't have."""
+    columns = words * 4 // dtype.itemsize
+    weight = numbers(rows, columns, dtype=dtype)
+    tokens = torch.tensor([[first, first + rows - 1], [first - 1, first + rows], [-1, 1 << 40]])
+    place = tokens - first
+    expected = weight[place.clamp(0, rows - 1)].where(((place >= 0) & (place < rows))[..., None], 0)
+    found = cpu.embed(tokens, packed(weight) if is_packed else weight, rows, columns, first)
+    assert torch.equal(found, expected)
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 

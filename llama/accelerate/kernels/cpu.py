@@ -66,8 +66,8 @@ class CallList:
             struct.pack("Pq", address(library(), call.name), wait) + call.arguments.ljust(8 * ARGUMENTS, b"\0")
             for call, wait in zip(calls, waits, strict=True)
         ]
-        self._size, self._memory = len(words[0]), b"".join(words)
-        self._address = ctypes.cast(self._memory, ctypes.c_void_p).value or 0
+        self._size, self._memory = len(words[0]), ctypes.create_string_buffer(b"".join(words))
+        self._address = ctypes.addressof(self._memory)
         self._run = library().run_calls  # type: ignore[union-attr]
         self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long), ctypes.c_long
 
@@ -75,7 +75,7 @@ class CallList:
         done, count, started = 0, len(self.calls), 0.0
         while (done := done + self._run(self._address + done * self._size, count - done, self._threads)) < count:
             started = started or time.monotonic()
-            self.calls[done].wait_on(time.monotonic() - started)  # type: ignore[misc]
+            self.calls[done].wait_on(time.monotonic() - started)
 
 
 def find_waits(calls: Sequence[Call]) -> list[bool]:
