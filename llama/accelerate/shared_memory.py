@@ -4,6 +4,7 @@ Over gloo's sockets an all-reduce takes hundreds of microseconds, and a token of
 takes few. Knows processes and tensors; knows no layers. kernels/csrc/ranks.c says how ranks take turns.
 """
 
+import math
 import mmap
 import os
 from contextlib import suppress
@@ -42,16 +43,16 @@ class SharedMemory:
 
     def all_gather(self, x: Tensor) -> Tensor:
         """Every rank's x, (..., N), side by side: (..., ranks x N)."""
-        x, columns = x.contiguous(), x.shape[-1]
+        x, columns, count = x.contiguous(), x.shape[-1], math.prod(x.shape[:-1])
         y = x.new_empty(*x.shape[:-1], self.ranks * columns)
-        rows, by_ranks = x.view(-1, columns), y.view(-1, self.ranks, columns)
-        together = max(SLOT // rows[0].nbytes, 1)  # rows, or columns of one row, that go through the memory at a time
-        for row in range(0, len(rows), together):
-            for start in range(0, columns, SLOT // x.itemsize):
-                piece = rows[row : row + together, start : start + SLOT // x.itemsize].contiguous()
-                target, sizes = by_ranks[row:, 0, start:], (len(piece), piece[0].nbytes)
-                strides = by_ranks[0].nbytes, rows[0].nbytes
-                self._exchange("gather_of_ranks", piece, *sizes, target, *strides, written=y)
+        rows, targets = x.view(count, columns), y.view(count, self.ranks, columns)
+        wide = SLOT // x.itemsize  # numbers that go through the memory at a time: whole rows, or a part of one
+        for row in range(0, count, max(wide // max(columns, 1), 1)):
+            for start in range(0, columns, wide):
+                piece = rows[row : row + max(wide // columns, 1), start : start + wide]
+                sizes = len(piece), piece[0].nbytes
+                strides = targets[0].nbytes, rows[0].nbytes
+                self._exchange("gather_of_ranks", piece, *sizes, targets[row:, 0, start:], *strides, written=y)
         return y
 
     def _exchange(self, name: str, *arguments: Tensor | int, written: Tensor) -> None:

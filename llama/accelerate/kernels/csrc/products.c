@@ -1,6 +1,9 @@
 /* Products with a packed matrix, which are as fast as it is read, and the functions between products. The terms are
  * explained in vectors.h. */
 
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "vectors.h"
 
 /* --- y = x W^T, x (M, K), y (M, N), both float or both bfloat16 -------------------------------------------------------- */
@@ -29,7 +32,110 @@ INLINE void block_product(long p, const char *x, const char *w, char *y, long M,
     }
 }
 
+#ifdef __AMX_BF16__
+/* --- the same by a matrix unit, which multiplies tiles of 16 x 32 by 32 x 16 numbers -------------------------------------
+ *
+ * A block of W is made of such tiles as it is: 16 steps are 16 rows of 64 bytes, 256 bytes apart. */
+
+enum { TILE = 16, PERMISSION = 0x1023, TILE_DATA = 18 };
+
+/* Whether Linux lets this process use the unit's registers. */
+static int has_matrix_unit(void) {
+    static int known;  /* 0: not asked yet; threads that ask at the same time get the same answer */
+    int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!answer) {
+        answer = syscall(SYS_arch_prctl, PERMISSION, TILE_DATA) == 0 ? 1 : -1;
+        __atomic_store_n(&known, answer, __ATOMIC_RELAXED);
+    }
+    return answer > 0;
+}
+
+/* Give the tiles their rows, for so many rows of x, 32 at most. Up to 16: tiles 0 to 3 are sums, 4 is x's, 5 is W's. More:
+ * 0 and 1 are sums of the first 16, 2 and 3 those of the others, 4 and 5 are x's, 6 and 7 W's. */
+static void shape_tiles(long rows) {
+    struct { uint8_t palette, start, zeros[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
+    for (long t = 0; t < 8; t++) {
+        const int is_other = rows > TILE && (t == 2 || t == 3 || t == 5), is_weight = t > (rows > TILE ? 5 : 4);
+        shape.bytes[t] = 64;
+        shape.rows[t] = (uint8_t)(is_weight ? TILE : is_other ? rows - TILE : count_left(0, TILE, rows));
+    }
+    _tile_loadconfig(&shape);
+}
+
+/* Ask for the 16 steps of W that come some kilobytes later. */
+INLINE void prefetch_tiles(const char *w) {
+    UNROLL for (int k = 0; k < TILE; k++) prefetch_step(w + k * BLOCK * 4);
+}
+
+/* Sums (up to 16, 64) of rows of x and a block of W. Both have `steps` steps. */
+INLINE void multiply_few(const char *x, const char *w, float *sums, long steps) {
+    const long stride = steps * 4, next = BLOCK * 4;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+#define COLUMNS(v) do { _tile_loadd(5, w + 64 * v, next); _tile_dpbf16ps(v, 4, 5); } while (0)
+    for (long k = 0; k < steps; k += TILE, x += TILE * 4, w += TILE * next) {
+        prefetch_tiles(w);
+        _tile_loadd(4, x, stride);
+        COLUMNS(0);
+        COLUMNS(1);
+        COLUMNS(2);
+        COLUMNS(3);
+    }
+    _tile_stored(0, sums, BLOCK * 4);
+    _tile_stored(1, sums + LANES, BLOCK * 4);
+    _tile_stored(2, sums + 2 * LANES, BLOCK * 4);
+    _tile_stored(3, sums + 3 * LANES, BLOCK * 4);
+}
+
+/* Sums (17 to 32, 32) of rows of x and half a block of W, to a part of `sums` (32, 64). */
+INLINE void multiply_many(const char *x, const char *w, float *sums, long steps) {
+    const long stride = steps * 4, next = BLOCK * 4;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < steps; k += TILE, x += TILE * 4, w += TILE * next) {
+        _tile_loadd(4, x, stride);
+        _tile_loadd(5, x + TILE * stride, stride);
+        _tile_loadd(6, w, next);
+        _tile_loadd(7, w + 64, next);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, BLOCK * 4);
+    _tile_stored(1, sums + LANES, BLOCK * 4);
+    _tile_stored(2, sums + TILE * BLOCK, BLOCK * 4);
+    _tile_stored(3, sums + TILE * BLOCK + LANES, BLOCK * 4);
+}
+
+static int product_by_tiles(const char *x, const char *w, char *y, long M, long N, long K) {
+    floats sums[2 * TILE][VECTORS];
+    long shaped = 0;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++) {
+        const char *block = w + p * BLOCK * K * 2;
+        for (long m = 0; m < M; m += 2 * TILE) {
+            const long rows = count_left(m, 2 * TILE, M);
+            if (rows != shaped) shape_tiles(shaped = rows);
+            if (rows <= TILE) multiply_few(x + m * K * 2, block, (float *)sums, K / 2);
+            else for (int half = 0; half < 2; half++)
+                multiply_many(x + m * K * 2, block + half * 128, (float *)sums + half * BLOCK / 2, K / 2);
+            write_rows(sums, (int)rows, y + (m * N + p * BLOCK) * 2, N, count_left(p * BLOCK, BLOCK, N), 1);
+        }
+    }
+    if (shaped) _tile_release();
+    return 1;
+}
+#endif
+
 INLINE int product(const char *x, const char *w, char *y, long M, long N, long K, int bf16) {
+#ifdef __AMX_BF16__
+    if (bf16 && K % (2 * TILE) == 0 && has_matrix_unit()) return product_by_tiles(x, w, y, M, N, K);
+#endif
 #pragma omp for schedule(dynamic, 1) nowait
     for (long p = 0; p < (N + BLOCK - 1) / BLOCK; p++) block_product(p, x, w, y, M, N, K, bf16);
     return 1;
