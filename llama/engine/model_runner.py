@@ -66,8 +66,8 @@ def run_rows(
         places = [ordered[i] for i in group]
         own = [rows[i] for i in places]
         given = tokens if tokens is None or places == list(range(len(rows))) else tokens[places]
-        for i, row, h in zip(places, own, run_pass(model, own, given, compute), strict=True):
-            states[i] = h[: len(row.tokens)]
+        for i, row, h in zip(places, own, run_pass(model, own, given, compute).unbind(), strict=True):
+            states[i] = h if len(h) == len(row.tokens) else h[: len(row.tokens)]
     return states
 
 

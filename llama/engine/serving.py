@@ -64,16 +64,31 @@ class Server:
                     self._step(wanted)
                     continue
                 if ended:
-                    self._tidy()
+                    self._give_back()
                 self._turn.wait()
+
+    def _give_back(self) -> None:
+        """What has ended gives back its memory, on all ranks. Where one is lost, nothing that goes on can be finished."""
+        try:
+            self._tidy()
+        except BaseException as e:
+            sequences = list(self._sequences.values())
+            self._end_all(sequences, e)
+            self._tell(sequences)
 
     def _step(self, wanted: list[Sequence]) -> None:
         try:
             self._run_step([s.key for s in wanted])
         except BaseException as e:  # whatever a hook raises; the thread goes on with what comes later
-            for s in wanted:
-                end_with(s, e)
-        for s in wanted:
+            self._end_all(wanted, e)
+        self._tell(wanted)
+
+    def _end_all(self, sequences: list[Sequence], error: BaseException) -> None:
+        for s in sequences:
+            end_with(s, error)
+
+    def _tell(self, sequences: list[Sequence]) -> None:
+        for s in sequences:
             if s.notify is not None and (s.steps or s.is_over):
                 try:
                     s.notify()

@@ -143,6 +143,28 @@ def test_a_step_that_fails_fails_its_requests_and_no_later_one(llama: Llama) -> 
         assert take_all(llama.engine.submit(PROMPTS[1], max_gen_len=12, temperature=0)) == expected
 
 
+def test_the_thread_outlives_memory_that_is_not_given_back(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another rank is lost: what goes on ends with the reason, and the thread answers what comes later."""
+    stepper = llama.engine.stepper
+    tidied: list[object] = []
+
+    def fail(commands: object) -> None:
+        tidied.append(commands)
+        raise RuntimeError("another rank is lost")
+
+    with llama.engine.serve():
+        waiting = llama.engine.submit(PROMPTS[0], max_gen_len=90, temperature=0)
+        wait_until(lambda: len(waiting.sequence.steps) >= MOST_BUFFERED)
+        with monkeypatch.context() as patch:
+            patch.setattr(stepper, "tidy", fail)
+            assert len(take_all(llama.engine.submit(PROMPTS[1], max_gen_len=3, temperature=0))) == 3
+            wait_until(lambda: bool(tidied) and waiting.sequence.is_over)
+        with pytest.raises(LlamaError, match="another rank is lost"):
+            take_all(waiting)
+        expected = take_all(llama.engine.submit(PROMPTS[2], max_gen_len=5, temperature=0))
+    assert expected == greedy(llama, PROMPTS[2], 5)
+
+
 def test_requests_may_be_older_and_younger_than_the_context(llama: Llama) -> None:
     expected = [greedy(llama, prompt) for prompt in PROMPTS[:2]]
     older = llama.engine.submit(PROMPTS[0], max_gen_len=12, temperature=0)
