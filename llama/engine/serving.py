@@ -68,7 +68,7 @@ class Server:
                 self._turn.wait()
 
     def _give_back(self) -> None:
-        """What has ended gives back its memory, on all ranks. Where one is lost, nothing that goes on can be finished."""
+        """What has ended gives back its memory, on all ranks. Where one is lost, what goes on can't be finished."""
         try:
             self._tidy()
         except BaseException as e:
