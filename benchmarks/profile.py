@@ -11,11 +11,10 @@ On a GPU the operations' time is the GPU's, and the rest is when it waits.
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -84,24 +83,26 @@ def list_operations(profiler: profile, on_gpu: bool) -> list[Operation]:
 @contextmanager
 def show_kernels() -> Iterator[None]:
     """Show the calls of our own kernels to the profiler, which sees only what torch's dispatcher runs."""
-    bind = kernels.bind
+    run_all = kernels.CallList.__call__
+    apart: dict[int, list[kernels.CallList]] = {}  # by the id of a list, its calls as lists of one
 
-    def bind_named(name: str, *arguments: Tensor | int | float) -> Callable[[], int]:
-        call = bind(name, *arguments)
+    def run_shown(calls: kernels.CallList) -> None:
+        if kernels.CAPTURED.get() is not None:  # in a step that is captured: its replay shows them
+            run_all(calls)
+        elif len(calls.calls) == 1:
+            with record_function(f"kernels::{calls.calls[0].name}"):
+                run_all(calls)
+        else:
+            if id(calls) not in apart:
+                apart[id(calls)] = [kernels.CallList([call]) for call in calls.calls]
+            for one in apart[id(calls)]:
+                run_shown(one)
 
-        def call_shown() -> int:
-            if kernels.CAPTURED.get() is not None:  # in a step that is captured: its replay shows them
-                return call()
-            with record_function(f"kernels::{name}"):
-                return call()
-
-        return call_shown
-
-    kernels.bind = bind_named
+    kernels.CallList.__call__ = run_shown  # type: ignore[method-assign]
     try:
         yield
     finally:
-        kernels.bind = bind
+        kernels.CallList.__call__ = run_all  # type: ignore[method-assign]
 
 
 def profile_steps(llama: Llama, batch: Batch, on_gpu: bool) -> Profile:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import parallel
+from .._util.files import check_file
 from .._util.packages import find_missing, missing_error
 from ..checkpoints.demo import demo_checkpoint
 from ..checkpoints.loader import survey
@@ -225,6 +226,7 @@ def write_random_weights(source: Path, directory: Path) -> None:
     place = parallel.initialize(None, "cpu", torch.float32)
     args = survey(source).sizes
     save_checkpoint(directory, args, dict(iterate_tensors(args, place, None)))
+    check_file(source / "tokenizer.model")
     shutil.copy(source / "tokenizer.model", directory)
 
 

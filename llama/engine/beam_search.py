@@ -21,11 +21,11 @@ from ..errors import LlamaError, shorten
 from ..sampling import Context, apply_logits_processors
 from ..settings import Settings, settings_of_rows
 from ..tokenization.texts import decode_after
+from .ending import Ending
 from .engine import Engine
 from .not_finite import not_finite_error
 from .outputs import Completion
 from .request_checks import check_budget, check_prompts, check_token_ids
-from .sequence import Sequence as TokenSequence
 from .transfer import copy_to_device, exact_dtype
 
 # From an unfinished answer's logprobs, float32 (vocab_size), its prompt and its tokens so far, to the logprobs to use.
@@ -126,27 +126,6 @@ class _Search:
     scope: int  # what its texts share in the KV cache
     live: list[_Branch] = field(default_factory=lambda: [_Branch([], 0.0)])  # the best first
     finished: list[Beam] = field(default_factory=list)  # the best first, num_beams at most
-
-
-class Ending:
-    """Ends a search from another thread, on the rank that leads."""
-
-    def __init__(self) -> None:
-        self._is_wanted = True
-        self._texts: Sequence[TokenSequence] = ()  # that are read now
-
-    def end(self, engine: Engine) -> None:
-        """The search reads nothing more, and raises LlamaError."""
-        self._is_wanted = False
-        for text in self._texts:
-            engine.cancel(text)
-        engine.notice_taken()
-
-    def check(self, texts: Sequence[TokenSequence]) -> None:
-        """Raise LlamaError if the search was ended. texts: that are read next."""
-        self._texts = texts
-        if not self._is_wanted:
-            raise LlamaError("the search was ended")
 
 
 def search_beams(

@@ -121,8 +121,9 @@ class Engine(StepRunner):
         try:
             while live:
                 self.wait_any(live)
-                yield from [s for s in live if s.is_over]
-                live = [s for s in live if not s.is_over]
+                over = {s for s in live if s.is_over}  # looked at once: another thread's step may end more
+                live = [s for s in live if s not in over]
+                yield from over
         finally:
             for s in live:
                 self.cancel(s)

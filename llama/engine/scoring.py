@@ -16,6 +16,7 @@ from .._util.validate import is_integer
 from ..errors import LlamaError, shorten
 from ..tokenization.inputs import Text, TextOptions, encode_inputs
 from ..tokenization.protocol import AnyChatFormat
+from .ending import Ending
 from .engine import Engine
 from .not_finite import not_finite_error
 from .sequence import Consume
@@ -125,13 +126,15 @@ def embed(
 
 
 @torch.no_grad()
-def embed_tokens(engine: Engine, tokens: Sequence[list[int]], pooling: Pooling = "last") -> Tensor:
-    """As `embed`, for texts of ids that fit the model."""
+def embed_tokens(
+    engine: Engine, tokens: Sequence[list[int]], pooling: Pooling = "last", ending: Ending | None = None
+) -> Tensor:
+    """As `embed`, for texts of ids that fit the model. Raises LlamaError where it is ended."""
     model = engine.model
     make_pool = LastPool if pooling == "last" else MeanPool
     pools = [make_pool(len(text)) for text in tokens]
     vectors = torch.empty(len(tokens), model.params.dim)
-    for i in read_states(engine, tokens, pools, "embedding"):
+    for i in read_states(engine, tokens, pools, "embedding", ending):
         vectors[i] = pools[i].vector.float().cpu()
     for i in (~vectors.isfinite().all(dim=-1)).nonzero().flatten().tolist():
         raise not_finite_error(model, engine.together, f"text {i}: the hidden states are")
@@ -182,10 +185,17 @@ def read_all(engine: Engine, sequences: list[TokenSequence], label: str) -> Iter
             bar.update(len(s.prompt))
 
 
-def read_states(engine: Engine, rows: Sequence[list[int]], consumers: Sequence[Consume], label: str) -> Iterator[int]:
+def read_states(
+    engine: Engine, rows: Sequence[list[int]], consumers: Sequence[Consume], label: str, ending: Ending | None = None
+) -> Iterator[int]:
     """Places of rows of tokens, each as soon as its consumer was given the states of all its tokens."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for s in read_all(engine, [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order], label):
+    texts = [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order]
+    if ending is not None:
+        ending.check(texts)
+    for s in read_all(engine, texts, label):
+        if ending is not None:
+            ending.check(texts)
         yield s.index
 
 

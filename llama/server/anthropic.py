@@ -14,6 +14,7 @@ from pydantic import Field
 from ..tokenization.tool_parser import ArgumentPiece, CallStart, ContentPiece, Delta, ReasoningPiece
 from .dialog import DialogRequest, Running
 from .errors import bad_value
+from .messages import check_keys
 from .protocol import Body, ChatBody, Number
 from .service import Service
 
@@ -58,6 +59,8 @@ def read_body(body: CountBody) -> ChatBody:
     messages = [] if body.system is None else [{"role": "system", "content": read_text(body.system, "system")}]
     for i, message in enumerate(body.messages):
         messages += read_message(message, f"messages[{i}]")
+    if messages and messages[-1]["role"] == "assistant":
+        raise bad_value("messages ends with one of the assistant's: this server can't go on with it", "messages")
     asked: dict[str, Any] = {"model": body.model, "messages": messages}
     if body.tools:
         asked["tools"] = [read_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)]
@@ -69,6 +72,16 @@ def read_body(body: CountBody) -> ChatBody:
     return ChatBody(**asked)
 
 
+# Of each kind of block. What a request begins with is in the KV cache anyway, whatever cache_control says.
+BLOCK_KEYS = {
+    "text": {"type", "text", "cache_control"},
+    "tool_result": {"type", "tool_use_id", "content", "is_error", "cache_control"},
+    "tool_use": {"type", "id", "name", "input", "cache_control"},
+    "thinking": {"type", "thinking", "signature"},
+}
+TOOL_KEYS = {"type", "name", "description", "input_schema", "cache_control"}
+
+
 def read_text(content: Any, place: str) -> str:
     """A text, or blocks of it, as one text."""
     if isinstance(content, str):
@@ -78,6 +91,7 @@ def read_text(content: Any, place: str) -> str:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
             kind = block.get("type") if isinstance(block, dict) else type(block).__name__
             raise bad_value(f"{place} has a block of type {kind}, expected text", place)
+        check_keys(block, BLOCK_KEYS["text"], place)
         texts.append(block["text"])
     return "".join(texts)
 
@@ -94,8 +108,11 @@ def read_message(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
     texts, results, calls, thoughts = [], [], [], []
     for block in content:
         kind = block.get("type") if isinstance(block, dict) else None
+        if kind in BLOCK_KEYS:
+            check_keys(block, BLOCK_KEYS[kind], place)
         if kind == "tool_result" and role == "user":
             result = read_text(block.get("content") or "", place)
+            result = f"Error: {result}" if block.get("is_error") else result
             results.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": result})
         elif kind == "tool_use" and role == "assistant":
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
@@ -113,6 +130,7 @@ def read_message(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
 def read_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if tool.get("type", "custom") != "custom" or not isinstance(tool.get("input_schema"), dict):
         raise bad_value(f"{place} is no tool of the client's: expected name, description and input_schema", place)
+    check_keys(tool, TOOL_KEYS, place)
     function = {"name": tool.get("name"), "description": tool.get("description"), "parameters": tool["input_schema"]}
     return {"type": "function", "function": {key: value for key, value in function.items() if value is not None}}
 
@@ -122,6 +140,9 @@ def read_choice(choice: dict[str, Any]) -> dict[str, Any]:
     kinds["tool"] = {"type": "function", "function": {"name": choice.get("name")}}
     if choice.get("type") not in kinds:
         raise bad_value(f"tool_choice is none of {', '.join(kinds)}", "tool_choice")
+    check_keys(
+        choice, {"type", "disable_parallel_tool_use", *(["name"] if choice["type"] == "tool" else [])}, "tool_choice"
+    )
     return {
         "tool_choice": kinds[choice["type"]],
         "parallel_tool_calls": False if choice.get("disable_parallel_tool_use") else None,

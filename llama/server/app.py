@@ -6,7 +6,8 @@ Knows HTTP; what an endpoint does is its module's.
 import hmac
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import LlamaError
@@ -30,6 +32,7 @@ from .streams import NAMED, PLAIN, respond_whole, respond_with_events, write_err
 from .texts import detokenize, embed, tokenize
 
 LOG = logging.getLogger("llama.server")
+HTTP_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed"}
 OPEN_PATHS = ("/", "/health", "/metrics")  # that need no key
 
 
@@ -47,7 +50,8 @@ def make_app(
         app.add_middleware(copies)
     if failure is not None:
         app.add_middleware(FailureGuard, failure=failure)
-    app.add_middleware(Guard, service=service)
+    paths = frozenset(route.path for route in app.routes if isinstance(route, Route))
+    app.add_middleware(Guard, service=service, paths=paths)
     if service.options.cors_origin is not None:
         app.add_middleware(
             CORSMiddleware, allow_origins=[service.options.cors_origin], allow_methods=["*"], allow_headers=["*"]
@@ -73,8 +77,11 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def tell_status(request: Request, error: HTTPException) -> Response:
+        if isinstance(error.__cause__, ApiError):  # of `Guard`, while the body was read
+            return await tell(request, error.__cause__)
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return await tell(request, ApiError(error.status_code, message, code="not_found"))
+        code = HTTP_CODES.get(error.status_code, "invalid_request")
+        return await tell(request, ApiError(error.status_code, message, code=code, headers=dict(error.headers or {})))
 
     @app.exception_handler(Exception)
     async def tell_failure(request: Request, error: Exception) -> Response:
@@ -117,9 +124,8 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
         return JSONResponse(await service.call(count_tokens, service, body))
 
     @app.post("/v1/embeddings")
-    async def embeddings(body: EmbeddingBody) -> Response:
-        with service.admit(1):
-            return JSONResponse(await service.call(embed, service, body))
+    async def embeddings(request: Request, body: EmbeddingBody) -> Response:
+        return await respond_whole(request, partial(embed, service, body))
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -156,8 +162,9 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
 class Guard:
     """Asks for the key, bounds the body, and logs a line for each request, without what it says."""
 
-    def __init__(self, app: ASGIApp, service: Service):
-        self._app, self._service = app, service
+    def __init__(self, app: ASGIApp, service: Service, paths: Collection[str]):
+        """paths: those that are counted by their names."""
+        self._app, self._service, self._paths = app, service, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -178,9 +185,11 @@ class Guard:
                 body = write_error(error, scope["path"])
                 await JSONResponse(body, error.status, error.headers)(scope, receive, watch)
         finally:
-            path = scope["path"] if status != 404 else "other"
+            path = scope["path"] if scope["path"] in self._paths else "other"
             self._service.metrics.requests.labels(path, str(status)).inc()
-            LOG.info("%s %s %d %.3f s", scope["method"], scope["path"], status, time.monotonic() - started)
+            # As it was sent, so that no character of it begins a line.
+            sent = scope.get("raw_path", b"").decode("ascii", "backslashreplace")
+            LOG.info("%s %s %d %.3f s", scope["method"], sent, status, time.monotonic() - started)
 
     def _find_refusal(self, scope: Scope) -> ApiError | None:
         headers = dict(scope["headers"])
@@ -190,7 +199,8 @@ class Guard:
         key = self._service.options.api_key
         if key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
             return None
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ") or headers.get(b"x-api-key", b"")
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        given = given if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         if hmac.compare_digest(given, key.encode()):
             return None
         return ApiError(

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..engine.beam_search import Beams, Ending, search_beams
+from ..engine.beam_search import Beams, search_beams
+from ..engine.ending import Ending
 from ..engine.outputs import Completion
 from ..engine.request_checks import check_budget, check_prompts, check_token_ids
 from ..engine.sequence import Step

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from fastapi.responses import HTMLResponse
 
+from .._util.files import read_text
+
 PAGE = Path(__file__).with_name("page.html")
 
 
 def respond_with_page() -> HTMLResponse:
     """The page. Only its own script and style are run, and it may ask only the server that it came from."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = read_text(PAGE)
     headers = {
         "Content-Security-Policy": write_policy(text),
         "Cache-Control": "no-cache",

@@ -24,9 +24,11 @@ class Body(BaseModel):
     def check_characters(cls, data: Any) -> Any:
         """Raise for halves of characters, which JSON can escape and no text can have."""
         try:
-            json.dumps(data, ensure_ascii=False, default=str).encode()
+            json.dumps(data, ensure_ascii=False, allow_nan=False, default=str).encode()
         except UnicodeEncodeError:
             raise PydanticCustomError("half_character", "has half of a character, a lone surrogate") from None
+        except ValueError:
+            raise PydanticCustomError("not_finite", "has a number that is too large, or none") from None
         except RecursionError:
             raise PydanticCustomError("too_deep", "has arrays or objects too deep in each other") from None
         return data

@@ -14,6 +14,7 @@ from pydantic import Field
 from ..settings import Settings
 from .dialog import DialogRequest, Running
 from .errors import ApiError, bad_value, unsupported
+from .messages import check_keys
 from .protocol import MOST_TOP_LOGPROBS, Body, ChatBody, Number
 from .response_items import ItemWriter, describe_usage
 from .service import Service
@@ -125,6 +126,7 @@ ITEM_KEYS = {
     "function_call_output": {"call_id", "output"},
     "reasoning": {"summary", "content"},
 }
+PART_KEYS = {"type", "text", "logprobs"}
 TEXT_KINDS = ("input_text", "output_text", "summary_text", "reasoning_text")
 
 
@@ -139,6 +141,7 @@ def read_text(content: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if kind not in TEXT_KINDS or not isinstance(part.get("text"), str):
             raise unsupported(f"{place}[{i}]", f"is of the type {str(kind)[:40]!r}, expected input_text or output_text")
+        check_keys(part, PART_KEYS, f"{place}[{i}]")
         texts.append(part["text"])
     return "".join(texts)
 

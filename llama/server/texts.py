@@ -3,11 +3,13 @@
 Knows their fields; knows no socket.
 """
 
+import asyncio
 import base64
 from typing import Any
 
 import numpy as np
 
+from ..engine.ending import Ending
 from ..engine.request_checks import check_prompts
 from ..engine.scoring import embed_tokens
 from .completions import encode_prompts
@@ -17,21 +19,43 @@ from .protocol import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
 
 
-def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
-    """A vector for each text: its last token's state. Raises ApiError, and LlamaError."""
+async def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
+    """A vector for each text: its last token's state. Raises ApiError.
+
+    As many texts go to the engine at a time as one pass has rows, so that other requests come between them.
+    """
     service.check_model(body.model)
-    if body.dimensions is not None and body.dimensions != service.llama.model.params.dim:
-        raise unsupported("dimensions", f"is {service.llama.model.params.dim} here: vectors aren't cut")
-    tokens = encode_prompts(service, body.input)
-    check_prompts(tokens, service.llama.model.params)
-    vectors = embed_tokens(service.llama.engine, tokens)
+    tokens = await service.call(encode_texts, service, body)
+    engine, most = service.llama.engine, service.llama.model.params.max_batch_size
+    vectors: list[np.ndarray] = []
+    ending, seconds = Ending(), service.options.timeout
+    with service.admit(min(len(tokens), most)):
+        try:
+            async with asyncio.timeout(seconds):
+                for start in range(0, len(tokens), most):
+                    some = tokens[start : start + most]
+                    vectors += list((await service.call(embed_tokens, engine, some, ending=ending)).numpy())
+        except TimeoutError:
+            message = f"the answer took more than {seconds:.0f} s"
+            raise ApiError(504, message, kind="server_error", code="timeout") from None
+        finally:
+            ending.end(engine)
     data = [
         {"object": "embedding", "index": i, "embedding": write_vector(vector, body.encoding_format)}
-        for i, vector in enumerate(vectors.numpy())
+        for i, vector in enumerate(vectors)
     ]
     count = sum(map(len, tokens))
     usage = {"prompt_tokens": count, "total_tokens": count}
     return {"object": "list", "data": data, "model": service.options.model, "usage": usage}
+
+
+def encode_texts(service: Service, body: EmbeddingBody) -> list[list[int]]:
+    """The texts' tokens, which fit the model. Raises ApiError, and LlamaError."""
+    if body.dimensions is not None and body.dimensions != service.llama.model.params.dim:
+        raise unsupported("dimensions", f"is {service.llama.model.params.dim} here: vectors aren't cut")
+    tokens = encode_prompts(service, body.input)
+    check_prompts(tokens, service.llama.model.params)
+    return tokens
 
 
 def write_vector(vector: np.ndarray, encoding: str) -> Any:

@@ -12,6 +12,7 @@ from ..engine.grammar import JSON_SPACE
 from ..tokenization.protocol import AnyTokenizer
 from ..tokenization.tool_calls import Layout, ToolForm
 from .errors import bad_value, unsupported
+from .messages import check_keys
 from .protocol import ChatBody
 
 NAME = re.compile(r"[\w.-]{1,128}")  # of functions: what all forms of calls can say
@@ -98,6 +99,8 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
         function = tool.get("function")
         if tool.get("type") != "function" or not isinstance(function, Mapping):
             raise bad_value(f"tools[{i}] is no function: expected type function, and function", f"tools[{i}]")
+        check_keys(tool, {"type", "function"}, f"tools[{i}]")
+        check_keys(function, {"name", "description", "parameters", "strict"}, f"tools[{i}].function")
         if not isinstance(function.get("name"), str) or not function["name"]:
             raise bad_value(f"tools[{i}].function has no name", f"tools[{i}].function.name")
         if not NAME.fullmatch(function["name"]):

@@ -206,6 +206,7 @@ ALLOWED = {  # file: why it may open by itself
     "accelerate/memory_pages.py": "/proc",
     "accelerate/shared_memory.py": "memory without a name",
     "bench/measure.py": "/proc",
+    "bench/server_process.py": "/proc",
     "cli/program.py": "/dev/null",
 }
 

@@ -99,6 +99,10 @@ def test_count_tokens(tool_server: Running, client: Anthropic) -> None:
         ({"max_tokens": 5000}, "maximum context length"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "no tool of the client's"),
         ({"extra_body": {"foo": 1}}, "foo"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "bogus": 1}]}]}, "bogus"),
+        ({"messages": [*DIALOG, {"role": "assistant", "content": "The"}]}, "ends with one of the assistant's"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "object"}, "strict": True}]}, "strict"),
+        ({"extra_body": {"tool_choice": {"type": "none", "zzz": 1}}}, "zzz"),
     ],
 )
 def test_what_is_wrong_is_refused(client: Anthropic, options: dict[str, Any], words: str) -> None:

@@ -92,6 +92,73 @@ def test_too_large(start_server: StartServer) -> None:
     assert status == 413 and body["error"]["code"] == "request_too_large"
 
 
+def test_texts_to_embed_leave_room_for_others(server: Running) -> None:
+    """Many of them are no queue that a chat waits behind; and they end when their client goes away."""
+    server.wait_until_idle()
+    body = json.dumps({"input": [[5 + i % 7] * 500 for i in range(400)]}).encode()
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=30)
+    head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    deadline = time.monotonic() + 30
+    while not server.llama.engine.stepper.sequences:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert len(server.llama.engine.stepper.sequences) <= server.llama.model.params.max_batch_size
+    status, _, _ = ask(server, "/v1/chat/completions", {"messages": DIALOG, "max_tokens": 3, "temperature": 0})
+    assert status == 200 and server.service.queue.open, "the chat was answered while texts are left"
+    connection.close()
+    server.wait_until_idle()
+
+
+def test_numbers_that_json_has_not_are_refused(server: Running) -> None:
+    tool = '{"type": "function", "name": "f", "parameters": {"const": %s}}'
+    for number in ("1e400", "NaN", "-Infinity"):
+        body = '{"input": "x", "max_output_tokens": 2, "tool_choice": "none", "tools": [' + tool % number + "]}"
+        status, _, answer = ask(server, "/v1/responses", body.encode())
+        assert status == 400 and "number" in answer["error"]["message"]
+
+
+def test_a_chunked_body_that_is_too_large(start_server: StartServer) -> None:
+    server = start_server(max_body=10_000)
+    connection = socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1])), timeout=30)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+    for _ in range(3):
+        connection.sendall(b"1388\r\n" + b" " * 5000 + b"\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+@pytest.mark.parametrize("body", [b"{", b"[" * 100_000, b'{"messages": "\xff"}', b"1" * 5000])
+def test_what_is_no_json_is_told(server: Running, body: bytes) -> None:
+    status, _, answer = ask(server, "/v1/chat/completions", body)
+    assert status == 400 and answer["error"]["code"] != "not_found"
+
+
+def test_paths_that_nobody_has_leave_no_trace(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither a line of their own in the log, nor a series in the metrics."""
+    port = int(server.url.rsplit(":", 1)[1])
+    with caplog.at_level("INFO", "llama.server"):
+        for number in range(3):
+            connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+            head = f"POST /made-up-{number}%0aFORGED HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n"
+            connection.sendall(head.encode())
+            assert connection.recv(64).startswith(b"HTTP/1.1 413")
+            connection.close()
+        deadline = time.monotonic() + 30
+        while len(lines := [r.getMessage() for r in caplog.records if "made-up" in r.getMessage()]) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert not any("\n" in line for line in lines)
+    with urllib.request.urlopen(server.url + "/metrics") as answer:
+        assert b"made-up" not in answer.read()
+
+
+def test_schemes_of_the_key(start_server: StartServer) -> None:
+    server = start_server(api_key="secret")
+    for value, status in (("bearer secret", 200), ("Bearer secret", 200), ("secret", 401), ("Basic secret", 401)):
+        assert ask(server, "/tokenize", {"prompt": "a"}, Authorization=value)[0] == status
+
+
 def test_an_answer_that_takes_too_long(start_server: StartServer) -> None:
     server = start_server(timeout=0.2)
     status, _, body = ask(server, "/v1/chat/completions", {**never_ending(server), "stream": False})
