@@ -31,8 +31,8 @@ DEVICE = "cpu, cuda or mps (default: the best there is)"
 DTYPE = "bfloat16, float16, float32, or auto: as in the files (default: the best for the device)"
 
 
-def add_model_options(command: argparse.ArgumentParser) -> None:
-    """The options of commands that generate text."""
+def add_model_options(command: argparse.ArgumentParser, standard: Mapping[str, Any] | None = None) -> None:
+    """The options of commands that generate text. standard: settings whose defaults the command has itself."""
     add = command.add_argument_group("model").add_argument
     add("--ckpt_dir", metavar="DIR", help=CKPT_DIR)
     add("--adapter_dir", metavar="DIR", help=f"{ADAPTER_DIR}; merged while loading")
@@ -40,7 +40,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     add("--max_seq_len", **INTEGER, default=512, help="most tokens of prompt and answer (default: 512)")
     add("--device", help=DEVICE)
     add("--dtype", help=DTYPE)
-    add_sampling_options(command)
+    add_sampling_options(command, standard)
     add_speed_options(command)
     why = "The model checks several proposed tokens at a time: the text is the same, and comes sooner."
     add = command.add_argument_group("speculative decoding", why).add_argument
@@ -49,12 +49,13 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     add("--speculate_k", **INTEGER, default=SPECULATE_K, help="tokens to propose at a time (default: %(default)s)")
 
 
-def add_sampling_options(command: argparse.ArgumentParser) -> None:
+def add_sampling_options(command: argparse.ArgumentParser, standard: Mapping[str, Any] | None = None) -> None:
     """The fields of `Settings` that are options of commands, and the seed of a run."""
+    standard = standard or {}
     why = "The model's generation_config.json, where it has one, overrides these defaults."
     group, defaults = command.add_argument_group("sampling", why), Settings()
     for name, setting in SETTINGS.items():
-        default, parse = getattr(defaults, name), setting.values.parse
+        default, parse = standard.get(name, getattr(defaults, name)), setting.values.parse
         if not setting.on_command_line:
             continue
         if isinstance(default, tuple):
@@ -62,7 +63,8 @@ def add_sampling_options(command: argparse.ArgumentParser) -> None:
         else:
             text = setting.help if default is None else f"{setting.help} (default: {default:g})"
             group.add_argument(f"--{name}", **INTEGER if parse is int else NUMBER, help=text)
-    group.add_argument("--seed", **INTEGER, default=1, help="the same seed gives the same text (default: 1)")
+    seed_help = standard.get("seed", "the same seed gives the same text (default: 1)")
+    group.add_argument("--seed", **INTEGER, default=1, help=seed_help)
 
 
 def add_speed_options(command: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from .program import checkpoint_or_demo
 ADDRESS, PORT = "127.0.0.1", 8000
 NEEDED = ("fastapi", "uvicorn", "prometheus-client", "httpx2")  # packages of the extra `serve`
 API_DEFAULTS = {"temperature": 1.0, "top_p": 1.0}  # of a request to a model whose files recommend nothing
+SEED = "for requests that have none: the same ones in the same order get the same texts after a start (default: 1)"
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     groups = "ranks that share a copy of the model; each such group has one (default: all ranks share one)"
     add("--model_parallel_size", **INTEGER, help=groups)
     add("--timeout", **NUMBER, default=600.0, help="seconds that an answer may take (default: 600)")
-    add_model_options(command)
+    add_model_options(command, {**API_DEFAULTS, "seed": SEED})
     command.set_defaults(run=run)
 
 

@@ -5,13 +5,13 @@ Knows how OpenAI's protocol writes an answer; what is asked and how it is answer
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ..engine.sequence import Step
 from .answer_reader import AnswerReader, write_deltas
-from .choices import count_usage, describe_logprobs, keep_before_stop
-from .dialog import DialogRequest
+from .choices import TokenPlacer, count_usage, describe_logprobs
+from .dialog import DialogRequest, Running
 from .protocol import ChatBody
 from .service import Service
 
@@ -32,16 +32,22 @@ class Chat:
     async def complete(self) -> dict[str, Any]:
         """The whole answer."""
         async with self._request.run() as running:
-            async for _ in self._request.read(running):
-                pass
+            placed = self._place(running)
+            steps: list[list[Step]] = [[] for _ in running.readers]
+            async for row, _, is_over in self._request.read(running):
+                if self._body.logprobs:
+                    steps[row] += [step for step, _ in placed[row].push(running.readers[row].steps[-1], is_over)]
             usage = count_usage(running.answers, running.tokens, running.reasoning_tokens)
-        choices = [self._describe_choice(i, reader) for i, reader in enumerate(running.readers)]
+        choices = [self._describe_choice(i, *pair) for i, pair in enumerate(zip(running.readers, steps, strict=True))]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
-    def _describe_choice(self, index: int, reader: AnswerReader) -> dict[str, Any]:
+    def _place(self, running: Running) -> list[TokenPlacer]:
+        return [TokenPlacer(self._tokenizer, prompt) for prompt in running.answers.prompts]
+
+    def _describe_choice(self, index: int, reader: AnswerReader, steps: Sequence[Step]) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs:
-            logprobs = describe_logprobs(self._tokenizer, keep_before_stop(reader.steps), self._body.top_logprobs or 0)
+            logprobs = describe_logprobs(self._tokenizer, steps, self._body.top_logprobs or 0)
         return {
             "index": index,
             "message": reader.message,
@@ -54,11 +60,12 @@ class Chat:
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
         async with self._request.run() as running:
+            placed = self._place(running)
             for i in range(self._request.n):
                 yield self._chunk(i, {"role": "assistant", "content": "", "refusal": None}, with_usage)
             async for row, deltas, is_over in self._request.read(running):
                 reader = running.readers[row]
-                logprobs = self._describe_step(reader.steps[-1])
+                logprobs = self._describe_step(placed[row], reader.steps[-1], is_over)
                 for delta in write_deltas(deltas) if deltas or logprobs is None else [{"content": ""}]:
                     yield self._chunk(row, delta, with_usage, logprobs=logprobs)
                     logprobs = None
@@ -68,12 +75,12 @@ class Chat:
                 usage = count_usage(running.answers, running.tokens, running.reasoning_tokens)
                 yield {**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage}
 
-    def _describe_step(self, step: Step) -> dict[str, Any] | None:
-        """The logprobs of a step whose token belongs to the answer."""
-        is_stop = step.finish_reason == "stop" and step.token == step.stop
-        if not self._body.logprobs or is_stop:
+    def _describe_step(self, placed: TokenPlacer, step: Step, is_over: bool) -> dict[str, Any] | None:
+        """The logprobs of the tokens that are certain with a step."""
+        if not self._body.logprobs:
             return None
-        return describe_logprobs(self._tokenizer, [step], self._body.top_logprobs or 0)
+        steps = [certain for certain, _ in placed.push(step, is_over)]
+        return describe_logprobs(self._tokenizer, steps, self._body.top_logprobs or 0) if steps else None
 
     def _chunk(
         self, index: int, delta: dict[str, Any], with_usage: bool, reason: str | None = None, logprobs: Any = None

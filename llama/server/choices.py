@@ -8,6 +8,7 @@ from typing import Any
 
 from ..engine.sequence import Step
 from ..tokenization.protocol import AnyTokenizer
+from ..tokenization.texts import prime
 from .beams import Search
 from .service import Answers
 
@@ -30,9 +31,42 @@ def describe_logprobs(tokenizer: AnyTokenizer, steps: Sequence[Step], top: int) 
     return {"content": content, "refusal": None}
 
 
-def keep_before_stop(steps: Sequence[Step]) -> list[Step]:
-    """The steps whose tokens belong to the answer, once it is over."""
-    return list(steps[: steps[-1].length]) if steps and steps[-1].finish_reason is not None else list(steps)
+class TokenPlacer:
+    """Tells which tokens are certain to be in a text, and where they begin in it.
+
+    A token is held back while its text may begin a stop, or is a part of a character: what is streamed and what comes
+    as a whole have the same tokens.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer, prompt: Sequence[int], echoed: int = 0, hidden: int = 0):
+        """echoed: tokens of the prompt that come first. hidden: so many of these have no text."""
+        self._decoder = tokenizer.stream_decoder()
+        if not echoed:
+            prime(self._decoder, prompt)
+        self._echoed, self._hidden = echoed, hidden
+        self._count = 0  # tokens that came
+        self._decoded = self._written = 0  # characters of all tokens, and those that are certain
+        self._held: list[tuple[Step, int]] = []
+        self._ends: list[int | None] = []  # where those held end in the text; None: inside of a character
+
+    def push(self, step: Step, is_over: bool = False) -> list[tuple[Step, int]]:
+        """The steps that are certain with this one, each with its place. is_over: no step follows."""
+        start, is_hidden = self._decoded, self._count < self._hidden
+        self._count += 1
+        text = self._decoder.push(step.token)
+        self._decoded += 0 if is_hidden else len(text)
+        self._written += 0 if is_hidden else len(step.text)
+        self._held.append((step, start))
+        self._ends.append(self._decoded if text else None)
+        if step.finish_reason is not None and self._count > self._echoed:
+            certain = max(len(self._held) - (self._count - self._echoed - step.length), 0)
+        elif is_over or self._count <= self._echoed:
+            certain = len(self._held)
+        else:
+            known = [i + 1 for i, end in enumerate(self._ends) if end is not None and end <= self._written]
+            certain = max(known, default=0)
+        placed, self._held, self._ends = self._held[:certain], self._held[certain:], self._ends[certain:]
+        return placed
 
 
 def count_usage(answers: Answers | Search, completion_tokens: int, reasoning_tokens: int = 0) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from ..engine.sequence import OutputOptions, Step
 from ..tokenization.texts import decode_token, name_tokens
 from .beams import Search, begin_search
-from .choices import count_usage
+from .choices import TokenPlacer, count_usage
 from .errors import bad_value
 from .protocol import CompletionBody
 from .sampling_options import count_choices, limit_length, read_settings
@@ -50,6 +50,15 @@ class Completion:
         several = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
         return (len(prompt) if several else 1) * max(self._generated, self._body.num_beams or 1)
 
+    @property
+    def _multiplier(self) -> str:
+        """The field that asks for so many answers."""
+        if self._body.has_beams:
+            return "num_beams"
+        if self._generated > self._n:
+            return "best_of"
+        return "n" if self._n > 1 else "prompt"
+
     async def _begin(self) -> Answers | Search:
         body, service = self._body, self._service
         prompts = await service.call(encode_prompts, service, body.prompt)
@@ -57,7 +66,10 @@ class Completion:
         for prompt in prompts:
             room = service.max_seq_len - len(prompt)
             limit_length(
-                len(prompt), most if body.max_tokens is not None else min(most, room), service.max_seq_len, "prompt"
+                len(prompt),
+                most if body.max_tokens is not None else min(most, max(room, 1)),
+                service.max_seq_len,
+                "prompt",
             )
         self._settings["max_gen_len"] = max(most, 1)
         if body.has_beams:
@@ -69,7 +81,7 @@ class Completion:
 
     async def complete(self) -> dict[str, Any]:
         """The whole answers."""
-        with self._service.admit(self.choices), await self._begin() as answers:
+        with self._service.admit(self.choices, self._multiplier), await self._begin() as answers:
             steps: list[list[Step]] = [[] for _ in answers.prompts]
             async for new in answers.steps():
                 for step in new:
@@ -81,7 +93,10 @@ class Completion:
             steps = [own[:length] for own, length in zip(steps, lengths, strict=True)]
             usage |= {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
         kept = self._select(steps, lengths)
-        choices = [self._describe_choice(i, *pair) for i, pair in enumerate(kept)]
+        choices = [
+            self._describe_choice(i, *pair, answers.prompts[i // self._n * self._generated])
+            for i, pair in enumerate(kept)
+        ]
         return {**self._head, "choices": choices, "usage": usage}
 
     def _select(self, steps: list[list[Step]], lengths: list[int]) -> list[tuple[list[Step], int]]:
@@ -90,57 +105,64 @@ class Completion:
         groups = [pairs[i : i + self._generated] for i in range(0, len(pairs), self._generated)]
         return [pair for group in groups for pair in sorted(group, key=mean_negative_logprob)[: self._n]]
 
-    def _describe_choice(self, index: int, steps: list[Step], echoed: int) -> dict[str, Any]:
+    def _place(self, prompt: Sequence[int], echoed: int) -> TokenPlacer:
+        return TokenPlacer(self._tokenizer, prompt, echoed, self._hidden)
+
+    def _describe_choice(self, index: int, steps: list[Step], echoed: int, prompt: Sequence[int]) -> dict[str, Any]:
         reason = steps[-1].finish_reason if steps and steps[-1].finish_reason else "length"
-        length = echoed + steps[-1].length if len(steps) > echoed else len(steps)
-        logprobs = (
-            None
-            if self._body.logprobs is None
-            else self._describe_logprobs(steps[:length], 0, bool(echoed), self._hidden)
-        )
+        logprobs = None
+        if self._body.logprobs is not None:
+            placer = self._place(prompt, echoed)
+            logprobs = self._describe_logprobs([pair for step in steps for pair in placer.push(step)], bool(echoed))
         text = "".join(step.text for step in steps)
         return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
-    def _describe_logprobs(self, steps: Sequence[Step], offset: int, has_first: bool, hidden: int) -> dict[str, Any]:
-        """The logprobs of a choice, or of a part from `offset` on.
-
-        has_first: whether nothing predicts the first. hidden: so many have no text in the choice.
-        """
-        tokens = [decode_token(self._tokenizer, step.token) for step in steps]
-        offsets = [offset]
-        for i, text in enumerate(tokens):
-            offsets.append(offsets[-1] + len(text) * (i >= hidden))
-        values: list[float | None] = [step.logprob for step in steps]
-        tops: list[Any] = [name_tokens(self._tokenizer, step.top_logprobs or ()) for step in steps]
+    def _describe_logprobs(self, placed: Sequence[tuple[Step, int]], has_first: bool) -> dict[str, Any]:
+        """The logprobs of a choice, or of a part of it. has_first: whether nothing predicts the first."""
+        tokens = [decode_token(self._tokenizer, step.token) for step, _ in placed]
+        values: list[float | None] = [step.logprob for step, _ in placed]
+        tops: list[Any] = [self._name_best(step) for step, _ in placed]
         if has_first and values:
             values[0] = tops[0] = None
-        return {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets[:-1]}
+        return {
+            "tokens": tokens,
+            "token_logprobs": values,
+            "top_logprobs": tops,
+            "text_offset": [at for _, at in placed],
+        }
+
+    def _name_best(self, step: Step) -> dict[str, float]:
+        """The likeliest tokens in a step's place, and its own, whose name is always its bare text."""
+        others = [pair for pair in step.top_logprobs or () if pair[0] != step.token]
+        named = name_tokens(self._tokenizer, [(step.token, step.logprob or 0.0), *others])
+        return dict(sorted(named.items(), key=lambda pair: -pair[1]))
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
         """The answers in chunks, and the usage."""
         body = self._body
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         tail = {"usage": None} if with_usage else {}
-        with self._service.admit(self.choices), await self._begin() as answers:
+        with self._service.admit(self.choices, self._multiplier), await self._begin() as answers:
             count = 0
             left = [len(prompt) if body.echo else 0 for prompt in answers.prompts]  # echoed tokens to come
-            offsets, firsts, hidden = [0] * len(left), [bool(body.echo)] * len(left), [self._hidden] * len(left)
+            placers = [self._place(*pair) for pair in zip(answers.prompts, left, strict=True)]
+            firsts, hidden = [bool(body.echo)] * len(left), [self._hidden] * len(left)
             async for new in answers.steps():
                 for step in new:
                     row, echoes = step.row, left[step.row] > 0
                     left[row] -= echoes
-                    count += not echoes
                     if body.max_tokens == 0 and not echoes:
                         continue
+                    count += not echoes
                     logprobs, text = None, step.text * (hidden[row] == 0)
-                    if body.logprobs is not None and not (step.finish_reason == "stop" and step.token == step.stop):
-                        logprobs = self._describe_logprobs([step], offsets[row], firsts[row], hidden[row])
+                    if body.logprobs is not None and (placed := placers[row].push(step)):
+                        logprobs = self._describe_logprobs(placed, firsts[row])
                     firsts[row], hidden[row] = False, max(hidden[row] - 1, 0)
-                    offsets[row] += len(text)
+                    reason = "length" if body.max_tokens == 0 and left[row] == 0 else step.finish_reason
                     choice = {
                         "index": row,
                         "text": text,
-                        "finish_reason": step.finish_reason,
+                        "finish_reason": reason,
                         "logprobs": logprobs,
                     }
                     yield {**self._head, "choices": [choice], **tail}
@@ -159,10 +181,10 @@ def is_text(prompt: Any) -> bool:
     return isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str))
 
 
-def encode_prompts(service: Service, prompt: Any) -> list[list[int]]:
-    """The token ids of each prompt: a text, texts, ids, or lists of ids. Raises ApiError."""
+def encode_prompts(service: Service, prompt: Any, param: str = "prompt") -> list[list[int]]:
+    """The token ids of each prompt: a text, texts, ids, or lists of ids. param: its field. Raises ApiError."""
     if prompt == [] or prompt == "" or (isinstance(prompt, list) and any(one in ("", []) for one in prompt)):
-        raise bad_value("prompt is empty, or has an empty one", "prompt")
+        raise bad_value(f"{param} is empty, or has an empty one", param)
     prompts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     tokenizer = service.llama.tokenizer
     return [tokenizer.encode(p, bos=True, eos=False) if isinstance(p, str) else list(p) for p in prompts]

@@ -3,7 +3,7 @@
 Knows a dialog's body, which several protocols make; knows none of their ways to write an answer.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -13,12 +13,14 @@ from ..tokenization.tool_calls import find_tool_form
 from ..tokenization.tool_parser import Delta
 from .answer_reader import AnswerReader
 from .beams import Search, begin_search
-from .errors import bad_value, unsupported
+from .errors import bad_value, rename_fields, unsupported
 from .messages import encode_dialog
 from .protocol import ChatBody
 from .sampling_options import count_choices, limit_length, read_settings
 from .service import Answers, Service
 from .tools import read_tools
+
+NO_NAMES: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,13 @@ class Running:
 class DialogRequest:
     """One dialog to answer."""
 
-    def __init__(self, service: Service, body: ChatBody):
-        """Raises ApiError for what can't be asked."""
+    def __init__(self, service: Service, body: ChatBody, names: Mapping[str, str] = NO_NAMES):
+        """names: what the protocol calls fields, where a chat calls them otherwise. Raises ApiError."""
+        self._names = names
+        with rename_fields(names):
+            self._take(service, body)
+
+    def _take(self, service: Service, body: ChatBody) -> None:
         service.check_model(body.model)
         self._service, self._body = service, body
         self._settings = read_settings(body)
@@ -63,13 +70,18 @@ class DialogRequest:
     @asynccontextmanager
     async def run(self) -> AsyncIterator[Running]:
         """The answers; at the end of the context those that aren't over are cancelled."""
-        with self._service.admit(max(self.n, self._body.num_beams or 1)), await self._begin() as answers:
+        param = "num_beams" if self._body.has_beams else "n"
+        with self._service.admit(max(self.n, self._body.num_beams or 1), param), await self._begin() as answers:
             with_tools = bool(self._tools)
             prompt = [] if self._is_held else answers.prompts[0]  # what is held to a form has no place to think first
             tokenizer = self._service.llama.tokenizer
             yield Running(answers, [AnswerReader(tokenizer, self._form, with_tools, prompt) for _ in range(self.n)])
 
     async def _begin(self) -> Answers | Search:
+        with rename_fields(self._names):
+            return await self._submit()
+
+    async def _submit(self) -> Answers | Search:
         body, service = self._body, self._service
         prompt = await service.call(self.encode)
         asked, param = body.max_completion_tokens, "max_completion_tokens"

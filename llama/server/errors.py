@@ -3,6 +3,9 @@
 Knows HTTP's statuses; knows no model.
 """
 
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -11,6 +14,19 @@ from pydantic import ValidationError
 from .._util.heartbeat import name_lost_rank
 from .._util.ranks import is_lost_rank
 from ..errors import LlamaError
+
+# Fields with whose names the library begins what it says of them.
+TOLD_FIRST = re.compile(r"(stop|logit_bias|response_format|prompt|tool_choice|tools|num_beams|temperature)\b")
+INSTEAD = {
+    "suffix": "the server only continues texts; leave it out, and write what comes before as the prompt",
+    "store": "the server keeps nothing; send false or leave it out",
+    "truncation": "the server cuts no dialog; leave it out, and send a shorter input",
+    "text.verbosity": "the model has no such setting; leave it out, and ask for it in the instructions",
+    "service_tier": "the server has one tier; send auto or leave it out",
+    "include": "the server has only message.output_text.logprobs; leave others out",
+    "modalities": "the server answers with text; send ['text'] or leave it out",
+    "stream_options.include_obfuscation": "the server adds nothing to chunks; send false or leave it out",
+}
 
 
 class ApiError(Exception):
@@ -43,7 +59,23 @@ def unsupported(param: str, why: str) -> ApiError:
 
 def refused(error: LlamaError, param: str | None = None) -> ApiError:
     """A request that the library refuses."""
+    told = TOLD_FIRST.match(str(error))
+    param = param or (told[1] if told else None)
     return find_loss(error) or ApiError(400, str(error), param=param, code="invalid_value")
+
+
+@contextlib.contextmanager
+def rename_fields(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors within tell of fields by these names, which the client used."""
+    try:
+        yield
+    except ApiError as e:
+        told = e.body["error"]
+        first = re.split(r"[.\[]", told["param"] or "")[0]
+        if first in names:
+            told["message"] = re.sub(rf"\b{first}\b(\[\d+\])?", names[first], told["message"])
+            told["param"] = names[first]
+        raise
 
 
 def failed(error: Exception) -> ApiError:
@@ -62,12 +94,28 @@ def find_loss(error: BaseException | None) -> ApiError | None:
 
 def invalid(error: RequestValidationError | ValidationError) -> ApiError:
     """A body that doesn't have the form of its endpoint."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place) or None
+    errors = error.errors()
+    first, param = errors[0], find_field(errors[0])
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {param}", param=param, code="unknown_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, "We could not parse the JSON body of your request.", code="invalid_json")
-    message = f"{param or 'the body'}: {first['msg']}"
+    if param is None and isinstance(first["input"], bytes):
+        return ApiError(400, "Content-Type must be application/json", code="invalid_content_type")
+    name = re.sub(r"\[.*", "", param or "")
+    if first["type"] in ("literal_error", "none_required") and name in INSTEAD:
+        return unsupported(name, f"can't have this value here: {INSTEAD[name]}")
+    said = dict.fromkeys(one["msg"] for one in errors if find_field(one) == param)  # of each type that may be there
+    message = f"{param or 'the body'}: {'; or: '.join(said)}"
     return ApiError(400, message, param=param, code="invalid_type" if "type" in first["type"] else "invalid_value")
+
+
+def find_field(error: Mapping[str, Any]) -> str | None:
+    """The field that an error is about, without the types that it may have."""
+    path = ""
+    for part in error["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ("body", "str", "int", "bool") and "[" not in part:
+            path += f".{part}" if path else part
+    return path or None

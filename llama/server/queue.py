@@ -20,12 +20,13 @@ class Queue:
         self.is_draining = False  # whether nothing new is taken, since the server is being stopped
 
     @contextlib.contextmanager
-    def admit(self, answers: int) -> Iterator[None]:
-        """Room for so many answers. Raises ApiError where there is none."""
+    def admit(self, answers: int, param: str | None = None) -> Iterator[None]:
+        """Room for so many answers. param: the field that asks for them. Raises ApiError where there is none."""
         if self.is_draining:
             raise ApiError(503, "the server is being stopped", kind="server_error", code="shutting_down")
         if answers > self.limit:
-            raise ApiError(400, f"{answers} answers were asked for, and the queue holds {self.limit}")
+            message = f"{answers} answers were asked for, and the queue holds {self.limit}"
+            raise ApiError(400, message, param=param, code="invalid_value")
         if self.open + answers > self.limit:
             headers = {"Retry-After": str(RETRY_SECONDS)}
             message = "the queue is full: try again later"

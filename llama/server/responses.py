@@ -20,6 +20,7 @@ from .response_items import ItemWriter, describe_usage
 from .service import Service
 
 STATE = ("previous_response_id", "conversation", "background", "prompt")  # what needs a server that keeps responses
+CHAT_NAMES = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}
 Short = Annotated[str, Field(max_length=64)]
 Long = Annotated[str, Field(max_length=512)]
 
@@ -182,7 +183,7 @@ class ResponseAnswer:
 
     def __init__(self, service: Service, body: ResponseBody):
         """Raises ApiError for what can't be asked."""
-        self._request = DialogRequest(service, read_body(body))
+        self._request = DialogRequest(service, read_body(body), CHAT_NAMES)
         self._writer = ItemWriter(service.llama.tokenizer, body.top_logprobs or 0 if body.include else None)
         standard = {"temperature": Settings().temperature, "top_p": Settings().top_p, **service.options.defaults}
         given = {key: value for key, value in body.model_dump().items() if value is not None}
@@ -199,7 +200,7 @@ class ResponseAnswer:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "temperature": given.get("temperature", standard["temperature"]),
-            "text": {"format": {"type": "text"}, **given.get("text", {})},
+            "text": {"format": {"type": "text"}, **{k: v for k, v in given.get("text", {}).items() if v is not None}},
             "tool_choice": body.tool_choice or "auto",
             "tools": [{key: tool.get(key) for key in ("type", *TOOL_KEYS)} for tool in body.tools or []],
             "top_logprobs": body.top_logprobs or 0,

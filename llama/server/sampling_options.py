@@ -31,7 +31,7 @@ def read_beams(body: Sampling, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a search for the likeliest answers. Raises ApiError for what has no meaning there."""
     for name in NOT_WITH_BEAMS:
         value = getattr(body, name, None)
-        if value is not None and value is not False:
+        if value is not None and value is not False and value != {"type": "text"}:
             raise unsupported(name, "goes without num_beams: beams are searched for, not drawn, and come as a whole")
     if (body.n or 1) > (body.num_beams or 1):
         raise bad_value(f"n is {body.n} and num_beams {body.num_beams}: expected at most as many answers", "n")
@@ -47,7 +47,7 @@ def read_id(token: str) -> int:
 def limit_length(prompt_tokens: int, most: int | None, max_seq_len: int, param: str) -> int | None:
     """The tokens that an answer may have. most: those that were asked for. Raises ApiError where there is no room."""
     room = max_seq_len - prompt_tokens
-    if room < 1 or (most is not None and most > room):
+    if room < (1 if most is None else most):
         asked = "" if most is None else f" ({prompt_tokens} in the prompt, {most} for the answer)"
         message = (
             f"This model's maximum context length is {max_seq_len} tokens. However, you requested "

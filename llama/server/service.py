@@ -52,9 +52,9 @@ class Service:
     def max_seq_len(self) -> int:
         return self.llama.model.params.max_seq_len
 
-    def admit(self, answers: int) -> contextlib.AbstractContextManager[None]:
-        """A context with room in the queue for so many answers. Raises ApiError where there is none."""
-        return self.queue.admit(answers)
+    def admit(self, answers: int, param: str | None = None) -> contextlib.AbstractContextManager[None]:
+        """A context with room in the queue for so many answers, which `param` asks for. Raises ApiError."""
+        return self.queue.admit(answers, param)
 
     def check_model(self, name: str | None) -> None:
         """Raise ApiError for another model than that which is served."""

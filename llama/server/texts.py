@@ -53,7 +53,7 @@ def encode_texts(service: Service, body: EmbeddingBody) -> list[list[int]]:
     """The texts' tokens, which fit the model. Raises ApiError, and LlamaError."""
     if body.dimensions is not None and body.dimensions != service.llama.model.params.dim:
         raise unsupported("dimensions", f"is {service.llama.model.params.dim} here: vectors aren't cut")
-    tokens = encode_prompts(service, body.input)
+    tokens = encode_prompts(service, body.input, "input")
     check_prompts(tokens, service.llama.model.params)
     return tokens
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import re
+import urllib.error
 import urllib.request
 from typing import Any
 
@@ -216,3 +218,42 @@ def test_what_is_wrong_is_refused_by_name(client: OpenAI, options: dict[str, Any
 def test_another_model_is_not_found(client: OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="`gpt-4` does not exist"):
         client.chat.completions.create(model="gpt-4", messages=DIALOG)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("responses", {"input": "a", "max_output_tokens": 9000}, "max_output_tokens", "context length"),
+        ("responses", {"input": []}, "input", ""),
+        ("responses", {"input": "a", "truncation": "auto"}, "truncation", "leave it out"),
+        ("embeddings", {"input": []}, "input", "input is empty"),
+        ("completions", {"prompt": {}}, "prompt", "valid string; or: .* valid list"),
+        ("completions", {"prompt": "a", "suffix": "y"}, "suffix", "leave it out"),
+        ("completions", {"prompt": "a", "stop": ""}, "stop", "stop is"),
+        ("completions", {"prompt": "a", "logit_bias": {"99999": 1}}, "logit_bias", "99999"),
+        ("completions", {"prompt": [99999]}, "prompt", "99999"),
+        ("completions", {"prompt": ["a"] * 300}, "prompt", "300 answers"),
+        ("chat/completions", {"messages": DIALOG, "store": True}, "store", "send false"),
+        ("chat/completions", {"messages": DIALOG, "response_format": {"type": "x"}}, "response_format", ""),
+        ("chat/completions", {"messages": "a"}, "messages", "valid list"),
+    ],
+)
+def test_errors_name_the_field_that_was_sent(server: Running, path: str, body: Any, param: str, words: str) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        post(server, f"/v1/{path}", body)
+    error = json.load(caught.value)["error"]
+    assert caught.value.code == 400 and error["param"] == param and re.search(words, error["message"]), error
+    told = {"suffix": "unsupported_parameter", "store": "unsupported_parameter", "truncation": "unsupported_parameter"}
+    assert error["code"] == told.get(param, error["code"])
+
+
+def test_a_body_that_is_not_called_json_is_refused_for_that(server: Running) -> None:
+    request = urllib.request.Request(f"{server.url}/v1/completions", b'{"prompt": "a"}', {"Content-Type": "text/plain"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=60)
+    assert json.load(caught.value)["error"]["message"] == "Content-Type must be application/json"
+
+
+def test_a_format_that_asks_for_nothing_goes_with_beams(server: Running) -> None:
+    asked = {"messages": DIALOG, "num_beams": 2, "max_tokens": 4, "response_format": {"type": "text"}}
+    assert post(server, "/v1/chat/completions", asked)["choices"][0]["message"]["content"]

@@ -239,3 +239,10 @@ def test_what_is_wrong_is_refused_by_name(client: OpenAI, options: dict[str, Any
     with pytest.raises(openai.BadRequestError, match=words) as caught:
         client.responses.create(**{"model": "demo", "input": ASKED, **options})
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("text", [{"verbosity": "medium"}, {"format": None}])
+def test_a_format_that_was_not_given_is_text(client: OpenAI, text: Any) -> None:
+    answer = client.responses.create(model="demo", input=ASKED, text=text, max_output_tokens=3)
+    check(answer)
+    assert answer.text is not None and answer.text.to_dict()["format"] == {"type": "text"}
