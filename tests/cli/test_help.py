@@ -76,3 +76,9 @@ def test_an_initial_that_fires_help_shows_is_taken(capsys: pytest.CaptureFixture
         finally:
             sys.argv = sys_argv
     assert seen == [5, 5]
+
+
+def test_the_help_of_serve_has_the_defaults_of_serve(show_help) -> None:
+    text = " ".join(show_help("serve").split())
+    assert "divide logits by X; 0 takes the likeliest token (default: 1)" in text
+    assert "tokens of mass X (default: 1)" in text and "requests that have none" in text
