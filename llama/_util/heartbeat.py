@@ -227,10 +227,16 @@ def find_heartbeat() -> Heartbeat | None:
     return next((thread for thread in threads if thread.is_looking), None)
 
 
-def name_lost_rank() -> str:
-    """The rank that has ended and that others may wait for, as messages name it."""
+def name_lost_rank(patience: float = 0.0) -> str:
+    """The rank that has ended and that others may wait for, as messages name it.
+
+    patience: seconds to wait until it is seen; its connections are closed a little before its process is gone.
+    """
     heartbeat = find_heartbeat()
-    ended = [peer.rank for peer in heartbeat.peers if peer.has_ended] if heartbeat is not None else []
+    peers = heartbeat.peers if heartbeat is not None else []
+    deadline = time.monotonic() + patience
+    while not (ended := [peer.rank for peer in peers if peer.has_ended]) and time.monotonic() < deadline:
+        time.sleep(0.01)
     return f"rank {ended[0]}" if ended else "another rank"
 
 

@@ -74,7 +74,7 @@ def capture_calls(function: Callable[[], Tensor]) -> Capture:
         for step in steps:
             step()
 
-    return Capture(replay if len(steps) > 1 else steps[0], output)
+    return Capture(steps[0] if len(steps) == 1 else replay, output)
 
 
 def join_calls(calls: Sequence[Call | Operation]) -> list[Operation]:

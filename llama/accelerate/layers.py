@@ -63,20 +63,19 @@ class FastLinear:
             y = self.product(x, self.bias)
             return all_gather(y, self.shared) if self.gathers else y
         y = all_reduce(self.product(x), self.shared)
-        return y if self.bias is None else add(y, self.bias, self.weight is not None)
+        return y if self.bias is None else add(y, self.bias)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.plain is not None:
             return F.linear(x, self.plain, bias)
         y = self.weight.packed.product(x)  # type: ignore[union-attr]
-        return y if bias is None else add(y, bias, self.weight is not None)
+        return y if bias is None else add(y, bias)
 
 
 class FastEmbedding:
     """Rows of the embedding, of which this rank has some; of the packed output layer where both are one matrix."""
 
-    def __init__(self, layer: VocabParallelEmbedding, kernels: bool, shared: SharedMemory | None):
-        self.kernels = kernels
+    def __init__(self, layer: VocabParallelEmbedding, shared: SharedMemory | None):
         self.first, self.rows = layer.vocab_start_index, layer.vocab_end_index - layer.vocab_start_index
         self.columns = layer.embedding_dim
         self.alone = get_model_parallel_world_size() == 1
@@ -93,7 +92,7 @@ class FastEmbedding:
         """The rows of tokens that this rank has, and zeros for the others."""
         packed = None if self.weight is None else self.weight.packed
         matrix = packed.packed if isinstance(packed, FloatMatrix) else self.plain
-        if self.kernels and matrix is not None and matrix.is_contiguous() and dispatch.runs_on_cpu(matrix):
+        if matrix is not None and matrix.is_contiguous() and dispatch.runs_on_cpu(matrix):
             return cpu.embed(tokens, matrix, self.rows, self.columns, self.first)
         own = tokens - self.first
         is_here = (own >= 0) & (own < self.rows)
@@ -147,8 +146,8 @@ def run_block(
 ) -> Tensor:
     """As `TransformerBlock.forward`. freqs_cis: complex, or the same numbers as pairs of real ones."""
     attended = run_attention(block, block.attention_norm(x), start_pos, freqs_cis, mask, caches)
-    h = add(x, attended, block.kernels)
-    return add(h, run_feed_forward(block, block.ffn_norm(h)), block.kernels)
+    h = add(x, attended)
+    return add(h, run_feed_forward(block, block.ffn_norm(h)))
 
 
 def run_attention(
@@ -188,7 +187,7 @@ class FastNetwork:
         modules: dict[str, Any] = dict(dict.items(model._modules))
         self.like = cast(Tensor, own_memory(modules["norm"], "weight"))  # of the model's dtype and device
         self.kernels = dispatch.is_available(self.like)
-        self.embed = FastEmbedding(modules["tok_embeddings"], self.kernels, shared)
+        self.embed = FastEmbedding(modules["tok_embeddings"], shared)
         self.blocks = [FastBlock(layer, self.kernels, shared) for layer in modules["layers"]]
         self.norm = FastNorm(modules["norm"], self.kernels)
         output = modules["output"]  # not linear in a model without an output layer, where it refuses to be called
@@ -232,9 +231,9 @@ class FastNetwork:
         return h
 
 
-def add(x: Tensor, y: Tensor, kernels: bool) -> Tensor:
-    """x (..., N) + y, of the same shape or (N). kernels: whether those of the CPU were compiled."""
-    if kernels and x.dtype == y.dtype and dispatch.runs_on_cpu(x):
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x (..., N) + y, of the same shape or (N)."""
+    if x.dtype == y.dtype and dispatch.runs_on_cpu(x):
         return cpu.add(x, y)
     return x + y
 

@@ -21,6 +21,8 @@ from ..checkpoints.demo import demo_checkpoint
 from ..errors import LlamaError, make_printable
 from .mistakes import SECONDS_FOR_RANK_0, format_error
 
+SECONDS_TO_END = 1.0  # that a rank whose connections are closed may take to be gone
+
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
@@ -57,7 +59,8 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         from .._util.heartbeat import name_lost_rank
 
-        print(f"error: rank {env_rank()[0]} has lost {name_lost_rank()}, which has ended", file=sys.stderr, flush=True)
+        lost = name_lost_rank(SECONDS_TO_END)
+        print(f"error: rank {env_rank()[0]} has lost {lost}, which has ended", file=sys.stderr, flush=True)
         os._exit(1)  # a normal exit would wait for the rank that has ended
 
 

@@ -121,8 +121,9 @@ class Engine(StepRunner):
         try:
             while live:
                 self.wait_any(live)
-                over = {s for s in live if s.is_over}  # looked at once: another thread's step may end more
-                live = [s for s in live if s not in over]
+                over = [s for s in live if s.is_over]  # looked at once: another thread's step may end more
+                ended = set(over)
+                live = [s for s in live if s not in ended]
                 yield from over
         finally:
             for s in live:

@@ -5,13 +5,13 @@ Plain rounding is written here: each group's largest number becomes the largest 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import ROOT, run_program, write_checkpoint
+from tiny import ARGS, ROOT, run_program, write_checkpoint
 from torch import Tensor, nn
 
 from llama import Llama, LlamaError
@@ -197,3 +197,14 @@ def test_text_on_ranks(endless: Path, quantization: str) -> None:
 def test_other_names_are_refused(endless: Path) -> None:
     with pytest.raises(LlamaError, match="quantization is 'int3', expected None or one of int8, int4"):
         Llama.build(endless, device="cpu", quantization="int3")
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_biases_without_kernels(tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantized model whose layers have biases computes where nothing was compiled, too."""
+    directory = write_checkpoint(tmp_path, replace(ARGS, qkv_bias=True, wo_bias=True, mlp_bias=True), endless=True)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    llama = Llama.build(directory, device="cpu", dtype="float32", quantization=quantization)
+    found = torch.tensor(llama.score(["a text of some words"])[0].logprobs)
+    llama.model.layers[0].register_forward_hook(lambda *_: None)  # now the model's own code runs, on the same numbers
+    assert torch.tensor(llama.score(["a text of some words"])[0].logprobs) == pytest.approx(found, abs=1e-4)

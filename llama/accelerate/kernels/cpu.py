@@ -72,9 +72,10 @@ class CallList:
         self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long), ctypes.c_long
 
     def __call__(self) -> None:
-        done, count, started = 0, len(self.calls), 0.0
+        done, count, waiting, started = 0, len(self.calls), -1, 0.0
         while (done := done + self._run(self._address + done * self._size, count - done, self._threads)) < count:
-            started = started or time.monotonic()
+            if done != waiting:
+                waiting, started = done, time.monotonic()
             self.calls[done].wait_on(time.monotonic() - started)
 
 
@@ -202,6 +203,8 @@ def swiglu(a: Tensor, b: Tensor) -> Tensor:
 
 def add(x: Tensor, z: Tensor) -> Tensor:
     """x (..., N) + z, which has the same shape, or is (N)."""
+    if z.shape not in (x.shape, x.shape[-1:]) or z.dtype != x.dtype:
+        raise RuntimeError(f"x is {x.dtype} {tuple(x.shape)}, and what is added {z.dtype} {tuple(z.shape)}")
     x, z = x.contiguous(), z.contiguous()
     y = x.new_empty(x.shape)
     is_row, columns = z.ndim < x.ndim, x.shape[-1]

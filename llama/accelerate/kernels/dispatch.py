@@ -45,8 +45,9 @@ def can_attend(x: Tensor, seqlen: int) -> bool:
 
 
 def runs_on_cpu(x: Tensor) -> bool:
-    """Whether the CPU's functions, if they were compiled, compute with `x`, outside of torch.compile."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and not torch.compiler.is_compiling()
+    """Whether the CPU's functions compute with `x` now: outside of torch.compile, and where they were compiled."""
+    is_fitting = x.device.type == "cpu" and x.dtype in DTYPES
+    return is_fitting and not torch.compiler.is_compiling() and cpu.library() is not None
 
 
 def is_available(like: Tensor) -> bool:

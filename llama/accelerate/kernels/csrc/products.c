@@ -59,6 +59,7 @@ static void shape_tiles(long rows) {
         shape.bytes[t] = 64;
         shape.rows[t] = (uint8_t)(is_weight ? TILE : is_other ? rows - TILE : count_left(0, TILE, rows));
     }
+    __asm__ volatile("" : : "r"(&shape) : "memory");  /* older compilers think that only the first 8 bytes are read */
     _tile_loadconfig(&shape);
 }
 
