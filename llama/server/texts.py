@@ -12,8 +12,9 @@ import numpy as np
 from ..engine.ending import Ending
 from ..engine.request_checks import check_prompts
 from ..engine.scoring import embed_tokens
+from ..errors import LlamaError
 from .completions import encode_prompts
-from .errors import ApiError, unsupported
+from .errors import ApiError, refused, unsupported
 from .messages import encode_dialog
 from .protocol import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
@@ -54,7 +55,10 @@ def encode_texts(service: Service, body: EmbeddingBody) -> list[list[int]]:
     if body.dimensions is not None and body.dimensions != service.llama.model.params.dim:
         raise unsupported("dimensions", f"is {service.llama.model.params.dim} here: vectors aren't cut")
     tokens = encode_prompts(service, body.input, "input")
-    check_prompts(tokens, service.llama.model.params)
+    try:
+        check_prompts(tokens, service.llama.model.params)
+    except LlamaError as e:
+        raise refused(e, "input") from e
     return tokens
 
 

@@ -227,6 +227,7 @@ def test_another_model_is_not_found(client: OpenAI) -> None:
         ("responses", {"input": []}, "input", ""),
         ("responses", {"input": "a", "truncation": "auto"}, "truncation", "leave it out"),
         ("embeddings", {"input": []}, "input", "input is empty"),
+        ("embeddings", {"input": [99999]}, "input", "99999"),
         ("completions", {"prompt": {}}, "prompt", "valid string; or: .* valid list"),
         ("completions", {"prompt": "a", "suffix": "y"}, "suffix", "leave it out"),
         ("completions", {"prompt": "a", "stop": ""}, "stop", "stop is"),
