@@ -144,10 +144,12 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
     async def text_of(body: DetokenizeBody) -> Response:
         return JSONResponse(await service.call(detokenize, service, body))
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         return respond_with_page()
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse(

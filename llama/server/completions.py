@@ -77,7 +77,7 @@ class Completion:
         output = OutputOptions(
             body.logprobs is not None or body.best_of is not None, bool(body.echo), body.logprobs or 0
         )
-        return await service.submit(prompts, self._settings, output, self._generated, body.cache_prompt)
+        return await service.submit(prompts, self._settings, output, self._generated, body.cache_prompt is not False)
 
     async def complete(self) -> dict[str, Any]:
         """The whole answers."""

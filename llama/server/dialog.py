@@ -94,7 +94,7 @@ class DialogRequest:
         output = OutputOptions(bool(body.logprobs), False, body.top_logprobs or 0)
         if body.has_beams:
             return await begin_search(service, [prompt], self._settings, body)
-        return await service.submit([prompt], self._settings, output, self.n, body.cache_prompt)
+        return await service.submit([prompt], self._settings, output, self.n, body.cache_prompt is not False)
 
     def encode(self) -> list[int]:
         """The prompt's tokens. Raises ApiError."""

@@ -62,7 +62,7 @@ class Sampling(Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     num_beams: Annotated[int, Field(ge=1, le=MOST_BEAMS)] | None = None  # above 1: search for the likeliest
-    cache_prompt: bool = True  # whether to begin at what the KV cache holds, and to leave something to later requests
+    cache_prompt: bool | None = None  # False: begin at nothing cached, and leave nothing to others
 
     @property
     def has_beams(self) -> bool:
@@ -101,7 +101,7 @@ class EmbeddingBody(Body):
 
     input: str | list[str] | Tokens | list[Tokens]
     model: str | None = None
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
 
@@ -112,7 +112,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
     model: str | None = None
-    add_special_tokens: bool = True
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeBody(Body):

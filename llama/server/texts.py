@@ -14,7 +14,7 @@ from ..engine.request_checks import check_prompts
 from ..engine.scoring import embed_tokens
 from ..errors import LlamaError
 from .completions import encode_prompts
-from .errors import ApiError, refused, unsupported
+from .errors import ApiError, bad_value, refused, unsupported
 from .messages import encode_dialog
 from .protocol import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
@@ -62,7 +62,7 @@ def encode_texts(service: Service, body: EmbeddingBody) -> list[list[int]]:
     return tokens
 
 
-def write_vector(vector: np.ndarray, encoding: str) -> Any:
+def write_vector(vector: np.ndarray, encoding: str | None) -> Any:
     if encoding == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     return vector.tolist()
@@ -73,9 +73,11 @@ def tokenize(service: Service, body: TokenizeBody) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt", code="invalid_value")
     if body.messages is not None:
+        if body.add_special_tokens is False:
+            raise bad_value("add_special_tokens is false, and a dialog's template writes them", "add_special_tokens")
         tokens = encode_dialog(service.llama.formatter, body.messages, {})
     else:
-        tokens = service.llama.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens, eos=False)
+        tokens = service.llama.tokenizer.encode(body.prompt or "", bos=body.add_special_tokens is not False, eos=False)
     return {"tokens": tokens, "count": len(tokens), "max_model_len": service.max_seq_len}
 
 

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -258,3 +259,21 @@ def test_a_body_that_is_not_called_json_is_refused_for_that(server: Running) -> 
 def test_a_format_that_asks_for_nothing_goes_with_beams(server: Running) -> None:
     asked = {"messages": DIALOG, "num_beams": 2, "max_tokens": 4, "response_format": {"type": "text"}}
     assert post(server, "/v1/chat/completions", asked)["choices"][0]["message"]["content"]
+
+
+def test_null_is_as_if_nothing_was_sent(server: Running) -> None:
+    bodies: dict[str, Any] = {
+        "/v1/embeddings": {"input": "a", "encoding_format": None},
+        "/v1/completions": {"prompt": "a", "max_tokens": 1, "cache_prompt": None},
+        "/tokenize": {"prompt": "a", "add_special_tokens": None},
+    }
+    for path, body in bodies.items():
+        assert httpx2.post(server.url + path, json=body).status_code == 200
+    body = {"messages": DIALOG, "add_special_tokens": False}
+    assert httpx2.post(server.url + "/tokenize", json=body).status_code == 400
+
+
+def test_probes_may_ask_for_heads(server: Running) -> None:
+    for path in ("/", "/health"):
+        answer = httpx2.head(server.url + path)
+        assert answer.status_code == 200 and not answer.content
