@@ -18,7 +18,7 @@ class Ending:
         self._texts: Sequence[TokenSequence] = ()  # that are read now
 
     def end(self, engine: Engine) -> None:
-        """Nothing more is read, and raises LlamaError."""
+        """Nothing more is read: what goes on raises LlamaError."""
         self._is_wanted = False
         for text in self._texts:
             engine.cancel(text)

@@ -190,12 +190,10 @@ def read_states(
 ) -> Iterator[int]:
     """Places of rows of tokens, each as soon as its consumer was given the states of all its tokens."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    texts = [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order]
-    if ending is not None:
-        ending.check(texts)
+    texts, ending = [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order], ending or Ending()
+    ending.check(texts)
     for s in read_all(engine, texts, label):
-        if ending is not None:
-            ending.check(texts)
+        ending.check(texts)
         yield s.index
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..tokenization.tool_parser import ArgumentPiece, CallStart, ContentPiece, Delta, ReasoningPiece
 from .dialog import DialogRequest, Running
-from .errors import bad_value
+from .errors import bad_value, unknown_key
 from .messages import check_keys
 from .protocol import Body, ChatBody, Number
 from .service import Service
@@ -99,7 +99,7 @@ def read_text(content: Any, place: str) -> str:
 def read_message(message: dict[str, Any], place: str) -> list[dict[str, Any]]:
     """A message as those of a chat: results of tools become messages of their own."""
     if unknown := sorted(message.keys() - {"role", "content"}):
-        raise bad_value(f"{place} has the unknown key {unknown[0][:40]!r}", place)
+        raise unknown_key(place, unknown[0])
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant"):
         raise bad_value(f"{place} has the role {str(role)[:40]!r}, expected user or assistant", place)

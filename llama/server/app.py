@@ -28,7 +28,7 @@ from .protocol import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, T
 from .responses import ResponseAnswer, ResponseBody
 from .service import Service
 from .stopping import Failure, FailureGuard
-from .streams import NAMED, PLAIN, respond_whole, respond_with_events, write_error
+from .streams import respond, respond_whole, write_error
 from .texts import detokenize, embed, tokenize
 
 LOG = logging.getLogger("llama.server")
@@ -93,31 +93,19 @@ def add_endpoints(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatBody) -> Response:
-        chat = Chat(service, body)
-        if body.stream:
-            return await respond_with_events(request, chat.stream(), PLAIN)
-        return await respond_whole(request, chat.complete)
+        return await respond(request, Chat(service, body), body.stream)
 
     @app.post("/v1/completions")
     async def completions(request: Request, body: CompletionBody) -> Response:
-        one = Completion(service, body)
-        return await (
-            respond_with_events(request, one.stream(), PLAIN) if body.stream else respond_whole(request, one.complete)
-        )
+        return await respond(request, Completion(service, body), body.stream)
 
     @app.post("/v1/responses")
     async def responses(request: Request, body: ResponseBody) -> Response:
-        answer = ResponseAnswer(service, body)
-        if body.stream:
-            return await respond_with_events(request, answer.stream(), NAMED)
-        return await respond_whole(request, answer.complete)
+        return await respond(request, ResponseAnswer(service, body), body.stream)
 
     @app.post("/v1/messages")
     async def messages(request: Request, body: MessageBody) -> Response:
-        answer = MessageAnswer(service, body)
-        if body.stream:
-            return await respond_with_events(request, answer.stream(), NAMED)
-        return await respond_whole(request, answer.complete)
+        return await respond(request, MessageAnswer(service, body), body.stream)
 
     @app.post("/v1/messages/count_tokens")
     async def count(body: CountBody) -> Response:

@@ -17,7 +17,7 @@ from ..engine.request_checks import check_budget, check_prompts, check_token_ids
 from ..engine.sequence import Step
 from ..errors import LlamaError
 from ..settings import Settings
-from .errors import ApiError, failed
+from .errors import failed, too_late
 from .protocol import Sampling
 from .service import Service
 
@@ -52,8 +52,7 @@ class Search:
             async with asyncio.timeout(seconds):
                 found = await asyncio.get_running_loop().run_in_executor(self._service.searches, self._search)
         except TimeoutError:
-            message = f"the answer took more than {seconds:.0f} s"
-            raise ApiError(504, message, kind="server_error", code="timeout") from None
+            raise too_late(seconds) from None
         except LlamaError as e:
             raise failed(e) from e
         steps = [step for row, completion in enumerate(found) for step in write_steps(row, completion)]

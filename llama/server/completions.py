@@ -15,7 +15,7 @@ from .beams import Search, begin_search
 from .choices import TokenPlacer, count_usage
 from .errors import bad_value
 from .protocol import CompletionBody
-from .sampling_options import count_choices, limit_length, read_settings
+from .sampling_options import check_length, count_choices, read_settings
 from .service import Answers, Service
 
 
@@ -64,13 +64,7 @@ class Completion:
         prompts = await service.call(encode_prompts, service, body.prompt)
         most = 16 if body.max_tokens is None else body.max_tokens  # the API's default
         for prompt in prompts:
-            room = service.max_seq_len - len(prompt)
-            limit_length(
-                len(prompt),
-                most if body.max_tokens is not None else min(most, max(room, 1)),
-                service.max_seq_len,
-                "prompt",
-            )
+            check_length(len(prompt), 1 if body.max_tokens is None else most, service.max_seq_len, "prompt")
         self._settings["max_gen_len"] = max(most, 1)
         if body.has_beams:
             return await begin_search(service, prompts, self._settings, body)

@@ -16,7 +16,7 @@ from .beams import Search, begin_search
 from .errors import bad_value, rename_fields, unsupported
 from .messages import encode_dialog
 from .protocol import ChatBody
-from .sampling_options import count_choices, limit_length, read_settings
+from .sampling_options import check_length, count_choices, read_settings
 from .service import Answers, Service
 from .tools import read_tools
 
@@ -88,7 +88,7 @@ class DialogRequest:
         asked, param = (body.max_tokens, "max_tokens") if asked is None else (asked, param)
         if asked == 0:
             raise bad_value(f"{param} is 0, expected at least 1", param)
-        limit_length(len(prompt), asked, service.max_seq_len, param if asked is not None else "messages")
+        check_length(len(prompt), asked, service.max_seq_len, param if asked is not None else "messages")
         if asked is not None:
             self._settings["max_gen_len"] = asked
         output = OutputOptions(bool(body.logprobs), False, body.top_logprobs or 0)

@@ -57,6 +57,22 @@ def unsupported(param: str, why: str) -> ApiError:
     return ApiError(400, f"{param} {why}", param=param, code="unsupported_parameter")
 
 
+def unknown_key(place: str, key: str) -> ApiError:
+    """A key of an object within a body that the API, or this server, doesn't have."""
+    return bad_value(f"{place} has the unknown key {key[:40]!r}", f"{place}.{key[:40]}")
+
+
+def too_late(seconds: float) -> ApiError:
+    """An answer that wasn't there after so long."""
+    message = f"the answer took more than {seconds:.0f} s"
+    return ApiError(504, message, kind="server_error", code="timeout")
+
+
+def lost_rank(message: str) -> ApiError:
+    """Another rank of the model has ended, as the message says."""
+    return ApiError(503, message, kind="server_error", code="lost_rank")
+
+
 def refused(error: LlamaError, param: str | None = None) -> ApiError:
     """A request that the library refuses."""
     told = TOLD_FIRST.match(str(error))
@@ -89,7 +105,7 @@ def find_loss(error: BaseException | None) -> ApiError | None:
         error = error.__cause__
     if error is None:
         return None
-    return ApiError(503, f"{name_lost_rank()} of the model has ended", kind="server_error", code="lost_rank")
+    return lost_rank(f"{name_lost_rank()} of the model has ended")
 
 
 def invalid(error: RequestValidationError | ValidationError) -> ApiError:

@@ -11,7 +11,7 @@ from ..errors import LlamaError
 from ..tokenization.chat_template import TemplateFormat, find_variables
 from ..tokenization.messages import DIALOG_OPTIONS, DialogOptions
 from ..tokenization.protocol import AnyChatFormat
-from .errors import bad_value, refused, unsupported
+from .errors import bad_value, refused, unknown_key, unsupported
 
 # What templates do with reasoning is theirs: most leave it out on purpose. Which call a result belongs to, its place
 # says too, and so does the call the result's name.
@@ -107,4 +107,4 @@ def read_call(call: Any, place: str) -> dict[str, Any]:
 def check_keys(given: Mapping[str, Any], known: set[str], place: str) -> None:
     """Raise ApiError for a key that the API doesn't have, or that this server can't do anything with."""
     if unknown := sorted(key for key in given.keys() - known if not is_empty(given[key])):
-        raise bad_value(f"{place} has the unknown key {unknown[0][:40]!r}", f"{place}.{unknown[0][:40]}")
+        raise unknown_key(place, unknown[0])

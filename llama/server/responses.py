@@ -13,7 +13,7 @@ from pydantic import Field
 
 from ..settings import Settings
 from .dialog import DialogRequest, Running
-from .errors import ApiError, bad_value, unsupported
+from .errors import ApiError, bad_value, unknown_key, unsupported
 from .messages import check_keys
 from .protocol import MOST_TOP_LOGPROBS, Body, ChatBody, Number
 from .response_items import ItemWriter, describe_usage
@@ -97,7 +97,7 @@ def add_item(messages: list[dict[str, Any]], item: dict[str, Any], place: str) -
         raise unsupported(place, f"is of the type {str(kind)[:40]!r}, expected one of {', '.join(ITEM_KEYS)}")
     given = {key for key, value in item.items() if value is not None}
     if unknown := sorted(given - ITEM_KEYS[kind] - {"type", "id", "status"}):
-        raise bad_value(f"{place} has the unknown key {unknown[0][:40]!r}", f"{place}.{unknown[0][:40]}")
+        raise unknown_key(place, unknown[0])
     last = messages[-1] if messages and messages[-1]["role"] == "assistant" else None
     if kind == "message":
         role, content = item.get("role"), read_text(item.get("content"), f"{place}.content")
@@ -153,7 +153,7 @@ def read_tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
         found = str(tool.get("type"))[:40]
         raise unsupported(place, f"is of the type {found!r}, expected function: the server has no tools of its own")
     if unknown := sorted(tool.keys() - {"type", *TOOL_KEYS}):
-        raise bad_value(f"{place} has the unknown key {unknown[0][:40]!r}", f"{place}.{unknown[0][:40]}")
+        raise unknown_key(place, unknown[0])
     return {"type": "function", "function": {key: tool[key] for key in TOOL_KEYS if tool.get(key) is not None}}
 
 

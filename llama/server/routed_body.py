@@ -7,14 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-FIELDS = (
-    "tools",
-    "system",
-    "instructions",
-    "messages",
-    "prompt",
-    "input",
-)  # of a prompt, in the order in which it has them
+FIELDS = ("tools", "system", "instructions", "messages", "prompt", "input")  # of a prompt, in the order that it has
 FIRST_BLOCK = 64  # bytes
 
 
@@ -67,4 +60,4 @@ def count_answers(asked: dict[str, Any]) -> int:
     prompt = asked.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
     counts = [value for name in ("n", "best_of") if isinstance(value := asked.get(name), int)]
-    return prompts * max(1, *counts, 1)
+    return prompts * max([1, *counts])

@@ -44,8 +44,8 @@ def read_id(token: str) -> int:
     return int(token)
 
 
-def limit_length(prompt_tokens: int, most: int | None, max_seq_len: int, param: str) -> int | None:
-    """The tokens that an answer may have. most: those that were asked for. Raises ApiError where there is no room."""
+def check_length(prompt_tokens: int, most: int | None, max_seq_len: int, param: str) -> None:
+    """Raise ApiError where there is no room for an answer. most: tokens that were asked for."""
     room = max_seq_len - prompt_tokens
     if room < (1 if most is None else most):
         asked = "" if most is None else f" ({prompt_tokens} in the prompt, {most} for the answer)"
@@ -54,7 +54,6 @@ def limit_length(prompt_tokens: int, most: int | None, max_seq_len: int, param: 
             f"{prompt_tokens + (most or 0)} tokens{asked}. Please reduce the length of the prompt or of the answer."
         )
         raise ApiError(400, message, param=param, code="context_length_exceeded")
-    return most
 
 
 def count_choices(n: int | None, best_of: int | None = None) -> int:

@@ -16,7 +16,7 @@ from ..engine.sequence import OutputOptions, Step
 from ..engine.sequence_maker import CallOptions
 from ..errors import LlamaError
 from ..generation import Llama
-from .errors import ApiError, failed, refused
+from .errors import ApiError, failed, refused, too_late
 from .metrics import Metrics
 from .queue import Queue
 
@@ -136,8 +136,7 @@ class Answers:
             await self._news.wait()
             self._news.clear()
             if self._is_late:
-                message = f"the answer took more than {self._timeout:.0f} s"
-                raise ApiError(504, message, kind="server_error", code="timeout")
+                raise too_late(self._timeout)
 
     @property
     def prompts(self) -> list[list[int]]:

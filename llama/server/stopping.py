@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._util.heartbeat import find_heartbeat
-from .errors import ApiError
+from .errors import ApiError, lost_rank
 from .queue import Queue
 from .streams import find_style, write_error
 
@@ -66,7 +66,7 @@ class Failure:
 
     def tell(self, message: str) -> None:
         """Answer all open requests with an error, and wait until they have it, for a short time. For another thread."""
-        self.error = ApiError(503, message, kind="server_error", code="lost_rank")
+        self.error = lost_rank(message)
         if self._loop is None:
             return
         with contextlib.suppress(RuntimeError):  # the loop is closed

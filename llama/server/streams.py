@@ -6,7 +6,7 @@ Knows HTTP's responses; knows no endpoint's fields.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -71,6 +71,23 @@ async def stream_events(
         yield style.write(style.write_error(failed(e)))
         raise
     yield style.ending
+
+
+class Answer(Protocol):
+    """A request to an endpoint that generates."""
+
+    def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """The answer in events."""
+
+    async def complete(self) -> dict[str, Any]:
+        """The whole answer."""
+
+
+async def respond(request: Request, answer: Answer, streams: bool | None) -> Response:
+    """The answer in events, as its path's protocol writes them, or as a whole. Raises ApiError."""
+    if streams:
+        return await respond_with_events(request, answer.stream(), find_style(request.url.path))
+    return await respond_whole(request, answer.complete)
 
 
 async def respond_with_events(request: Request, events: AsyncIterator[dict[str, Any]], style: EventStyle) -> Response:

@@ -14,7 +14,7 @@ from ..engine.request_checks import check_prompts
 from ..engine.scoring import embed_tokens
 from ..errors import LlamaError
 from .completions import encode_prompts
-from .errors import ApiError, bad_value, refused, unsupported
+from .errors import ApiError, bad_value, refused, too_late, unsupported
 from .messages import encode_dialog
 from .protocol import DetokenizeBody, EmbeddingBody, TokenizeBody
 from .service import Service
@@ -37,8 +37,7 @@ async def embed(service: Service, body: EmbeddingBody) -> dict[str, Any]:
                     some = tokens[start : start + most]
                     vectors += list((await service.call(embed_tokens, engine, some, ending=ending)).numpy())
         except TimeoutError:
-            message = f"the answer took more than {seconds:.0f} s"
-            raise ApiError(504, message, kind="server_error", code="timeout") from None
+            raise too_late(seconds) from None
         finally:
             ending.end(engine)
     data = [
