@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ..errors import LlamaError, to_one_line
@@ -48,7 +49,8 @@ def main() -> None:
     load = ServeLoad(**{**asked["load"], **ranges})
     requests = [LoadRequest(**request) for request in asked["requests"]]
     host, port = asked["address"]
-    answers = ask_all(lambda request, start: ask((host, port), request, start), load, requests)
+    own = Endpoint("the server", "/v1/completions", write_body, read_moments)
+    answers = ask_all(partial(own.ask, (host, port)), load, requests)
     json.dump([asdict(answer) for answer in answers], sys.stdout)
 
 
@@ -64,24 +66,37 @@ def ask_all(
         return list(clients.map(lambda request: ask_one(request, start), requests))
 
 
-def ask(address: Address, request: LoadRequest, start: float) -> Answer:
-    """Send a request when it arrives, and note when each token comes. Raises LlamaError for too few of them."""
-    body = {
-        "prompt": request.prompt,
-        "max_tokens": request.gen,
-        "temperature": 0,
-        "stream": True,
-        "cache_prompt": False,
-    }
-    try:
-        submitted, pieces = send(address, "/v1/completions", body, request, start)
-    except (OSError, http.client.HTTPException) as e:
-        raise LlamaError(f"the server doesn't answer: {to_one_line(e)}") from e
-    moments = read_moments(pieces)
-    if len(moments) != request.gen:
-        said = to_one_line(b"".join(piece for _, piece in pieces)[-300:].decode(errors="replace"))
-        raise LlamaError(f"the server made {len(moments)} tokens, expected {request.gen}; it says {said}")
-    return Answer(submitted, moments)
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server continues prompts, and how."""
+
+    server: str  # its name, for messages
+    path: str
+    write_body: Callable[[LoadRequest], dict[str, Any]]
+    read_moments: Callable[[Sequence[Piece]], list[float]]  # when each token was known to the client
+    advice: str = ""  # at the end of messages
+
+    def ask(self, address: Address, request: LoadRequest, start: float) -> Answer:
+        """Send a request when it arrives, and note when each token comes. start: of the load, on the clock.
+
+        Raises LlamaError if the answer isn't as long as was asked for.
+        """
+        try:
+            submitted, pieces = send(address, self.path, self.write_body(request), request, start)
+        except (OSError, http.client.HTTPException) as e:
+            raise LlamaError(f"{self.server} doesn't answer: {to_one_line(e)}{self.advice}") from e
+        moments = self.read_moments(pieces)
+        if len(moments) != request.gen:
+            said = to_one_line(b"".join(piece for _, piece in pieces)[-300:].decode(errors="replace"))
+            raise LlamaError(
+                f"{self.server} made {len(moments)} tokens, expected {request.gen}; it says {said}{self.advice}"
+            )
+        return Answer(submitted, moments)
+
+
+def write_body(request: LoadRequest) -> dict[str, Any]:
+    fixed = {"temperature": 0, "stream": True, "cache_prompt": False}
+    return {"prompt": request.prompt, "max_tokens": request.gen, **fixed}
 
 
 def send(

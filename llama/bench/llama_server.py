@@ -7,10 +7,9 @@ which has the program; knows no figures.
 import http.client
 import json
 import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,12 @@ from ..accelerate.quantization import Quantization
 from ..errors import LlamaError, to_one_line
 from ..model import ModelArgs
 from .gguf_vocabulary import find_source, read_vocabulary
-from .http_clients import Piece, ask_all, send
+from .http_clients import Endpoint, Piece, ask_all
 from .llama_cpp import check_architecture, write_gguf
 from .load import Answer, LoadRequest, ServeLoad
+from .server_process import LoggedProcess
 
 HOST = "127.0.0.1"
-SECONDS_TO_START = 300
-SECONDS_TO_STOP = 10
 ERROR = " E "  # in a line of the server's log
 
 
@@ -51,14 +49,12 @@ class LlamaServerSubject:
         check_architecture(args, quantization)
         vocabulary = read_vocabulary(find_source()).resize(args.vocab_size)
         self._directory = tempfile.TemporaryDirectory()
-        path, self._log = Path(self._directory.name, "model.gguf"), tempfile.TemporaryFile()  # noqa: SIM115 # see close
+        path = Path(self._directory.name, "model.gguf")
         try:
             write_gguf(path, args, dtype, quantization, tensors, vocabulary)
             self.address = HOST, find_free_port()
-            words = list_words(path, self.address, args, dtype)
-            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
+            self._process = LoggedProcess(list_words(path, self.address, args, dtype))
         except BaseException:
-            self._log.close()
             self._directory.cleanup()
             raise
         try:
@@ -69,28 +65,18 @@ class LlamaServerSubject:
 
     def close(self) -> None:
         """End the server and remove its file."""
-        self._process.terminate()
-        try:
-            self._process.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+        self._process.close()
         self._directory.cleanup()
 
     def serve(self, load: ServeLoad, requests: Sequence[LoadRequest]) -> list[Answer]:
-        return ask_all(lambda request, start: ask(self.address, request, start), load, requests)
+        return ask_all(partial(COMPLETION.ask, self.address), load, requests)
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + SECONDS_TO_START
-        while not is_ready(self.address):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self._log.seek(0)
-                lines = self._log.read().decode(errors="replace").splitlines()
-                errors = [line for line in lines if ERROR in line]  # the first says why, the others that it ends
-                said = to_one_line((errors or lines or ["nothing was said"])[0])
-                raise LlamaError(f"llama.cpp's server didn't start: {said}: leave llama.cpp out of --compare")
-            time.sleep(0.1)
+        if not self._process.wait_until(lambda: is_ready(self.address)):
+            lines = self._process.read_log().splitlines()
+            errors = [line for line in lines if ERROR in line]  # the first says why, the others that it ends
+            said = to_one_line((errors or lines or ["nothing was said"])[0])
+            raise LlamaError(f"llama.cpp's server didn't start: {said}: leave llama.cpp out of --compare")
 
 
 def list_words(path: Path, address: tuple[str, int], args: ModelArgs, dtype: torch.dtype) -> list[str]:
@@ -142,26 +128,10 @@ def is_ready(address: tuple[str, int]) -> bool:
         connection.close()
 
 
-def ask(address: tuple[str, int], request: LoadRequest, start: float) -> Answer:
-    """Send a request when it arrives, and note when each token comes. start: of the load, on the clock.
-
-    Raises LlamaError if the answer isn't as long as was asked for.
-    """
+def write_body(request: LoadRequest) -> dict[str, Any]:
     settings = {"n_predict": request.gen, "ignore_eos": True, "cache_prompt": False, "stream": True}
     likeliest = {"samplers": ["top_k"], "top_k": 1}
-    body = {"prompt": request.prompt, **settings, **likeliest}
-    try:
-        submitted, pieces = send(address, "/completion", body, request, start)
-    except (OSError, http.client.HTTPException) as e:
-        raise LlamaError(f"llama.cpp's server doesn't answer: {to_one_line(e)}: leave it out of --compare") from e
-    moments = read_moments(pieces)
-    if len(moments) != request.gen:
-        said = to_one_line(b"".join(piece for _, piece in pieces)[-100:].decode(errors="replace"))
-        raise LlamaError(
-            f"llama.cpp's server made {len(moments)} tokens, expected {request.gen}; it says {said}: leave it out of "
-            "--compare"
-        )
-    return Answer(submitted, moments)
+    return {"prompt": request.prompt, **settings, **likeliest}
 
 
 def read_moments(pieces: Sequence[Piece]) -> list[float]:
@@ -178,3 +148,6 @@ def read_moments(pieces: Sequence[Piece]) -> list[float]:
                 count = json.loads(line.removeprefix(b"data: ")).get("tokens_predicted", 0)
                 moments += [moment] * (count - len(moments))
     return moments
+
+
+COMPLETION = Endpoint("llama.cpp's server", "/completion", write_body, read_moments, ": leave it out of --compare")

@@ -23,7 +23,7 @@ from llama.bench import llama_server
 from llama.bench.gguf_vocabulary import Vocabulary, find_source, read_vocabulary
 from llama.bench.http_clients import ask_all
 from llama.bench.llama_cpp import write_gguf
-from llama.bench.llama_server import LlamaServerSubject, ask, read_moments
+from llama.bench.llama_server import COMPLETION, LlamaServerSubject, read_moments
 from llama.bench.load import LoadRequest, Range, ServeLoad
 from llama.bench.serve_runner import PACKAGES, SERVE_PEERS, ServeConfig, run_serve_benchmark
 from llama.bench.subjects import build_random_model, check_peers, iterate_tensors
@@ -130,7 +130,7 @@ def test_clients_ask_for_so_many_tokens_and_no_reuse(fake_server: ThreadingHTTPS
     load = replace(LOAD, rate=rate)
     requests = load.make_requests(9)
     address = "127.0.0.1", fake_server.server_port
-    answers = ask_all(lambda request, start: ask(address, request, start), load, requests)
+    answers = ask_all(lambda request, start: COMPLETION.ask(address, request, start), load, requests)
     assert [len(answer.token_seconds) for answer in answers] == [request.gen for request in requests]
     assert all(answer.submitted < answer.token_seconds[0] for answer in answers)
     assert [answer.submitted for answer in answers if rate is not None] == [r.arrival for r in requests if r.arrival]
@@ -144,12 +144,12 @@ def test_clients_ask_for_so_many_tokens_and_no_reuse(fake_server: ThreadingHTTPS
 def test_an_answer_that_is_too_short_is_told(fake_server: ThreadingHTTPServer) -> None:
     address = ("127.0.0.1", fake_server.server_port)
     with pytest.raises(LlamaError, match=r"made 4 tokens, expected 5; it says .*: leave it out of --compare"):
-        ask(address, LoadRequest([9, 1], 5, None), 0.0)
+        COMPLETION.ask(address, LoadRequest([9, 1], 5, None), 0.0)
 
 
 def test_a_server_that_is_gone_is_told() -> None:
     with pytest.raises(LlamaError, match=r"llama\.cpp's server doesn't answer: .*refused"):
-        ask(("127.0.0.1", llama_server.find_free_port()), LoadRequest([1], 5, None), 0.0)
+        COMPLETION.ask(("127.0.0.1", llama_server.find_free_port()), LoadRequest([1], 5, None), 0.0)
 
 
 def test_a_server_that_does_not_start_is_told(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
