@@ -212,7 +212,7 @@ def test_threads_wait_where_a_call_needs_what_others_wrote(calls: list[tuple[int
     made = []
     for target, y, z in calls:
         arguments = (memories[y], memories[z], memories[target], 3000, 1, 0)
-        made.append(cpu.Call("add_float", cpu.pack_arguments(arguments), arguments[:2], (memories[target],)))
+        made.append(cpu.Call("add_float", arguments, (memories[target],)))
         expected[target] = expected[y] + expected[z]
     before = torch.get_num_threads()
     torch.set_num_threads(4)

@@ -10,8 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -41,18 +40,17 @@ def library() -> ctypes.CDLL | None:
 # --- calls ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call of a function of the library on the memory of tensors."""
 
     name: str  # the function's
-    arguments: bytes  # addresses and numbers
-    reads: tuple[Tensor, ...]
+    arguments: tuple[Tensor | int | float, ...]
     writes: tuple[Tensor, ...]
     wait_on: Callable[[float], None] | None = None  # called with seconds while other ranks don't come; may raise
 
 
 CAPTURED: ContextVar[list[Any] | None] = ContextVar("captured", default=None)  # by a capture in this thread
+LAYOUTS: dict[str, struct.Struct] = {}  # of calls in csrc/calls.c, by the functions' names, once they were called
 
 
 class CallList:
@@ -61,22 +59,16 @@ class CallList:
     def __init__(self, calls: Sequence[Call]):
         self.calls = calls  # which keep their tensors
         self._threads = torch.get_num_threads()
-        waits = find_waits(calls)
-        words = [
-            struct.pack("Pq", address(library(), call.name), wait) + call.arguments.ljust(8 * ARGUMENTS, b"\0")
-            for call, wait in zip(calls, waits, strict=True)
-        ]
-        self._size, self._memory = len(words[0]), ctypes.create_string_buffer(b"".join(words))
-        self._address = ctypes.addressof(self._memory)
-        self._run = library().run_calls  # type: ignore[union-attr]
-        self._run.argtypes, self._run.restype = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long), ctypes.c_long
+        packed = [pack_call(call, waits) for call, waits in zip(calls, find_waits(calls), strict=True)]
+        self._size, self._memory = len(packed[0]), ctypes.create_string_buffer(b"".join(packed))
+        self._address, self._run_calls = ctypes.addressof(self._memory), find_runner(library())
 
     def __call__(self) -> None:
         done, count, waiting, started = 0, len(self.calls), -1, 0.0
-        while (done := done + self._run(self._address + done * self._size, count - done, self._threads)) < count:
+        while (done := done + self._run_calls(self._address + done * self._size, count - done, self._threads)) < count:
             if done != waiting:
                 waiting, started = done, time.monotonic()
-            self.calls[done].wait_on(time.monotonic() - started)
+            cast(Callable[[float], None], self.calls[done].wait_on)(time.monotonic() - started)
 
 
 def find_waits(calls: Sequence[Call]) -> list[bool]:
@@ -84,13 +76,16 @@ def find_waits(calls: Sequence[Call]) -> list[bool]:
 
     What one reads or writes is the storage of a tensor, as a whole.
     """
-    waits, read, written = [], set[int](), set[int]()
+    if len(calls) == 1:  # each kernel outside of a capture: nothing is looked at
+        return [False]
+    waits, used, written = [], set[int](), set[int]()
     for call in calls:
-        reads, writes = ({x.untyped_storage().data_ptr() for x in tensors} for tensors in (call.reads, call.writes))
-        waits.append(bool((reads | writes) & written or writes & read))
+        uses = {x.untyped_storage().data_ptr() for x in call.arguments if isinstance(x, Tensor)}
+        writes = {x.untyped_storage().data_ptr() for x in call.writes}
+        waits.append(bool(uses & written or writes & used))
         if waits[-1]:
-            read, written = set(), set()
-        read, written = read | reads, written | writes
+            used, written = set(), set()
+        used, written = used | uses, written | writes
     return waits
 
 
@@ -102,25 +97,35 @@ def run(
 ) -> None:
     """Call a function of the library, and record the call if a capture is running in this thread.
 
-    Tensors must be contiguous; they become addresses. wait_on: as in `Call`.
+    Tensors must be contiguous; they become addresses. writes: those of them that it writes. wait_on: as in `Call`.
     """
-    tensors = tuple(x for x in arguments if isinstance(x, Tensor))
-    call = Call(name, pack_arguments(arguments), tensors, writes, wait_on)
+    call = Call(name, arguments, writes, wait_on)
     CallList([call])()
     if (calls := CAPTURED.get()) is not None:
         calls.append(call)
 
 
+def pack_call(call: Call, waits: bool) -> bytes:
+    """A call as csrc/calls.c has it. A function always takes arguments of the same types."""
+    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in call.arguments]
+    if (layout := LAYOUTS.get(call.name)) is None:
+        types = "".join("d" if isinstance(x, float) else "q" for x in values)
+        layout = LAYOUTS[call.name] = struct.Struct(f"Pq{types}{8 * (ARGUMENTS - len(values))}x")
+    return layout.pack(find_address(library(), call.name), waits, *values)
+
+
 @functools.cache
-def address(library: ctypes.CDLL, name: str) -> int:
+def find_runner(library: ctypes.CDLL) -> Callable[[int, int, int], int]:
+    """`run_calls` of the library."""
+    function = library.run_calls
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long), ctypes.c_long
+    return function
+
+
+@functools.cache
+def find_address(library: ctypes.CDLL, name: str) -> int:
     """The address of a function of the library."""
     return ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
-
-
-def pack_arguments(arguments: Sequence[Tensor | int | float]) -> bytes:
-    """Arguments as csrc/vectors.h has them: 8 bytes each."""
-    values = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    return struct.pack("".join("d" if isinstance(x, float) else "q" for x in values), *values)
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -68,13 +68,17 @@ INLINE void prefetch_tiles(const char *w) {
     UNROLL for (int k = 0; k < TILE; k++) prefetch_step(w + k * BLOCK * 4);
 }
 
-/* Sums (up to 16, 64) of rows of x and a block of W. Both have `steps` steps. */
-INLINE void multiply_few(const char *x, const char *w, float *sums, long steps) {
-    const long stride = steps * 4, next = BLOCK * 4;
+INLINE void zero_sums(void) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+
+/* Sums (up to 16, 64) of rows of x and a block of W. Both have `steps` steps. */
+INLINE void multiply_few(const char *x, const char *w, float *sums, long steps) {
+    const long stride = steps * 4, next = BLOCK * 4;
+    zero_sums();
 #define COLUMNS(v) do { _tile_loadd(5, w + 64 * v, next); _tile_dpbf16ps(v, 4, 5); } while (0)
     for (long k = 0; k < steps; k += TILE, x += TILE * 4, w += TILE * next) {
         prefetch_tiles(w);
@@ -93,10 +97,7 @@ INLINE void multiply_few(const char *x, const char *w, float *sums, long steps) 
 /* Sums (17 to 32, 32) of rows of x and half a block of W, to a part of `sums` (32, 64). */
 INLINE void multiply_many(const char *x, const char *w, float *sums, long steps) {
     const long stride = steps * 4, next = BLOCK * 4;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     for (long k = 0; k < steps; k += TILE, x += TILE * 4, w += TILE * next) {
         _tile_loadd(4, x, stride);
         _tile_loadd(5, x + TILE * stride, stride);
