@@ -3,35 +3,34 @@
 Bounds are float32's roundings of a sum, eps * K times the sum of its terms' sizes, and bfloat16's of each result.
 """
 
+import ctypes
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from llama.accelerate.kernels import build, cpu
+from llama.accelerate.kernels import cpu
 from llama.accelerate.kernels import dispatch as kernels
 
 DTYPES = [torch.float32, torch.bfloat16]
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 ALL = 1 << 60
-# Instructions that not every processor with 64-byte vectors has. Optimized less, since that takes seconds to compile.
-GENERAL = ["-O1", "-march=x86-64-v4"]
-library_anew = cpu.library.__wrapped__
+LEVELS = [level.name for level in cpu.find_own_levels()]
 compiled = pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
 
 
-@pytest.fixture(scope="module", params=["the processor's instructions", "general ones"])
-def instructions(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "general ones":
-            patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-            patch.setattr(build, "FLAGS", GENERAL)
-            library = library_anew()
-            if library is None:
-                pytest.skip("the compiler makes nothing for x86-64-v4")
-            patch.setattr(cpu, "library", lambda: library)
-        yield request.param
+def library_anew() -> ctypes.CDLL | None:
+    """The library of the processor's fastest level, looked for again."""
+    return cpu.load_level.__wrapped__(*cpu.find_own_levels()[:1])
+
+
+@pytest.fixture(scope="module", params=LEVELS or [cpu.NO_KERNELS])
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each level of kernels that this processor has, in use."""
+    cpu.choose_level(request.param)
+    yield request.param
+    cpu.choose_level(None)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 Compilers here are scripts, found by PATH as any compiler is, so that this runs on every processor.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -17,13 +18,14 @@ from tiny import ROOT, environment
 
 from llama._util.files import cache_home
 from llama._util.processes import has_ended, read_stat
-from llama.accelerate.kernels import build
-from llama.accelerate.kernels.build import load_library
+from llama.accelerate.kernels import build, levels
 
 REAL = shutil.which("cc") or shutil.which("gcc")
 pytestmark = pytest.mark.skipif(sys.platform == "win32" or REAL is None, reason="scripts and a compiler are needed")
 
 NAMES = ["pack", "swiglu_float"]
+LEVEL = levels.Level("any", frozenset(), ("-Wall",))
+PROGRAM = "from llama.accelerate.kernels import build, levels"  # of another process begins so
 GOOD = "long pack(void) { return 1; } long swiglu_float(void) { return 2; }"
 # A compiler that takes any flags: an object is empty, and what is linked is made of a source of the test.
 SCRIPT = """#!/bin/sh
@@ -43,6 +45,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bin").mkdir()
     write_compiler(tmp_path)
     return tmp_path
+
+
+def load(*names: str) -> ctypes.CDLL | None:
+    """The library, if it has these functions; NAMES where none are given."""
+    return build.load_library(names or NAMES, [LEVEL])
 
 
 def write_compiler(home: Path, before: str = "", code: str = GOOD) -> None:
@@ -73,63 +80,58 @@ def kinds(home: Path) -> list[str]:
 
 def test_it_is_compiled_once_and_kept_in_a_directory_of_ones_own(home: Path) -> None:
     for _ in range(2):
-        library = load_library(NAMES)
+        library = load()
         assert library is not None and library.pack() == 1
-    assert calls(home) == len(build.SOURCES) + 1
+    assert calls(home) == len(levels.SOURCES) + 1
     assert kinds(home) == [".so"]
     assert stat.S_IMODE(kernels(home).stat().st_mode) == 0o700
 
 
 def test_a_failure_is_remembered_by_version(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_compiler(home, "echo 'no space for a register' >&2; exit 1")
-    assert load_library(NAMES) is None
+    assert load() is None
     first = calls(home)
     assert "can't be compiled" in (said := capsys.readouterr().err) and "no space for a register" in said
-    assert load_library(NAMES) is None
+    assert load() is None
     assert calls(home) == first, "the compiler isn't called again"
     assert "no space for a register" in capsys.readouterr().err
     write_compiler(home, ": another version")
-    assert load_library(NAMES) is not None
+    assert load() is not None
 
 
 def test_a_failure_is_forgotten_after_a_day(home: Path) -> None:
     write_compiler(home, "exit 1")
-    assert load_library(NAMES) is None
+    assert load() is None
     (failure,) = kernels(home).glob("*.failed")
     first, old = calls(home), time.time() - 2 * 86400
     os.utime(failure, (old, old))
-    assert load_library(NAMES) is None
+    assert load() is None
     assert calls(home) > first
 
 
 def test_a_failure_that_cannot_be_read_is_none(home: Path) -> None:
     write_compiler(home, "exit 1")
-    assert load_library(NAMES) is None
+    assert load() is None
     (failure,) = kernels(home).glob("*.failed")
     first = calls(home)
     failure.unlink()
     os.mkfifo(failure)
-    assert load_library(NAMES) is None
+    assert load() is None
     assert calls(home) > first
 
 
 def test_other_sources_are_compiled_anew(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_compiler(home, "exit 1")
-    assert load_library(NAMES) is None
+    assert load() is None
     first = calls(home)
-    monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-g"])
-    assert load_library(NAMES) is None
+    monkeypatch.setattr(levels, "FLAGS", [*levels.FLAGS, "-g"])
+    assert load() is None
     assert calls(home) > first
 
 
-def test_a_processor_of_short_vectors_is_no_failure_to_tell_of(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    header = (Path(build.__file__).with_name("csrc") / build.HEADER).read_text()
-    assert f'#error "{build.NOT_FOR_THIS_PROCESSOR}"' in header
-    write_compiler(home, f"echo 'vectors.h:20: error: #error \"{build.NOT_FOR_THIS_PROCESSOR}\"' >&2; exit 1")
-    for _ in range(2):
-        assert load_library(NAMES) is None
-    assert calls(home) <= len(build.SOURCES)
-    assert capsys.readouterr().err == ""
+def test_a_processor_without_a_level_is_no_failure_to_tell_of(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert build.load_library(NAMES, []) is None
+    assert calls(home) == 0 and capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("hang", ["exec sleep 100", "sleep 100", "sleep 100 & wait", "trap '' TERM INT; sleep 100"])
@@ -140,7 +142,7 @@ def test_a_compiler_that_hangs_is_told_of_and_ended(
     monkeypatch.setattr(build, "SECONDS_BEFORE_WORD", 0.1)
     write_compiler(home, f"echo $$ >> {home}/pids; {hang}")
     started = time.monotonic()
-    assert load_library(NAMES) is None
+    assert load() is None
     assert time.monotonic() - started < 5
     said = capsys.readouterr().err
     assert "compiling the kernels" in said and "wasn't done after 0.5 s" in said
@@ -150,7 +152,7 @@ def test_a_compiler_that_hangs_is_told_of_and_ended(
         assert time.monotonic() - started < 5
         time.sleep(0.01)
     first = calls(home)
-    assert load_library(NAMES) is None
+    assert load() is None
     assert calls(home) == first
 
 
@@ -165,24 +167,24 @@ def test_a_library_without_our_functions_is_no_library(
     home: Path, code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_compiler(home, code=code)
-    assert load_library(NAMES) is None
+    assert load() is None
     assert "is no library of these functions" in capsys.readouterr().err
     first = calls(home)
-    assert load_library(NAMES) is None
+    assert load() is None
     assert calls(home) == first
 
 
 def test_a_kept_library_without_our_functions_is_made_again(home: Path) -> None:
     """Also where this process has loaded it."""
     write_compiler(home, code="long other(void) { return 1; }")
-    assert load_library(["other"]) is not None
+    assert load("other") is not None
     (path,) = kernels(home).glob("*.so")
     (home / "stub.c").write_text(GOOD)
-    library = load_library(NAMES)
+    library = load()
     assert library is not None and library.swiglu_float() == 2
-    program = f"from llama.accelerate.kernels.build import load_library; assert load_library({NAMES}).pack() == 1"
+    program = f"{PROGRAM}; assert build.load_library({NAMES}, [levels.{LEVEL}]).pack() == 1"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env={**environment(), **os.environ}, check=True)
-    assert calls(home) == 2 * (len(build.SOURCES) + 1)
+    assert calls(home) == 2 * (len(levels.SOURCES) + 1)
     assert [*kernels(home).iterdir()] == [path]
 
 
@@ -191,14 +193,14 @@ def test_a_compiler_that_writes_something_else(home: Path, made: str) -> None:
     write_compiler(
         home, "exit 0" if made == "-o" else f'case "$*" in *-shared*) echo {made} > kernels.so; exit 0;; esac'
     )
-    assert load_library(NAMES) is None
+    assert load() is None
     assert kinds(home) == [".failed"]
 
 
 def test_what_cannot_be_run_is_a_failure(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (home / "bin" / "cc").write_text("no script")
     (home / "bin" / "cc").write_bytes(b"\x7fELF")
-    assert load_library(NAMES) is None
+    assert load() is None
     assert "can't be run" in capsys.readouterr().err
     assert kinds(home) == [".failed"]
 
@@ -211,9 +213,9 @@ def test_what_cannot_be_run_is_a_failure(home: Path, capsys: pytest.CaptureFixtu
 def test_a_directory_that_others_may_write_to_is_refused(
     home: Path, place: str, mode: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert load_library(NAMES) is not None
+    assert load() is not None
     (home / place).chmod(mode)
-    assert load_library(NAMES) is None
+    assert load() is None
     said = capsys.readouterr().err
     assert f"{home / place} may be written to by others" in said and "remove" in said
     assert stat.S_IMODE((home / place).stat().st_mode) == mode, "what may hold others' code isn't made ours"
@@ -222,14 +224,14 @@ def test_a_directory_that_others_may_write_to_is_refused(
 def test_a_directory_that_others_may_read_becomes_private(home: Path) -> None:
     kernels(home).mkdir(parents=True, mode=0o755)
     kernels(home).parent.chmod(0o755)
-    assert load_library(NAMES) is not None
+    assert load() is not None
     assert stat.S_IMODE(kernels(home).stat().st_mode) == 0o700
 
 
 def test_no_umask_makes_it_writable_by_others(home: Path) -> None:
     before = os.umask(0)
     try:
-        assert load_library(NAMES) is not None
+        assert load() is not None
     finally:
         os.umask(before)
     for place in (kernels(home), kernels(home).parent, kernels(home).parent.parent):
@@ -239,20 +241,20 @@ def test_no_umask_makes_it_writable_by_others(home: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives files away")
 @pytest.mark.parametrize("place", ["directory", "library"])
 def test_what_belongs_to_another_user_is_not_loaded(home: Path, place: str) -> None:
-    assert load_library(NAMES) is not None
+    assert load() is not None
     (library,) = kernels(home).glob("*.so")
     os.chown(kernels(home) if place == "directory" else library, 12345, 12345)
-    assert (load_library(NAMES) is None) == (place == "directory")
+    assert (load() is None) == (place == "directory")
     (library,) = kernels(home).glob("*.so")
     assert library.stat().st_uid == (0 if place == "library" else library.stat().st_uid), "it is made again"
 
 
 def test_a_library_that_others_may_write_to_is_made_again(home: Path) -> None:
-    assert load_library(NAMES) is not None
+    assert load() is not None
     (library,) = kernels(home).glob("*.so")
     library.chmod(0o666)
     first = calls(home)
-    assert load_library(NAMES) is not None
+    assert load() is not None
     assert calls(home) > first
     assert not library.stat().st_mode & 0o022
 
@@ -269,7 +271,7 @@ def test_without_a_home_in_the_environment_it_is_the_users(monkeypatch: pytest.M
     monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
     with pytest.raises(RuntimeError):
         cache_home()
-    assert load_library(NAMES) is None
+    assert load() is None
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
@@ -277,10 +279,10 @@ def test_without_a_home_in_the_environment_it_is_the_users(monkeypatch: pytest.M
 
 def test_what_a_killed_build_left_is_swept(home: Path) -> None:
     write_compiler(home, f"echo $$ >> {home}/pids; sleep 100")
-    program = f"from llama.accelerate.kernels.build import load_library; load_library({NAMES})"
+    program = f"{PROGRAM}; build.load_library({NAMES}, [levels.{LEVEL}])"
     running = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env={**environment(), **os.environ})
     end = time.monotonic() + 60
-    while not (home / "pids").exists() or len((home / "pids").read_text().split()) < len(build.SOURCES):
+    while not (home / "pids").exists() or len((home / "pids").read_text().split()) < len(levels.SOURCES):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
     build.sweep(kernels(home))
@@ -292,7 +294,7 @@ def test_what_a_killed_build_left_is_swept(home: Path) -> None:
     (kernels(home) / "tmpabcdef").mkdir()
     (kernels(home) / "tmpabcdef" / "products.o").touch()
     write_compiler(home)
-    assert load_library(NAMES) is not None
+    assert load() is not None
     assert kinds(home) == [".so"]
 
 
@@ -305,5 +307,5 @@ def test_an_interrupted_build_leaves_nothing(home: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(build, "print_note", interrupt)
     write_compiler(home, f"echo $$ >> {home}/pids; sleep 100")
     with pytest.raises(KeyboardInterrupt):
-        load_library(NAMES)
+        load()
     assert kinds(home) == []

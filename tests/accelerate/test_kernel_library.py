@@ -9,15 +9,16 @@ import pytest
 import torch
 from kernel_numbers import compiled, library_anew
 
-from llama.accelerate.kernels import build, cpu
+from llama.accelerate.kernels import build, cpu, levels
 from llama.accelerate.kernels import dispatch as kernels
+from llama.errors import LlamaError
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home of one's own, whose kernels are compiled fast and run slowly."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(build, "FLAGS", ["-O0", "-march=native"])
+    monkeypatch.setattr(levels, "FLAGS", ["-O0"])
     return tmp_path
 
 
@@ -94,7 +95,7 @@ def home_is_a_file(home: Path, patch: pytest.MonkeyPatch) -> None:
         home_is_a_file,
         pytest.param(lambda home, patch: patch.setenv("HOME", "/proc/self"), id="a home that can't be written"),
         pytest.param(lambda home, patch: patch.setattr(build, "SECONDS_TO_COMPILE", 0.001), id="no time"),
-        pytest.param(lambda home, patch: patch.setattr(build, "FLAGS", ["-march=none"]), id="no such processor"),
+        pytest.param(lambda home, patch: patch.setattr(levels, "FLAGS", ["-march=none"]), id="no such processor"),
     ],
 )
 def test_where_it_cannot_be_compiled_there_is_none(
@@ -106,8 +107,42 @@ def test_where_it_cannot_be_compiled_there_is_none(
     assert not kernels.is_available(torch.zeros(1)) and not kernels.can_pack(torch.zeros(2, 2))
 
 
+def test_levels_of_processors() -> None:
+    """The fastest that a processor has comes first; one without AVX2 has none."""
+    haswell = set(levels.AVX2.needs)
+    skylake = haswell | levels.AVX512.needs
+    for features, expected in (
+        (set[str](), []),
+        (haswell - {"fma"}, []),
+        (haswell, ["avx2"]),
+        (haswell | {"avx_vnni"}, ["avx2-vnni", "avx2"]),
+        (skylake, ["avx512", "avx2"]),
+        (skylake | {"avx512_vnni", "avx512_bf16"}, ["avx512-bf16", "avx512-vnni", "avx512", "avx2"]),
+        (skylake | levels.AMX.needs, ["amx", "avx512-bf16", "avx512-vnni", "avx512", "avx2"]),
+    ):
+        assert [level.name for level in levels.find_levels(sorted(features))] == expected
+
+
+def test_a_level_is_chosen_by_its_name() -> None:
+    try:
+        for level in cpu.find_own_levels():
+            cpu.choose_level(level.name)
+            assert cpu.library() is cpu.load_level(level)
+        cpu.choose_level("none")
+        assert cpu.library() is None and not kernels.is_available(torch.zeros(1))
+        with pytest.raises(LlamaError, match=r"kernels 'avx1024' are not for this processor: expected one of .*none"):
+            cpu.choose_level("avx1024")
+    finally:
+        cpu.choose_level(None)
+
+
 @compiled
-def test_processors_with_short_vectors_have_none(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There torch's own products are faster, and compiling takes half a minute."""
-    monkeypatch.setattr(build, "FLAGS", ["-O3", "-march=x86-64-v3"])
-    assert library_anew() is None
+def test_a_compiler_that_is_too_old_for_a_level_makes_the_next_one(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_ = own = cpu.find_own_levels()
+    newer = levels.Level("newer", first.needs, (*first.flags, "-mnot-known-yet"))
+    for _ in range(2):
+        assert build.load_library(["pack"], [newer, *own]) is not None
+    assert sorted(path.name.rpartition("-")[0] for path in made(home)) == sorted([first.name, "newer"])
+    assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Compiles csrc/ once for each processor and compiler; keeps the library, or why there is none, in `~/.cache/llama`.
+"""Finds the library of csrc/ for a level of processors: in the package, or compiled once, in `~/.cache/llama`.
 
 Knows files and compilers; knows no function but by its name. What is kept is code that runs in this process: so it is
 read only from a directory that nobody else may write to.
@@ -22,35 +22,29 @@ from pathlib import Path
 from ..._util.console import print_note
 from ..._util.files import PARTIAL, cache_home, read_text, write_whole
 from ...errors import LlamaError, to_one_line
+from .levels import HEADERS, SOURCES, Level, compile_commands, link_command
 
 if sys.platform != "win32":
     import fcntl
 
-SOURCES = ("calls.c", "products.c", "integers.c", "attention.c", "ranks.c")  # in csrc/, with HEADER
-HEADER = "vectors.h"
-FLAGS = [
-    "-O2",
-    "-ftree-vectorize",
-    "-fvect-cost-model=dynamic",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-]
 SECONDS_TO_COMPILE = 40  # all sources; 3 on a free machine, 16 on a busy one
 SECONDS_BEFORE_WORD = 3  # that compiling may take before the user is told what takes so long
 SECONDS_REMEMBERED = 24 * 3600  # that a failure is: what the compiler lacks may be installed without a trace in it
 SECONDS_OF_GRACE = 60  # in which a directory that isn't locked yet may belong to a process that runs
 PRIVATE = 0o700
-NOT_FOR_THIS_PROCESSOR = "vectors of 64 bytes are needed"  # as HEADER says it
+CSRC = Path(__file__).with_name("csrc")
+BUILT = Path(__file__).with_name("built")  # libraries that a wheel brings, by the names of their levels
 ELSE = "torch's own operations are used, which are slower"
 
 
-def load_library(names: Sequence[str]) -> ctypes.CDLL | None:
-    """The compiled SOURCES, which have functions of these names. None where they can't be compiled or loaded.
+def load_library(names: Sequence[str], levels: Sequence[Level]) -> ctypes.CDLL | None:
+    """The compiled SOURCES, which have functions of these names, of the first of these levels that can be had.
 
-    What a user can mend is said; that there is no compiler, or none for this processor, isn't.
+    None where they can't be compiled or loaded. What a user can mend is said; that there is no compiler isn't.
     """
+    for level in levels:
+        if (library := load(BUILT / f"{level.name}.so", names)) is not None:
+            return library
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -58,8 +52,8 @@ def load_library(names: Sequence[str]) -> ctypes.CDLL | None:
         directory = cache_home() / "kernels"
         make_private(directory)
         sweep(directory)
-        path = directory / f"{find_key(compiler)}.so"
-        return load(path, names) or (None if is_remembered(path) else build(path, names, compiler))
+        files = {directory / f"{find_key(compiler, level)}.so": level for level in levels}
+        return find_or_build(files, names, compiler)
     except LlamaError as e:
         print_note(f"{e}; {ELSE}")
     except (OSError, RuntimeError):  # RuntimeError: there is no home
@@ -67,21 +61,36 @@ def load_library(names: Sequence[str]) -> ctypes.CDLL | None:
     return None
 
 
-def source_paths() -> list[Path]:
-    return [Path(__file__).with_name("csrc") / name for name in (*SOURCES, HEADER)]
+def find_or_build(levels: dict[Path, Level], names: Sequence[str], compiler: str) -> ctypes.CDLL | None:
+    """The first library that is there or can be made. A compiler may be too old for some levels.
+
+    levels: by the files that are made of them.
+    """
+    failure = ""
+    for path, level in levels.items():
+        if (library := load(path, names)) is not None:
+            return library
+        try:
+            failure = recall(path) or ""
+            if not failure:
+                return build(path, names, compiler, level)
+        except BuildError as e:
+            failure = str(e)
+            for file in levels if isinstance(e, TooSlowError) else [path]:
+                remember(file, failure)
+    if failure:
+        files = ", ".join(str(path.with_suffix(".failed")) for path in levels)
+        print_note(f"the kernels can't be compiled ({to_one_line(failure)}): {ELSE}; remove {files} to try again")
+    return None
 
 
-def find_key(compiler: str) -> str:
-    """The name of the library that this compiler makes here. Another version of it is another file."""
+def find_key(compiler: str, level: Level) -> str:
+    """The name of the library that this compiler makes for a level. Another version of it is another file."""
     file = os.stat(compiler)
-    content = b"".join(path.read_bytes() for path in source_paths())
-    version = os.path.realpath(compiler), file.st_size, file.st_mtime_ns
-    return hashlib.sha256(content + repr((FLAGS, version, processor())).encode()).hexdigest()[:32]
-
-
-def processor() -> str:
-    """A description of the processor, on which the compiled code depends."""
-    return cpuinfo("flags", "Features") or f"{platform.machine()} {platform.processor()}"
+    content = b"".join((CSRC / name).read_bytes() for name in (*SOURCES, *HEADERS))
+    commands = compile_commands(os.path.realpath(compiler), level, Path())
+    made_by = commands, file.st_size, file.st_mtime_ns, platform.machine()
+    return f"{level.name}-{hashlib.sha256(content + repr(made_by).encode()).hexdigest()[:32]}"
 
 
 def cpuinfo(*keys: str) -> str | None:
@@ -154,63 +163,49 @@ class BuildError(Exception):
     """No library was made: the message is why, of one line or more."""
 
 
-def is_remembered(path: Path) -> bool:
-    """Whether this library could not be made lately. Says so where a user may do something about it."""
+class TooSlowError(BuildError):
+    """The compiler took longer than SECONDS_TO_COMPILE."""
+
+
+def recall(path: Path) -> str | None:
+    """Why this library could not be made lately; None: nobody has tried."""
     failure = path.with_suffix(".failed")
     try:
         if time.time() - failure.stat().st_mtime > SECONDS_REMEMBERED or not is_own(failure.stat()):
-            return False
-        tell(read_text(failure), failure)
+            return None
+        return read_text(failure)
     except (OSError, ValueError):  # it is gone, or is no text of ours
-        return False
-    return True
+        return None
 
 
 def remember(path: Path, reason: str) -> None:
-    failure = path.with_suffix(".failed")
     with contextlib.suppress(OSError, LlamaError):
-        write_whole(failure, lambda f: f.write(reason.encode()), mode=0o600)
-    tell(reason, failure)
-
-
-def tell(reason: str, failure: Path) -> None:
-    """Say why there are no kernels, except on a processor that they aren't for."""
-    if NOT_FOR_THIS_PROCESSOR not in reason:
-        print_note(f"the kernels can't be compiled ({to_one_line(reason)}): {ELSE}; remove {failure} to try again")
+        write_whole(path.with_suffix(".failed"), lambda f: f.write(reason.encode()), mode=0o600)
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
-def build(path: Path, names: Sequence[str], compiler: str) -> ctypes.CDLL | None:
-    """Compile the library and load it. If that fails, None, and the failure is remembered for other processes."""
-    try:
-        with make_locked_directory(path.parent) as directory:
-            linked = compile_in(directory, compiler)
-            linked.chmod(PRIVATE)  # whatever the umask is
-            with linked.open("r+b") as f:
-                f.write(hashlib.sha256(f.read()).digest())
-            # Loaded by this name: dlopen would take a library that was loaded from `path` for this one.
-            if (library := load(linked, names)) is None:
-                raise BuildError(f"what {compiler} made is no library of these functions")
-            os.replace(linked, path)  # ranks may do this at the same time
-            return library
-    except BuildError as e:
-        remember(path, str(e))
-        return None
+def build(path: Path, names: Sequence[str], compiler: str, level: Level) -> ctypes.CDLL:
+    """Compile the library and load it. Raises BuildError."""
+    with make_locked_directory(path.parent) as directory:
+        linked = compile_in(directory, compiler, level)
+        linked.chmod(PRIVATE)  # whatever the umask is
+        with linked.open("r+b") as f:
+            f.write(hashlib.sha256(f.read()).digest())
+        # Loaded by this name: dlopen would take a library that was loaded from `path` for this one.
+        if (library := load(linked, names)) is None:
+            raise BuildError(f"what {compiler} made is no library of these functions")
+        os.replace(linked, path)  # ranks may do this at the same time
+        return library
 
 
-def compile_in(directory: Path, compiler: str) -> Path:
-    """Compile SOURCES in this directory; returns the library.
-
-    It is not linked with OpenMP: it uses torch's, so that both share one set of threads.
-    """
+def compile_in(directory: Path, compiler: str, level: Level) -> Path:
+    """Compile SOURCES in this directory; returns the library. Raises BuildError."""
     started = time.monotonic()
-    *sources, _ = source_paths()
-    run([[compiler, *FLAGS, "-fopenmp", "-fPIC", "-c", str(source)] for source in sources], directory, started)
+    run(compile_commands(compiler, level, CSRC), directory, started)
     linked = directory / "kernels.so"
-    objects = [source.with_suffix(".o").name for source in sources]
-    run([[compiler, "-shared", *objects, "-o", str(linked)]], directory, started)
+    run([link_command(compiler, linked)], directory, started)
     if not linked.is_file():
         raise BuildError(f"{compiler} wrote nothing")
     return linked
@@ -235,7 +230,7 @@ def run(commands: Sequence[Sequence[str]], directory: Path, started: float) -> N
                     is_told = True
                     print_note(f"compiling the kernels for this processor with {commands[0][0]} ...")
                 if seconds > SECONDS_TO_COMPILE:
-                    raise BuildError(f"{commands[0][0]} wasn't done after {SECONDS_TO_COMPILE} s")
+                    raise TooSlowError(f"{commands[0][0]} wasn't done after {SECONDS_TO_COMPILE} s")
                 if any(process.poll() for process in running):
                     break
                 time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The functions of csrc/ on tensors of the CPU, from the library that `build` compiles once for each processor.
+"""The functions of csrc/ on tensors of the CPU, from the library that `build` has for the processor's level.
 
 Knows tensors; knows no layers. `library` returns None where there is no compiler, or where the functions can't be
 compiled or loaded for this processor.
@@ -15,11 +15,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...errors import LlamaError, shorten
 from ..memory_pages import in_large_pages
-from .build import load_library
+from .build import cpuinfo, load_library
+from .levels import Level, find_levels
 from .scratch import MOST_SCRATCH, attention_scratch
 
-LANES = 16  # floats of a vector
+LANES = 16  # floats of the longest vector: heads are whole ones of any level's
 BLOCK = 64  # rows of a matrix whose numbers lie side by side
 WORD = 4  # bytes of a row that lie together
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16"}  # as the functions' names end
@@ -31,10 +33,40 @@ TYPED_NAMES = (
 )
 
 
+CHOSEN: list[str] = []  # the name of a level, or NO_KERNELS, once `choose_level` was called
+NO_KERNELS = "none"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where they can't be compiled or loaded."""
-    return load_library([*PLAIN_NAMES, *(f"{name}_{dtype}" for name in TYPED_NAMES for dtype in DTYPES.values())])
+    levels = find_own_levels()
+    return load_level(*(level for level in levels if not CHOSEN or level.name in CHOSEN))
+
+
+@functools.cache
+def load_level(*levels: Level) -> ctypes.CDLL | None:
+    """The functions, compiled for the first of these levels for which they can be had."""
+    typed = [f"{name}_{dtype}" for name in TYPED_NAMES for dtype in DTYPES.values()]
+    return load_library([*PLAIN_NAMES, *typed], levels) if levels else None
+
+
+@functools.cache
+def find_own_levels() -> list[Level]:
+    """The levels of this processor, the fastest first."""
+    return find_levels((cpuinfo("flags") or "").split())
+
+
+def choose_level(name: str | None) -> None:
+    """Use the kernels of this level from now on, in the whole process. Raises LlamaError where the processor lacks it.
+
+    name: such as "avx2"; "none": torch's own operations alone; None: the fastest level that there is.
+    """
+    known = [*(level.name for level in find_own_levels()), NO_KERNELS]
+    if name is not None and name not in known:
+        raise LlamaError(f"kernels {shorten(name)} are not for this processor: expected one of {', '.join(known)}")
+    CHOSEN[:] = [] if name is None else [name]
+    library.cache_clear()
 
 
 # --- calls ------------------------------------------------------------------------------------------------------------

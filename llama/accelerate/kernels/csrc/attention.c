@@ -7,12 +7,11 @@ enum { QUERIES = 256 };  /* queries that use a block of keys before the next one
 
 /* --- attention of one new token a row: one pass over the cache --------------------------------------------------------- */
 
-/* The sums of 16 vectors, as one vector: pairs of vectors are added until one is left. */
+/* The sums of LANES vectors, as one vector: pairs of vectors are added until one is left. */
 INLINE floats sum_vectors(floats *x) {
-    static const ints low[] = {{0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
-    static const ints high[] = {{1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31}};
+    const ints low = number_lanes() * 2, high = low + 1;
     UNROLL for (int count = LANES / 2; count >= 1; count /= 2) UNROLL for (int i = 0; i < count; i++)
-        x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low[0]) + __builtin_shuffle(x[2 * i], x[2 * i + 1], high[0]);
+        x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], low) + __builtin_shuffle(x[2 * i], x[2 * i + 1], high);
     return x[0];
 }
 
@@ -25,19 +24,14 @@ INLINE float sum_lanes(floats x) {
 
 /* The largest number of a vector, in all its lanes. */
 INLINE floats max_lanes(floats x) {
-    static const ints turns[] = {{8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
-                                 {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
-                                 {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
-                                 {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14}};
-    UNROLL for (int i = 0; i < 4; i++) x = max_of(x, __builtin_shuffle(x, turns[i]));
+    UNROLL for (int width = LANES / 2; width >= 1; width /= 2) x = max_of(x, __builtin_shuffle(x, number_lanes() ^ width));
     return x;
 }
 
 /* Rotate each pair of neighbours of x (D) by its angle, a complex number. */
 INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf16) {
-    static const ints first = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
-    static const ints other = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-    static const floats sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
+    const ints lane_numbers = number_lanes(), first = lane_numbers & ~1, other = lane_numbers ^ 1;
+    const floats sign = __builtin_convertvector((lane_numbers & 1) * 2 - 1, floats);
     for (long v = 0; v < D / LANES; v++) {
         const floats numbers = load(x, v, bf16), angle = load((const char *)angles, v, 0);
         const floats cosine = __builtin_shuffle(angle, first), sine = __builtin_shuffle(angle, first + 1);
@@ -49,8 +43,8 @@ INLINE void rotate(const char *x, const float *angles, char *out, long D, int bf
  * of the weights so far, relative to the largest score so far, and that score. */
 typedef struct { floats mass[FEW], most[FEW]; } Softmax;
 
-/* Add `count` positions, 16 at most, with these keys and values, (count, D), to the softmax and to the sums of weighted
- * values: q, out (FEW, D). V = D / 16 vectors. */
+/* Add `count` positions, LANES at most, with these keys and values, (count, D), to the softmax and to the sums of weighted
+ * values: q, out (FEW, D). V = D / LANES vectors. */
 INLINE void add_positions(const floats *q, const char *keys, const char *values, floats *out, Softmax *w, long count,
                           const long V, int bf16) {
     floats parts[FEW][LANES], shrink[FEW];
@@ -117,8 +111,8 @@ INLINE void attend_head(const char *q, const char *k, const char *v, char *keys,
     }
     for (long g = 0; g < group; g += FEW)
         switch (D) {  /* the usual sizes have compiled code of their own */
-            case 64: attend_few(queries[g], keys, values, sums[g], 4, from, end, bf16); break;
-            case 128: attend_few(queries[g], keys, values, sums[g], 8, from, end, bf16); break;
+            case 64: attend_few(queries[g], keys, values, sums[g], 64 / LANES, from, end, bf16); break;
+            case 128: attend_few(queries[g], keys, values, sums[g], 128 / LANES, from, end, bf16); break;
             default: attend_few(queries[g], keys, values, sums[g], V, from, end, bf16);
         }
     for (long g = 0; g < group; g++)
@@ -166,6 +160,13 @@ INLINE void pack_values(const char *values, words *blocks, long count, long D, i
 /* The state of the softmax, as above, of FLOAT_ROWS queries, and the positions of their tokens. */
 typedef struct { floats mass[FLOAT_ROWS]; float most[FLOAT_ROWS]; long positions[FLOAT_ROWS]; } QueryTile;
 
+#define MULTIPLY(name, bf16) \
+    static APART void name(floats sum[][VECTORS], const char *x, const char *w, long steps) { \
+        multiply(sum, FLOAT_ROWS, x, w, steps, bf16); \
+    }
+MULTIPLY(multiply_float, 0)
+MULTIPLY(multiply_bf16, 1)
+
 /* Add 64 positions from `first` on, of which each query sees those up to its own within the window, to the softmax and to
  * the sums of weighted values. keys, values: blocks; q (FLOAT_ROWS, D); sums (FLOAT_ROWS, D rounded up to 64). */
 INLINE void attend_tile(QueryTile *rows, const char *q, const char *keys, const char *values, floats *sums, long D,
@@ -175,19 +176,20 @@ INLINE void attend_tile(QueryTile *rows, const char *q, const char *keys, const 
     floats score[FLOAT_ROWS][VECTORS], shrink[FLOAT_ROWS];
     char weights[FLOAT_ROWS * BLOCK * 4];
     UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++) score[m][v] = (floats){0};
-    multiply(score, FLOAT_ROWS, q, keys, D * size / 4, bf16);
+    (bf16 ? multiply_bf16 : multiply_float)(score, q, keys, D * size / 4);
     for (int m = 0; m < FLOAT_ROWS; m++) {
         const long last = rows->positions[m] - first, before = last - window;
         const floats low = (floats){0} - 1e30f;
         for (int v = 0; v < VECTORS; v++) {
             score[m][v] *= scale;
             if (last < BLOCK - 1 || before >= 0) {
-                const ints place = lane_numbers + v * LANES;
+                const ints place = number_lanes() + v * LANES;
                 const ints seen = (place <= (int32_t)last) & (place > (int32_t)before);
                 score[m][v] = choose(seen, score[m][v], low);
             }
         }
-        const floats among = max_of(max_of(score[m][0], score[m][1]), max_of(score[m][2], score[m][3]));
+        floats among = score[m][0];
+        for (int v = 1; v < VECTORS; v++) among = max_of(among, score[m][v]);
         const floats old = low * 0 + rows->most[m], most = max_of(old, max_lanes(among));
         shrink[m] = exponential(old - most);
         rows->most[m] = most[0];
@@ -202,7 +204,7 @@ INLINE void attend_tile(QueryTile *rows, const char *q, const char *keys, const 
         floats sum[FLOAT_ROWS][VECTORS];
         UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sum[m][v] = sums[(m * chunks + c) * VECTORS + v] * shrink[m];
-        multiply(sum, FLOAT_ROWS, weights, values + c * BLOCK * BLOCK * size, steps, bf16);
+        (bf16 ? multiply_bf16 : multiply_float)(sum, weights, values + c * BLOCK * BLOCK * size, steps);
         UNROLL for (int m = 0; m < FLOAT_ROWS; m++) UNROLL for (int v = 0; v < VECTORS; v++)
             sums[(m * chunks + c) * VECTORS + v] = sum[m][v];
     }

@@ -4,15 +4,6 @@
 
 enum { INTEGER_ROWS = 4, GROUP8 = 64, GROUP4 = 32 };
 
-INLINE ints step_int8(ints sum, words w, uint32_t x) {  /* w: four unsigned bytes, x: four signed ones */
-#ifdef __AVX512VNNI__
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32((int)x));
-#else
-    for (int shift = 0; shift < 32; shift += 8) sum += (ints)(w >> shift & 255) * (int32_t)(int8_t)(x >> shift);
-    return sum;
-#endif
-}
-
 /* --- y = x W^T where W is integers of 8 or 4 bits in groups along K, each with a bfloat16 scale -------------------------
  *
  * A byte holds two integers of 4 bits, that of the lower column in its low half. */
@@ -43,33 +34,60 @@ INLINE void quantize_row(int bits, const char *x, long K, int8_t *bytes, float *
     }
 }
 
-INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_scales, const int32_t *x_sums, const char *w,
-                         const uint16_t *scales, char *y, long N, long groups, long count, int bf16) {
-    const long group = bits == 8 ? GROUP8 : GROUP4, steps = group * bits / 32, length = group * groups;
-    const int32_t zero = bits == 8 ? 128 : 8;  /* the integer that stands for 0 */
-    floats total[INTEGER_ROWS][VECTORS];
-    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
-    for (long g = 0; g < groups; g++, scales += BLOCK) {
-        ints sum[INTEGER_ROWS][VECTORS];
-        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++)
-            sum[m][v] = (ints){0} - zero * x_sums[m * groups + g];
-        for (long s = 0; s < steps; s++, w += 4 * BLOCK) {
-            const int8_t *start = x + g * group + s * 4;
-            words columns[VECTORS];
-            prefetch_step(w);
-            UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
-            UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
-                const uint32_t four = *(const loose_word *)(start + m * length + half * group / 2);
-                UNROLL for (int v = 0; v < VECTORS; v++)
-                    sum[m][v] = step_int8(sum[m][v], bits == 8 ? columns[v] : columns[v] >> 4 * half & 0x0f0f0f0fu, four);
-            }
-        }
-        UNROLL for (int v = 0; v < VECTORS; v++) {
-            const floats scale = load((const char *)scales, v, 1);
-            UNROLL for (int m = 0; m < rows; m++)
-                total[m][v] += __builtin_convertvector(sum[m][v], floats) * (scale * x_scales[m * groups + g]);
+/* Sums of products of unsigned bytes w with signed ones x, four in each lane. `wide` are sums; `narrow`, which begin as
+ * zeros, are two sums of 16 bits in each lane, which the 8 steps of a group of integers of 4 bits can't overflow. */
+INLINE void add_bytes(int bits, ints *wide, words *narrow, words w, words x) {
+    if (HAS_INT8) *wide = add_int8_products(*wide, w, x);
+    else if (bits == 4) *narrow = add_16(*narrow, multiply_8(w, x));
+    else {
+        const words low = w & 0x00ff00ffu, high = w >> 8 & 0x00ff00ffu;
+        const words x_low = sign_extend_low_bytes(x), x_high = sign_extend_high_bytes(x);
+        *wide += multiply_16(low, x_low) + multiply_16(high, x_high);
+    }
+}
+
+/* Sums of products of one group of x and W: of `rows` rows, `length` bytes apart, and `count` vectors of each step of W, from
+ * number `first` on. */
+INLINE void multiply_group(ints sum[][VECTORS], int rows, int bits, const int8_t *x, long length, const char *w,
+                           const int first, const int count) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, steps = group * bits / 32;
+    words narrow[INTEGER_ROWS][VECTORS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < count; v++) sum[m][v] = (ints){0}, narrow[m][v] = (words){0};
+    for (long s = 0; s < steps; s++, w += 4 * BLOCK) {
+        words columns[VECTORS];
+        UNROLL for (int line = 0; line < count * VECTOR / LINE; line++)  /* the whole group's next one, in equal parts */
+            __builtin_prefetch(w + AHEAD + first * VECTOR + line * LINE, 0, 3);
+        UNROLL for (int v = 0; v < count; v++) columns[v] = *(const loose_words *)(w + VECTOR * (first + v));
+        UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
+            const words four = spread(x + m * length + s * 4 + half * group / 2);
+            UNROLL for (int v = 0; v < count; v++)
+                add_bytes(bits, &sum[m][v], &narrow[m][v], bits == 8 ? columns[v] : columns[v] >> 4 * half & 0x0f0f0f0fu, four);
         }
     }
+    if (bits == 4 && !HAS_INT8)
+        UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < count; v++)
+            sum[m][v] = multiply_16(narrow[m][v], (words){0} + 0x00010001u);
+}
+
+INLINE void integer_tile(int rows, int bits, const int8_t *x, const float *x_scales, const int32_t *x_sums, const char *w,
+                         const uint16_t *scales, char *y, long N, long groups, long count, int bf16) {
+    const long group = bits == 8 ? GROUP8 : GROUP4, length = group * groups;
+    const int32_t zero = bits == 8 ? 128 : 8;  /* the integer that stands for 0 */
+    const int together = columns_together(rows);
+    floats total[INTEGER_ROWS][VECTORS];
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < VECTORS; v++) total[m][v] = (floats){0};
+    for (long g = 0; g < groups; g++, scales += BLOCK, w += group * BLOCK * bits / 8)
+        UNROLL for (int first = 0; first < VECTORS; first += together) {
+            ints sum[INTEGER_ROWS][VECTORS];
+            multiply_group(sum, rows, bits, x + g * group, length, w, first, together);
+            UNROLL for (int v = 0; v < together; v++) {
+                const floats scale = load((const char *)scales, first + v, 1);
+                UNROLL for (int m = 0; m < rows; m++) {
+                    const ints whole = sum[m][v] - zero * x_sums[m * groups + g];
+                    total[m][first + v] += __builtin_convertvector(whole, floats) * (scale * x_scales[m * groups + g]);
+                }
+            }
+        }
     write_rows(total, rows, y, N, count, bf16);
 }
 
@@ -132,7 +150,7 @@ static __attribute__((noinline)) floats sum_by_halves(floats *x, long count) {
     return x[0];
 }
 
-/* Quantize a group of 16 rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row. The candidates
+/* Quantize a group of LANES rows, whose columns are vectors `VECTORS` apart, to words and a scale for each row. The candidates
  * for the scale are those that map the row's largest number to one of the targets, as in quantization.py; the one with the
  * least squared error is taken, or NaN where no error is finite. */
 INLINE void quantize_rows(int bits, const floats *x, char *target, char *scales) {
@@ -172,7 +190,7 @@ INLINE void quantize_group(int bits, const char *w, long rows, long columns, lon
     floats numbers[GROUP8][VECTORS] = {0};
     for (long n = 0; n < rows; n++)
         for (long k = 0; k < columns; k++) ((float(*)[BLOCK])numbers)[k][n] = get(w, n * K + k, bf16);
-    for (long v = 0; v < VECTORS; v++) quantize_rows(bits, &numbers[0][v], target + v * 64, scales + v * 32);
+    for (long v = 0; v < VECTORS; v++) quantize_rows(bits, &numbers[0][v], target + v * VECTOR, scales + v * VECTOR / 2);
 }
 
 /* w, integers, scales, N, K */

@@ -14,15 +14,19 @@
  * constant. `bf16` says whether numbers are bfloat16, else they are float.
  */
 
-#ifndef __AVX512F__
-#error "vectors of 64 bytes are needed"
-#endif
-
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 64, LANES = 16, VECTORS = BLOCK / LANES, FLOAT_ROWS = 6, AHEAD = 2048 };
+#if defined __AVX512BW__
+enum { VECTOR = 64 };  /* bytes */
+#elif defined __AVX2__ && defined __FMA__
+enum { VECTOR = 32 };
+#else
+#error "vectors of 32 bytes are needed"
+#endif
+
+enum { BLOCK = 64, LANES = VECTOR / 4, VECTORS = BLOCK / LANES, FLOAT_ROWS = 6, LINE = 64, AHEAD = 2048, CACHED_STEPS = 32 };
 
 /* An argument of a kernel: an address or a number. Which of them it takes stands at each kernel. */
 typedef union { void *at; int64_t n; double x; } Argument;
@@ -31,19 +35,23 @@ typedef union { void *at; int64_t n; double x; } Argument;
 typedef int Kernel(const Argument *a);
 #define KERNEL(name) int name(const Argument *a)
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
+typedef float floats __attribute__((vector_size(VECTOR)));
+typedef int32_t ints __attribute__((vector_size(VECTOR)));
+typedef uint32_t words __attribute__((vector_size(VECTOR)));
+typedef uint16_t halves __attribute__((vector_size(VECTOR / 2)));
 typedef words loose_words __attribute__((aligned(4), may_alias));
 typedef floats loose_floats __attribute__((aligned(4), may_alias));
 typedef halves loose_halves __attribute__((aligned(2), may_alias));
 typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
 
-static const ints lane_numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+
+#if defined __AVX512BW__
+#include "avx512.h"
+#else
+#include "avx2.h"
+#endif
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
 INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
@@ -58,20 +66,19 @@ INLINE void put(void *x, long i, int bf16, float value) {
     else ((float *)x)[i] = value;
 }
 
-/* Intrinsics, since gcc would convert these vectors in two parts. */
-INLINE floats widen_vector(halves x) { return (floats)((words)_mm512_cvtepu16_epi32((__m256i)x) << 16); }
+INLINE floats widen_vector(halves x) { return (floats)(widen_halves(x) << 16); }
 INLINE halves narrow_vector(floats x) {  /* as `narrow` */
     const words bits = (words)x, ordered = (words)(x == x);
     const words nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (halves)_mm512_cvtepi32_epi16((__m512i)((nearest & ordered) | (0x7fc0 & ~ordered)));
+    return narrow_words((nearest & ordered) | (0x7fc0 & ~ordered));
 }
 INLINE floats load(const char *x, long vector, int bf16) {
-    if (bf16) return widen_vector(*(const loose_halves *)(x + 32 * vector));
-    return *(const loose_floats *)(x + 64 * vector);
+    if (bf16) return widen_vector(*(const loose_halves *)(x + VECTOR / 2 * vector));
+    return *(const loose_floats *)(x + VECTOR * vector);
 }
 INLINE void store(char *x, long vector, floats value, int bf16) {
-    if (bf16) *(loose_halves *)(x + 32 * vector) = narrow_vector(value);
-    else *(loose_floats *)(x + 64 * vector) = value;
+    if (bf16) *(loose_halves *)(x + VECTOR / 2 * vector) = narrow_vector(value);
+    else *(loose_floats *)(x + VECTOR * vector) = value;
 }
 INLINE floats choose(ints mask, floats a, floats b) { return (floats)(((ints)a & mask) | ((ints)b & ~mask)); }
 INLINE floats to_nearest(floats x) { return (x + 12582912.f) - 12582912.f; }  /* such floats are 1 apart; ties to even */
@@ -87,36 +94,67 @@ INLINE floats exponential(floats x) {  /* e^x of x <= 0, as 2^n e^r with |r| <= 
     return (floats)((words)e + ((words)__builtin_convertvector(n, ints) << 23));
 }
 
-/* --- blocks: one step along K. w: 4 bytes of each of 16 rows; x: the 4 bytes that each of them is multiplied by -------- */
+/* --- blocks: one step along K. w: 4 bytes of each of LANES rows; x: the 4 bytes that each of them is multiplied by ----- */
 
-INLINE floats step_float(floats sum, words w, uint32_t x) { return sum + (floats)w * as_float(x); }
-
-INLINE floats step_bf16(floats sum, words w, uint32_t x) {
-#ifdef __AVX512BF16__
-    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32((int)x));
-#else
-    sum += (floats)(w << 16) * as_float(x << 16);
-    return sum + (floats)(w & 0xffff0000u) * as_float(x & 0xffff0000u);
-#endif
+/* Parts of 4 bytes that are multiplied one after another: two numbers of bfloat16, where no instruction takes both. */
+INLINE int count_parts(int bf16) { return bf16 && !HAS_BF16 ? 2 : 1; }
+INLINE words take_part(words w, int part, int bf16) {
+    return count_parts(bf16) == 1 ? w : part == 0 ? w << 16 : w & 0xffff0000u;
+}
+INLINE floats add_product(floats sum, words w, words x, int bf16) {
+    return bf16 && HAS_BF16 ? add_bf16_products(sum, w, x) : sum + (floats)w * (floats)x;
 }
 
 /* Ask for the 256 bytes of a matrix that will be read in some steps: the processor itself looks less far ahead, and stops at
  * the end of a page. Past the end of the memory this does nothing. */
 INLINE void prefetch_step(const char *w) {
-    UNROLL for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + AHEAD + 64 * v, 0, 3);
+    UNROLL for (int line = 0; line < 4; line++) __builtin_prefetch(w + AHEAD + LINE * line, 0, 3);
 }
 
-/* Add to `sum` the product of `rows` rows of x with a block. Both have `steps` steps. */
-INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char *w, long steps, int bf16) {
+/* The same while `count` of a step's vectors are read: the steps that come after these, in equal parts. */
+INLINE void prefetch_part(const char *next, long k, int first, int count) {
+    UNROLL for (int line = 0; line < count * VECTOR / LINE; line++)
+        __builtin_prefetch(next + (first * CACHED_STEPS + k * count) * VECTOR + line * LINE, 0, 3);
+}
+
+/* Add to `sum` the product of `rows` rows of x, `stride` bytes apart, with `count` vectors of each step of W, from number
+ * `first` on. x: 4 bytes for each part of a step. */
+INLINE void multiply_columns(floats sum[][VECTORS], int rows, const char *x, long stride, const char *w, long steps,
+                             const int first, const int count, int bf16) {
+    floats own[FLOAT_ROWS][VECTORS];
+    const char *next = w + CACHED_STEPS * 4 * BLOCK;
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < count; v++) own[m][v] = sum[m][first + v];
     for (long k = 0; k < steps; k++, w += 4 * BLOCK) {
-        prefetch_step(w);
-        words columns[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) columns[v] = *(const loose_words *)(w + 64 * v);
-        UNROLL for (int m = 0; m < rows; m++) {
-            const uint32_t factor = *(const loose_word *)(x + (m * steps + k) * 4);
-            UNROLL for (int v = 0; v < VECTORS; v++)
-                sum[m][v] = bf16 ? step_bf16(sum[m][v], columns[v], factor) : step_float(sum[m][v], columns[v], factor);
+        if (count == VECTORS) prefetch_step(w);
+        else prefetch_part(next, k, first, count);
+        UNROLL for (int part = 0; part < count_parts(bf16); part++, x += 4) {
+            words columns[VECTORS];
+            UNROLL for (int v = 0; v < count; v++)
+                columns[v] = take_part(*(const loose_words *)(w + VECTOR * (first + v)), part, bf16);
+            UNROLL for (int m = 0; m < rows; m++) {
+                const words factor = spread(x + m * stride);
+                UNROLL for (int v = 0; v < count; v++) own[m][v] = add_product(own[m][v], columns[v], factor, bf16);
+            }
         }
+    }
+    UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < count; v++) sum[m][first + v] = own[m][v];
+}
+
+/* Add to `sum` the product of `rows` rows of x with a block. Both have `steps` steps. Where the registers don't hold the sums
+ * of all its columns, some are done after others, for as many steps as the first cache holds. */
+INLINE void multiply(floats sum[][VECTORS], int rows, const char *x, const char *w, long steps, int bf16) {
+    const int together = columns_together(rows), is_widened = count_parts(bf16) == 2;
+    const long most = together == VECTORS && !is_widened ? steps : CACHED_STEPS;
+    float widened[FLOAT_ROWS][2 * CACHED_STEPS];
+    for (long from = 0; from < steps; from += most) {
+        const long here = count_left(from, most, steps);
+        if (is_widened)
+            for (int m = 0; m < rows; m++)
+                for (long i = 0; i < 2 * here; i++) widened[m][i] = get(x, (m * steps + from) * 2 + i, 1);
+        const char *factors = is_widened ? (const char *)widened : x + from * 4;
+        UNROLL for (int first = 0; first < VECTORS; first += together)
+            multiply_columns(sum, rows, factors, is_widened ? (long)sizeof widened[0] : steps * 4, w + from * 4 * BLOCK, here,
+                             first, together, bf16);
     }
 }
 
@@ -129,8 +167,9 @@ __attribute__((noinline, unused)) static void write_rows(floats sum[][VECTORS], 
     }
 }
 
-/* Transpose 16 vectors: number i of vector j becomes number j of vector i. */
+/* Transpose LANES vectors: number i of vector j becomes number j of vector i. */
 INLINE void transpose(words *x) {
+    const ints lane_numbers = number_lanes();
     UNROLL for (int width = 1; width < LANES; width *= 2) {
         const ints upper = (lane_numbers & width) != 0;
         const ints low = lane_numbers + (upper & (LANES - width)), high = lane_numbers + (width & ~upper) + (upper & LANES);
@@ -145,7 +184,7 @@ INLINE void transpose(words *x) {
 
 /* Pack `count` rows, 64 at most, of `steps` times 4 bytes each, in a block; missing rows are zeros. */
 INLINE void pack_block(const loose_word *rows, uint32_t *block, long count, long steps) {
-    for (long from = 0; from < steps; from += LANES)  /* a cache line of each row at a time */
+    for (long from = 0; from < steps; from += LANES)  /* a vector of each row at a time */
         for (long n = 0; n < BLOCK; n += LANES) {
             const long wide = count_left(from, LANES, steps), here = count_left(n, LANES, count);
             words square[LANES] = {{0}};
