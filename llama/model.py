@@ -383,11 +383,11 @@ class Transformer(nn.Module):
             start_pos = first if first == last else start_pos.to(device, non_blocking=start_pos.is_pinned())
         starts = start_pos[:, None] if isinstance(start_pos, Tensor) else first
         positions = starts + torch.arange(seqlen, device=device)  # (T) or (B, T)
-        angles = self._rotary(positions, last + seqlen, lengths)
+        angles = self.find_angles(positions, last + seqlen, lengths)
         places = place_rows(self.kv_cache, slots, bsz, None if start_pos is None else last + seqlen, device)
         return Pass(tokens, start_pos, positions, first, last, angles, places)
 
-    def _rotary(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:
+    def find_angles(self, positions: Tensor, end: int, lengths: Tensor | None) -> Tensor:
         """Angles at `positions`, (T) or (B, T), all below `end`: complex64 (T, D/2) or (B, T, D/2)."""
         args, device = self.params, positions.device
         if args.rope_scaling is not None and args.rope_scaling.type == "dynamic":

@@ -158,6 +158,7 @@ class Settings:
             value, values = getattr(self, f.name), f.metadata["setting"].values
             if not (value is None and f.default is None) and not values.include(value):
                 raise LlamaError(f"{f.name} is {shorten(value)}, expected {values.description}")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # of any kind of mapping
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         if self.max_gen_len is not None and self.min_gen_len > self.max_gen_len:
             raise LlamaError(

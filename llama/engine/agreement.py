@@ -89,6 +89,22 @@ def check_difference(said: list[Intention]) -> None:
         raise_shared(f"{difference}: all ranks make the same calls in the same order")
 
 
+def agree_on_model(forgets: bool, resets: bool, is_fast: bool) -> tuple[bool, bool]:
+    """Whether any rank's model was edited, so that all forget what they cached, and whether any rank's slots are empty.
+
+    Raises LlamaError where some ranks run the model's fast form and others don't.
+    """
+    ranks = parallel.group()
+    own = torch.tensor([forgets, resets, is_fast], dtype=torch.long)
+    flags = [torch.empty_like(own) for _ in range(ranks.size())]
+    dist.all_gather(flags, own, group=ranks)
+    table = torch.stack(flags)  # (ranks, 3)
+    if len(set(table[:, 2].tolist())) > 1:
+        slow = table[:, 2].tolist().index(0)
+        raise_shared(f"the model was hooked or edited on rank {slow} and not on all: do the same on every rank")
+    return bool(table[:, 0].any()), bool(table[:, 1].any())
+
+
 def may_step(own: Intention) -> bool:
     """Whether all ranks are about to make this step; False: the first rank has ended what this one waits for."""
     while True:

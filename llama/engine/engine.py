@@ -106,7 +106,7 @@ class Engine(StepRunner):
             check_token_ids(all_settings, options.output.top, self.model.params.vocab_size)
             check_speculation(options.lookup_ngram, options.speculate_k)
             check_budget(prompt_tokens, all_settings, self.model.params.max_seq_len, self.cache_tokens)
-        with self._turn:
+        with self._lock:
             scope = self._choose_scope(options.reuse)
             sequences = self.maker.make_sequences(prompt_tokens, all_settings, scope, options)
             self._number_sequences(sequences)
@@ -135,7 +135,7 @@ class Engine(StepRunner):
 
         With `dynamic` rotary scaling only texts of one prompt have the same angles.
         """
-        with self._turn:
+        with self._lock:
             scopes = [next(self._scopes) for _ in range(count)]
             scopes = scopes if is_dynamic(self.model) else scopes[:1] * count
             self._open_scopes.update(scopes)
@@ -143,7 +143,7 @@ class Engine(StepRunner):
 
     def close_scopes(self, scopes: list[int]) -> None:
         """What texts of these scopes have left in the KV cache goes with the next step."""
-        with self._turn:
+        with self._lock:
             self._open_scopes.difference_update(scopes)
             self._closed_scopes += set(scopes)
         self.tidy()
@@ -198,7 +198,7 @@ class Engine(StepRunner):
             try:
                 yield
             finally:
-                with self._turn:
+                with self._lock:
                     while self._runner is not None:
                         self._turn.wait()
                     farewell = Farewell(self._next_key, next(self._scopes))
@@ -237,7 +237,7 @@ class Engine(StepRunner):
         """
         with self.lead():
             server = Server(self._turn, self._run_step, self.tidy, lambda: self._runner is not None)
-            with self._turn:
+            with self._lock:
                 if self._server is not None:
                     raise LlamaError("the engine serves already: use the context that there is")
                 self._server = server  # from here on nobody else begins a step
@@ -248,14 +248,14 @@ class Engine(StepRunner):
                 with server.run():
                     yield
             finally:
-                with self._turn:
+                with self._lock:
                     self._server = None
                     self._turn.notify_all()
 
     def notice_taken(self) -> None:
         """Somebody took steps, or cancelled a request: where the engine serves, it may go on."""
         if self._server is not None:
-            with self._turn:
+            with self._lock:
                 self._turn.notify_all()
 
     # --- private ------------------------------------------------------------------------------------------------------

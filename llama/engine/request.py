@@ -54,11 +54,11 @@ class Request:
         """Tokens of the prompt that the KV cache held already."""
         return self.sequence.hit
 
-    def take(self) -> list[Step]:
-        """The steps that are there and that nobody has taken yet."""
+    def take(self, most: int | None = None) -> list[Step]:
+        """The steps that are there and that nobody has taken yet, `most` at most."""
         steps = self.sequence.steps
-        taken = [steps.popleft() for _ in range(len(steps))]
-        if len(taken) >= MOST_BUFFERED:
+        taken = [steps.popleft() for _ in range(len(steps) if most is None else min(len(steps), most))]
+        if taken and len(taken) + len(steps) >= MOST_BUFFERED:  # where it is served, it may wait for room
             self._engine.notice_taken()
         return taken
 
@@ -91,7 +91,7 @@ def _stream(engine: Waits, requests: list[Request]) -> Iterator[list[Step]]:
             engine.wait_any(sequences)
         else:
             engine.wait_all(sequences)
-            steps = [s.steps.popleft() for s in sequences for _ in range(len(s.prompt)) if s.steps]
+            steps = [step for request in live for step in request.take(len(request.sequence.prompt))]
             echoed = True
             yield steps
         if steps := [step for request in live for step in request.take()]:

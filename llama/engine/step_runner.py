@@ -19,7 +19,7 @@ from .. import parallel
 from .._util.interrupt import hold_interrupt
 from ..errors import LlamaError
 from ..model import Transformer
-from .agreement import STEP, Intention, Live, check_one_thread, may_step
+from .agreement import STEP, Intention, Live, agree_on_model, check_one_thread, may_step
 from .forward_pass import find_cache_dtype, read_cast
 from .leading import Channel, Commands
 from .sequence import Sequence
@@ -36,7 +36,8 @@ class StepRunner:
         self.model, self.stepper, self.n_slots = model, stepper, n_slots
         self._number = next(NUMBERS)
         self._next_key = 1  # of sequences, which all ranks make in the same order
-        self._turn = threading.Condition()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows; Ctrl-C can't come between taking it and the block
+        self._turn = threading.Condition(self._lock)
         self._runner: int | None = None  # the thread that runs a step now
         self._made: WeakSet[Sequence] = WeakSet()
         self._waited: Counter[int] = Counter()  # by key: callers that wait for a step
@@ -71,10 +72,11 @@ class StepRunner:
 
     def _wait(self, sequences: list[Sequence], enough: abc.Callable[[abc.Iterable[bool]], bool]) -> None:
         self._check_thread()
-        with self._turn:
+        with self._lock:
             self._welcome(sequences)
             try:
                 self._waited.update(s.key for s in sequences)
+                self._turn.notify_all()  # a thread that serves may wait for room that there is by now
                 while not enough(bool(s.steps) or s.is_over for s in sequences):
                     if self._runner is not None or self._server is not None:
                         self._turn.wait()
@@ -108,7 +110,7 @@ class StepRunner:
 
     def _forget_from(self, key: int) -> None:
         """The sequences from this key on are of a call that failed: their keys are given again."""
-        with self._turn:
+        with self._lock:
             for s in self._made:
                 s.is_over |= s.key >= key
             self._next_key = key
@@ -116,27 +118,45 @@ class StepRunner:
     def _run_step(self, waited: list[int]) -> None:
         """One step, without holding back other threads that want to say something. Called with `_turn`."""
         with hold_interrupt():
+            arrived, cancelled, closed = list(self._arrived), list(self._cancelled), self._closed_scopes
+            self._arrived.clear()
+            for _ in cancelled:
+                self._cancelled.popleft()
             commands = Commands(
                 waited=waited,
-                arrived=[self._arrived.popleft() for _ in range(len(self._arrived))],
-                cancelled=[self._cancelled.popleft().key for _ in range(len(self._cancelled))],
-                closed_scopes=self._closed_scopes,
+                arrived=arrived,
+                cancelled=[s.key for s in cancelled],
+                closed_scopes=closed,
                 open_scopes=frozenset(self._open_scopes),
                 by_hand=self.model.kv_cache.by_hand,
                 has_failed=self._has_failed,
             )
             self._closed_scopes, self._has_failed = [], False
-            cast = self._find_cast()
-            with self._busy(), cast:
-                self._lead_step(commands)
+            with contextlib.ExitStack() as stack:
+                try:
+                    cast = self._find_cast()
+                    stack.enter_context(self._busy())
+                    stack.enter_context(cast)
+                    commands = self._prepare(commands)
+                except BaseException:  # nobody has been told of them: the next step is to do so
+                    self._arrived.extendleft(reversed(arrived))
+                    self._cancelled.extendleft(reversed(cancelled))
+                    self._closed_scopes = [*closed, *self._closed_scopes]
+                    raise
+                self._carry_out(commands)
 
-    def _lead_step(self, commands: Commands) -> None:
-        """Carry out a step here, and on the ranks that follow."""
+    def _prepare(self, commands: Commands) -> Commands:
+        """Look at the model, and tell the ranks that follow. Ranks that all make the same calls decide together."""
         forgets = self.stepper.notice_edits(commands.arrived)
         resets, is_fast = self._claim_slots(), self.stepper.is_fast()
+        if parallel.group().size() > 1 and self._channel is None and commands.arrived:
+            forgets, resets = agree_on_model(forgets, resets, is_fast)
         commands = replace(commands, resets=resets, forgets=forgets, is_fast=is_fast)
         if self._channel is not None:
             self._channel.send(commands)
+        return commands
+
+    def _carry_out(self, commands: Commands) -> None:
         try:
             self.stepper.carry_out(commands)
         except BaseException:
@@ -154,7 +174,7 @@ class StepRunner:
 
     def tidy(self) -> None:
         """End what was cancelled, and give back its memory, unless the next step is to do so."""
-        with self._turn:
+        with self._lock:
             if self._runner is not None or not is_initialized():
                 return
             if parallel.group().size() > 1:
