@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import parallel
 from ._util.validate import check_count, check_dialogs, check_seed, check_texts
-from .accelerate.accelerator import Acceleration
+from .accelerate.accelerator import Acceleration, find_place
 from .accelerate.quantization import Quantization
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.loader import check_prepared, fetch_checkpoint, holds_adapter, open_checkpoint, prepare_model
@@ -104,7 +104,7 @@ class Llama:
         Raises LlamaError, on every rank, for whatever can't work.
         """
         acceleration = Acceleration(quantization, compile)
-        place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
+        place = find_place(model_parallel_size, device, None if dtype == "auto" else dtype)
         ckpt_dir, adapter_dir = fetch_checkpoint(ckpt_dir), fetch_checkpoint(adapter_dir)
         draft_ckpt_dir = fetch_checkpoint(draft_ckpt_dir)
         today = parallel.broadcast_object(datetime.now())  # chat templates may write the date

@@ -5,14 +5,16 @@ GPU unless they are quantized.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
+import torch
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import Tensor
 
 from ..errors import LlamaError, shorten
 from ..model import Transformer
+from ..parallel import Place, initialize
 from .fast_model import FastModel
 from .kernels import dispatch
 from .layers import packed_weight
@@ -81,6 +83,19 @@ class Accelerator:
         if self.acceleration.quantization is not None:
             return QuantizedMatrix(weight, BITS[self.acceleration.quantization], from_file=from_file)
         return FloatMatrix(weight, from_file) if dispatch.can_pack(weight) else None
+
+
+def find_place(
+    model_parallel_size: int | None, device: str | torch.device | None, dtype: str | torch.dtype | None
+) -> Place:
+    """`parallel.initialize`, with the dtype that is fastest here where none is given.
+
+    Kernels compute in bfloat16 on processors on which torch doesn't.
+    """
+    place = initialize(model_parallel_size, device, dtype)
+    if dtype is None and place.device.type == "cpu" and dispatch.is_available(torch.empty(0)):
+        return replace(place, dtype=torch.bfloat16)
+    return place
 
 
 def lies_in_file(tensor: Tensor) -> bool:

@@ -16,9 +16,8 @@ from typing import Any, Self
 
 import torch
 
-from .. import parallel
 from .._util.validate import check_count
-from ..accelerate.accelerator import Acceleration, Accelerator
+from ..accelerate.accelerator import Acceleration, Accelerator, find_place
 from ..accelerate.fast_model import FastModel
 from ..accelerate.kernels.build import cpuinfo
 from ..accelerate.quantization import BITS, Quantization, QuantizedMatrix, bits_of
@@ -74,7 +73,7 @@ class ModelConfig:
 
     def find_place(self) -> Place:
         """Where this rank computes, and in which numbers; with dtype "auto", in the device's best until it is built."""
-        return parallel.initialize(None, self.device, None if self.dtype == "auto" else self.dtype)
+        return find_place(None, self.device, None if self.dtype == "auto" else self.dtype)
 
     def build_llama(self, place: Place, max_seq_len: int, max_batch_size: int, prefill_chunk: int) -> Llama:
         """The model with room for so many rows. No token stops generation, so that its length is known.

@@ -69,4 +69,8 @@ def describe_unknown(name: str, words: Sequence[str]) -> str:
 def main() -> None:
     with errors_in_one_line():
         options = parse()  # imports what takes seconds
+        if (level := getattr(options, "kernels", None)) is not None:
+            from ..accelerate.kernels.cpu import choose_level
+
+            choose_level(level)
         options.run(options)

@@ -72,6 +72,7 @@ def add_speed_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("speed").add_argument
     add("--compile", action="store_true", help="compile or capture decoding steps at the start")
     add("--quantization", choices=sorted(BITS), help="round matrices to 4 or 8 bits while loading")
+    add("--kernels", metavar="LEVEL", help="avx2, avx512 ..., or none: torch's own (default: the processor's fastest)")
 
 
 def build_model(options: argparse.Namespace, max_batch_size: int = 1, model_parallel_size: int | None = None) -> Llama:

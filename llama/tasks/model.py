@@ -20,6 +20,7 @@ from .._util.device import choose_dtype
 from .._util.files import make_unfinished_directory, refuse_unwritable
 from .._util.ranks import long_timeout_group
 from .._util.validate import check_count
+from ..accelerate.accelerator import find_place
 from ..adapters.lora import LoraLinear
 from ..adapters.merging import adapt
 from ..adapters.opening import find_base
@@ -84,7 +85,7 @@ class TaskModel:
         the weights, and merged in what `save` writes. Its directory may be ckpt_dir too, with the base that it names.
         Raises LlamaError, on every rank, for whatever can't work.
         """
-        place = parallel.initialize(model_parallel_size, device, None if dtype == "auto" else dtype)
+        place = find_place(model_parallel_size, device, None if dtype == "auto" else dtype)
         ckpt_dir, adapter_dir = fetch_checkpoint(ckpt_dir), fetch_checkpoint(adapter_dir)
         today = parallel.broadcast_object(datetime.now())
         with parallel.raise_together():

@@ -1,6 +1,8 @@
 """The CPU kernels' library is compiled once, mended if it is damaged, and done without where it can't be made."""
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_numbers import compiled, library_anew
+from tiny import environment
 
 from llama.accelerate.kernels import build, cpu, levels
 from llama.accelerate.kernels import dispatch as kernels
@@ -146,3 +149,24 @@ def test_a_compiler_that_is_too_old_for_a_level_makes_the_next_one(
         assert build.load_library(["pack"], [newer, *own]) is not None
     assert sorted(path.name.rpartition("-")[0] for path in made(home)) == sorted([first.name, "newer"])
     assert capsys.readouterr().err == ""
+
+
+@compiled
+def test_kernels_of_a_lower_level_answer_in_bfloat16(tmp_path: Path) -> None:
+    """Where torch itself would compute in float32."""
+    held = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    program = """
+import torch
+from llama import Llama
+from llama.accelerate.kernels.cpu import choose_level
+from llama.checkpoints.demo import demo_checkpoint
+for level in ("avx2", "none"):
+    choose_level(level)
+    assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    llama = Llama.build(demo_checkpoint(), max_seq_len=64, max_batch_size=1, device="cpu")
+    print(llama.model.dtype, llama.text_completion(["The capital of Spain is"], 0, max_gen_len=3)[0]["generation"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment(), **held}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["torch.bfloat16  Madrid.", "torch.float32  Madrid."], done.stderr[-2000:]
