@@ -1,15 +1,70 @@
-"""Installs the `llama` package. Ranges of what it needs are in requirements.txt, tested versions in constraints.txt."""
+"""Installs the `llama` package. Ranges of what it needs are in requirements.txt, tested versions in constraints.txt.
 
+A wheel brings the kernels, compiled for each level of the processors of its architecture, where there is a compiler.
+"""
+
+import platform
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+KERNELS = "llama/accelerate/kernels"
+COMPILER = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+BRINGS_KERNELS = sys.platform == "linux" and platform.machine() == "x86_64" and COMPILER is not None
 REQUIREMENTS = [
     line.partition("#")[0].strip() for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
 ]
 
+
+class Package(Distribution):
+    """One that differs between architectures, where it brings kernels."""
+
+    def has_ext_modules(self) -> bool:
+        return BRINGS_KERNELS or super().has_ext_modules()
+
+
+class Build(build_py):
+    """Copies the package, and compiles its kernels."""
+
+    def run(self) -> None:
+        super().run()
+        if BRINGS_KERNELS and not self.editable_mode:  # else they are compiled at the first use
+            levels = runpy.run_path(str(HERE / KERNELS / "levels.py"))
+            for level in levels["LEVELS"]:
+                self.compile_level(levels, level)
+
+    def compile_level(self, levels: dict, level) -> None:
+        """Compile the library of a level. A compiler that is too old for it makes none."""
+        objects = Path(self.get_finalized_command("build").build_temp).absolute() / level.name
+        library = Path(self.build_lib).absolute() / KERNELS / "built" / f"{level.name}.so"
+        for directory in (objects, library.parent):
+            directory.mkdir(parents=True, exist_ok=True)
+        try:
+            for command in levels["compile_commands"](COMPILER, level, HERE / KERNELS / "csrc"):
+                subprocess.run(command, cwd=objects, check=True)
+            subprocess.run(levels["link_command"](COMPILER, library), cwd=objects, check=True)
+            levels["seal"](library)
+        except (OSError, subprocess.CalledProcessError) as e:
+            print(f"no kernels for {level.name}: {e}", file=sys.stderr)
+
+
+class Wheel(bdist_wheel):
+    """A wheel for this architecture, and for any Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 setup(
+    distclass=Package,
+    cmdclass={"build_py": Build, "bdist_wheel": Wheel},
     name="llama-reference",
     version="0.1.0",
     description="A readable Llama inference reference, with the same commands on a laptop's CPU and on several GPUs",

@@ -12,6 +12,7 @@ import pytest
 from tiny import ROOT, run_program
 
 from llama._util.packages import find_missing, install_command
+from llama.accelerate.kernels import cpu, levels
 
 BUILD = "import setuptools.build_meta as b, sys; print(getattr(b, sys.argv[1])(sys.argv[2]))"
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "out")
@@ -83,6 +84,23 @@ def test_a_wheel_runs_outside_of_the_checkout(folder: Path, wheel: Path) -> None
     models = {f"llama/demo_model/{path.name}" for path in (ROOT / "demo" / "model").iterdir()}
     assert len(sources) > 3 and len(models) == 3 and sources | models <= names
     check_commands(install(wheel, folder / "from_wheel"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels were compiled for this processor")
+def test_a_wheel_brings_the_kernels_of_each_level(folder: Path, wheel: Path, tmp_path: Path) -> None:
+    """So that a machine without a compiler has them."""
+    with zipfile.ZipFile(wheel) as f:
+        built = {name for name in f.namelist() if "/built/" in name}
+    assert wheel.name.endswith("-py3-none-linux_x86_64.whl")
+    assert built == {f"llama/accelerate/kernels/built/{level.name}.so" for level in levels.LEVELS}
+    target = install(wheel, folder / "with_kernels")
+    program = "from llama.accelerate.kernels import cpu; print(cpu.library()._name)"
+    nothing = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", program], env=nothing, cwd=tmp_path, capture_output=True, text=True)
+    best = cpu.find_own_levels()[0].name
+    assert done.stdout.strip() == str(target / f"llama/accelerate/kernels/built/{best}.so"), done.stderr
+    assert not [*tmp_path.iterdir()], "nothing is compiled"
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from pathlib import Path
 from ..._util.console import print_note
 from ..._util.files import PARTIAL, cache_home, read_text, write_whole
 from ...errors import LlamaError, to_one_line
-from .levels import HEADERS, SOURCES, Level, compile_commands, link_command
+from .levels import HEADERS, SOURCES, Level, compile_commands, link_command, seal
 
 if sys.platform != "win32":
     import fcntl
@@ -133,7 +133,7 @@ def is_own(file: os.stat_result) -> bool:
 
 
 def is_complete(path: Path) -> bool:
-    """Whether a library ends with the hash of all before, as `build` writes it, and nobody else can have written it.
+    """Whether a library ends with the hash of all before, as `seal` writes it, and nobody else can have written it.
 
     Loading an incomplete library would end the process.
     """
@@ -191,8 +191,7 @@ def build(path: Path, names: Sequence[str], compiler: str, level: Level) -> ctyp
     with make_locked_directory(path.parent) as directory:
         linked = compile_in(directory, compiler, level)
         linked.chmod(PRIVATE)  # whatever the umask is
-        with linked.open("r+b") as f:
-            f.write(hashlib.sha256(f.read()).digest())
+        seal(linked)
         # Loaded by this name: dlopen would take a library that was loaded from `path` for this one.
         if (library := load(linked, names)) is None:
             raise BuildError(f"what {compiler} made is no library of these functions")
