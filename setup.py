@@ -5,7 +5,6 @@ A wheel brings the kernels, compiled for each level of the processors of its arc
 
 import platform
 import runpy
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,8 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 KERNELS = "llama/accelerate/kernels"
-COMPILER = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+LEVELS = runpy.run_path(str(HERE / KERNELS / "levels.py"))  # on its own: what the package needs isn't here yet
+COMPILER = LEVELS["find_compiler"]()
 BRINGS_KERNELS = sys.platform == "linux" and platform.machine() == "x86_64" and COMPILER is not None
 REQUIREMENTS = [
     line.partition("#")[0].strip() for line in (HERE / "requirements.txt").read_text(encoding="utf-8").splitlines()
@@ -36,21 +36,20 @@ class Build(build_py):
     def run(self) -> None:
         super().run()
         if BRINGS_KERNELS and not self.editable_mode:  # else they are compiled at the first use
-            levels = runpy.run_path(str(HERE / KERNELS / "levels.py"))
-            for level in levels["LEVELS"]:
-                self.compile_level(levels, level)
+            for level in LEVELS["LEVELS"]:
+                self.compile_level(level)
 
-    def compile_level(self, levels: dict, level) -> None:
+    def compile_level(self, level) -> None:
         """Compile the library of a level. A compiler that is too old for it makes none."""
         objects = Path(self.get_finalized_command("build").build_temp).absolute() / level.name
         library = Path(self.build_lib).absolute() / KERNELS / "built" / f"{level.name}.so"
         for directory in (objects, library.parent):
             directory.mkdir(parents=True, exist_ok=True)
         try:
-            for command in levels["compile_commands"](COMPILER, level, HERE / KERNELS / "csrc"):
+            for command in LEVELS["compile_commands"](COMPILER, level, HERE / KERNELS / "csrc"):
                 subprocess.run(command, cwd=objects, check=True)
-            subprocess.run(levels["link_command"](COMPILER, library), cwd=objects, check=True)
-            levels["seal"](library)
+            subprocess.run(LEVELS["link_command"](COMPILER, library), cwd=objects, check=True)
+            library.write_bytes(LEVELS["seal"](library.read_bytes()))
         except (OSError, subprocess.CalledProcessError) as e:
             print(f"no kernels for {level.name}: {e}", file=sys.stderr)
 

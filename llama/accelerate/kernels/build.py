@@ -22,7 +22,7 @@ from pathlib import Path
 from ..._util.console import print_note
 from ..._util.files import PARTIAL, cache_home, read_text, write_whole
 from ...errors import LlamaError, to_one_line
-from .levels import HEADERS, SOURCES, Level, compile_commands, link_command, seal
+from .levels import HEADERS, SOURCES, Level, compile_commands, find_compiler, link_command, seal
 
 if sys.platform != "win32":
     import fcntl
@@ -45,8 +45,7 @@ def load_library(names: Sequence[str], levels: Sequence[Level]) -> ctypes.CDLL |
     for level in levels:
         if (library := load(BUILT / f"{level.name}.so", names)) is not None:
             return library
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    if (compiler := find_compiler()) is None:
         return None
     try:
         directory = cache_home() / "kernels"
@@ -191,7 +190,7 @@ def build(path: Path, names: Sequence[str], compiler: str, level: Level) -> ctyp
     with make_locked_directory(path.parent) as directory:
         linked = compile_in(directory, compiler, level)
         linked.chmod(PRIVATE)  # whatever the umask is
-        seal(linked)
+        linked.write_bytes(seal(linked.read_bytes()))
         # Loaded by this name: dlopen would take a library that was loaded from `path` for this one.
         if (library := load(linked, names)) is None:
             raise BuildError(f"what {compiler} made is no library of these functions")

@@ -4,6 +4,7 @@ Knows names of flags alone: setup.py runs this file on its own, where nothing is
 """
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,12 @@ LEVELS = (AMX, AVX512_BF16, AVX512_VNNI, AVX512, AVX2_VNNI, AVX2)  # the fastest
 
 def find_levels(features: Sequence[str]) -> list[Level]:
     """The levels that a processor with these features has, the fastest first."""
-    return [level for level in LEVELS if level.needs <= set(features)]
+    return [level for level in LEVELS if level.needs.issubset(features)]
+
+
+def find_compiler() -> str | None:
+    """The path of a C compiler, if there is one."""
+    return next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
 
 
 def compile_commands(compiler: str, level: Level, directory: Path) -> list[list[str]]:
@@ -76,7 +82,6 @@ def link_command(compiler: str, library: Path) -> list[str]:
     return [compiler, "-shared", *(Path(source).with_suffix(".o").name for source in SOURCES), "-o", str(library)]
 
 
-def seal(library: Path) -> None:
-    """Append the hash of all that the file holds, by which a part of it is known as such."""
-    with library.open("r+b") as f:
-        f.write(hashlib.sha256(f.read()).digest())
+def seal(library: bytes) -> bytes:
+    """What a library's file holds: the hash comes last, so that a part of it is known as such."""
+    return library + hashlib.sha256(library).digest()
