@@ -34,6 +34,13 @@ INLINE void quantize_row(int bits, const char *x, long K, int8_t *bytes, float *
     }
 }
 
+/* Sums of two neighbours' products, of 16 bits each; and of 8, unsigned ones by signed ones. */
+INLINE ints multiply_16(words x, words y) { return (ints)INTRINSIC(madd_epi16)((any_words)x, (any_words)y); }
+INLINE words multiply_8(words x, words y) { return (words)INTRINSIC(maddubs_epi16)((any_words)x, (any_words)y); }
+INLINE words add_16(words x, words y) { return (words)INTRINSIC(add_epi16)((any_words)x, (any_words)y); }
+INLINE words sign_extend_high_bytes(words x) { return (words)INTRINSIC(srai_epi16)((any_words)x, 8); }  /* to 16 bits */
+INLINE words sign_extend_low_bytes(words x) { return sign_extend_high_bytes(x << 8); }  /* x << 8: to the upper bytes */
+
 /* Sums of products of unsigned bytes w with signed ones x, four in each lane. `wide` are sums; `narrow`, which begin as
  * zeros, are two sums of 16 bits in each lane, which the 8 steps of a group of integers of 4 bits can't overflow. */
 INLINE void add_bytes(int bits, ints *wide, words *narrow, words w, words x) {
@@ -55,8 +62,7 @@ INLINE void multiply_group(ints sum[][VECTORS], int rows, int bits, const int8_t
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < count; v++) sum[m][v] = (ints){0}, narrow[m][v] = (words){0};
     for (long s = 0; s < steps; s++, w += 4 * BLOCK) {
         words columns[VECTORS];
-        UNROLL for (int line = 0; line < count * VECTOR / LINE; line++)  /* the whole group's next one, in equal parts */
-            __builtin_prefetch(w + AHEAD + first * VECTOR + line * LINE, 0, 3);
+        prefetch_step(w, first, count);
         UNROLL for (int v = 0; v < count; v++) columns[v] = *(const loose_words *)(w + VECTOR * (first + v));
         UNROLL for (int half = 0; half < 8 / bits; half++) UNROLL for (int m = 0; m < rows; m++) {
             const words four = spread(x + m * length + s * 4 + half * group / 2);

@@ -65,7 +65,7 @@ static void shape_tiles(long rows) {
 
 /* Ask for the 16 steps of W that come some kilobytes later. */
 INLINE void prefetch_tiles(const char *w) {
-    UNROLL for (int k = 0; k < TILE; k++) prefetch_step(w + k * BLOCK * 4);
+    UNROLL for (int k = 0; k < TILE; k++) prefetch_step(w + k * BLOCK * 4, 0, VECTORS);
 }
 
 INLINE void zero_sums(void) {

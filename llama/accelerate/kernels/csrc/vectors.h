@@ -19,8 +19,10 @@
 #include <string.h>
 
 #if defined __AVX512BW__
+#define LEVEL "avx512.h"
 enum { VECTOR = 64 };  /* bytes */
 #elif defined __AVX2__ && defined __FMA__
+#define LEVEL "avx2.h"
 enum { VECTOR = 32 };
 #else
 #error "vectors of 32 bytes are needed"
@@ -47,10 +49,24 @@ typedef uint32_t loose_word __attribute__((aligned(1), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-#if defined __AVX512BW__
-#include "avx512.h"
+#include LEVEL
+
+/* Add products of pairs of bfloat16, and of four unsigned bytes w with signed ones x, where an instruction does that. */
+#ifdef BF16_PRODUCTS
+enum { HAS_BF16 = 1 };
+INLINE floats add_bf16_products(floats sum, words w, words x) { return (floats)BF16_PRODUCTS(sum, w, x); }
 #else
-#include "avx2.h"
+enum { HAS_BF16 = 0 };
+INLINE floats add_bf16_products(floats sum, words w, words x) { return (void)w, (void)x, sum; }
+#endif
+#ifdef INT8_PRODUCTS
+enum { HAS_INT8 = 1 };
+INLINE ints add_int8_products(ints sum, words w, words x) {
+    return (ints)INT8_PRODUCTS((any_words)sum, (any_words)w, (any_words)x);
+}
+#else
+enum { HAS_INT8 = 0 };
+INLINE ints add_int8_products(ints sum, words w, words x) { return (void)w, (void)x, sum; }
 #endif
 
 INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
@@ -105,10 +121,11 @@ INLINE floats add_product(floats sum, words w, words x, int bf16) {
     return bf16 && HAS_BF16 ? add_bf16_products(sum, w, x) : sum + (floats)w * (floats)x;
 }
 
-/* Ask for the 256 bytes of a matrix that will be read in some steps: the processor itself looks less far ahead, and stops at
- * the end of a page. Past the end of the memory this does nothing. */
-INLINE void prefetch_step(const char *w) {
-    UNROLL for (int line = 0; line < 4; line++) __builtin_prefetch(w + AHEAD + LINE * line, 0, 3);
+/* Ask for `count` vectors of a matrix, from number `first` of a step on, that will be read in some steps: the processor
+ * itself looks less far ahead, and stops at the end of a page. Past the end of the memory this does nothing. */
+INLINE void prefetch_step(const char *w, int first, int count) {
+    UNROLL for (int line = 0; line < count * VECTOR / LINE; line++)
+        __builtin_prefetch(w + AHEAD + first * VECTOR + line * LINE, 0, 3);
 }
 
 /* The same while `count` of a step's vectors are read: the steps that come after these, in equal parts. */
@@ -125,7 +142,7 @@ INLINE void multiply_columns(floats sum[][VECTORS], int rows, const char *x, lon
     const char *next = w + CACHED_STEPS * 4 * BLOCK;
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int v = 0; v < count; v++) own[m][v] = sum[m][first + v];
     for (long k = 0; k < steps; k++, w += 4 * BLOCK) {
-        if (count == VECTORS) prefetch_step(w);
+        if (count == VECTORS) prefetch_step(w, 0, VECTORS);
         else prefetch_part(next, k, first, count);
         UNROLL for (int part = 0; part < count_parts(bf16); part++, x += 4) {
             words columns[VECTORS];
