@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node 2 tests/reuse_program.py CKPT_DIR
 
-Each rank prints what it reused and its answers, as a line of JSON.
+Each rank prints its answers, and the error at the end, as a line of JSON.
 """
 
 import json
@@ -23,8 +23,7 @@ def main() -> None:
 
     answers = [ask(reuses=False), ask()]
     if is_main_process():
-        held = [parameter.shape for parameter in llama.model.parameters()]
-        assert held
+        print([parameter.shape for parameter in llama.model.parameters()])
     answers += [ask(), ask()]
     if is_main_process():
         llama.model.layers[0].register_forward_hook(lambda module, args, output: None)

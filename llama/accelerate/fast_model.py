@@ -31,6 +31,7 @@ from .structure import NoticedModules, Structure, has_hooks, list_modules, read_
 
 ChooseCapture = Callable[[torch.device, bool], CaptureFunction | None]  # by device, and whether attention is a kernel
 ParameterPlace = tuple[dict[str, Any], str]  # a layer's `_parameters`, and a name in it
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by their bytes
 
 
 class FastModel:
@@ -150,7 +151,11 @@ class FastModel:
     @property
     def version(self) -> object:
         """Equal to an earlier one only if nobody could have edited the model in between. Call `refresh` before."""
-        return self._looks if self.usable else object()
+        if not self.usable:
+            return object()
+        return self._looks, [
+            read_numbers(vector) for vector in self._vectors()
+        ]  # who holds one's memory leaves no trace
 
     def _compare(self) -> None:
         """Look at what may have been edited, and make the fast form anew where it was."""
@@ -267,6 +272,18 @@ def read_vectors(places: list[ParameterPlace]) -> list[Tensor]:
     """The parameters there that aren't packed."""
     values = [dict.get(own, name) for own, name in places]
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def read_numbers(vector: Tensor) -> object:
+    """What it is and holds, of which any change is seen: a sum of its bits, each number's by a random odd factor."""
+    bits = vector.detach().reshape(-1).view(INTEGERS[vector.itemsize]).long()
+    total = (bits * draw_odd_factors(len(bits)).to(bits.device)).sum()
+    return id(vector), vector.dtype, vector.shape, vector.data_ptr(), vector._version, total.item()
+
+
+@functools.lru_cache(64)
+def draw_odd_factors(count: int) -> Tensor:
+    return torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(count)) * 2 + 1
 
 
 def read_forms(tensors: list[Tensor]) -> list[Any]:

@@ -98,6 +98,14 @@ def text_is_original() -> bool:
     return IS_FIRST and not any(GLOBAL_HOOKS) and are_same([get(name) for get, name in GETTERS], TEXT)
 
 
+def is_original(network: nn.Module) -> bool:
+    """Whether a network that has no fast form is made of the classes here, as they were, without hooks."""
+    modules = [network, *list_modules(network)]
+    known = type(network) is Transformer and all(type(module) in (*CLASSES, nn.Linear) for module in modules)
+    replaced = any(name in vars(module) for module in modules for name in (*CALLED, *METHODS))
+    return known and text_is_original() and not replaced and not has_hooks(modules)
+
+
 class Structure:
     """The modules inside a model, what they are made of, and how many hold them."""
 

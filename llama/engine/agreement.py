@@ -6,7 +6,7 @@ model and no cache.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,20 +43,33 @@ class Intention:
 def meet(own: Intention) -> list[Intention]:
     """The intentions of all ranks. Raises LlamaError where one has ended."""
     ranks = parallel.group()
-    short = torch.tensor([own.number, own.error is not None])
-    numbers = [torch.empty_like(short) for _ in range(ranks.size())]
-    try:
-        dist.all_gather(numbers, short, group=ranks)
-        if all(torch.equal(other, short) for other in numbers) and own.error is None:
+    with name_loss(own.call):
+        numbers = gather([own.number, own.error is not None])
+        if all(number == numbers[0] for number in numbers) and own.error is None:
             return [own] * ranks.size()
         said: list[Any] = [None] * ranks.size()
         dist.all_gather_object(said, own, group=ranks)
+    return said
+
+
+def gather(numbers: Sequence[int]) -> list[list[int]]:
+    """The numbers of all ranks, as many of each."""
+    ranks, own = parallel.group(), torch.tensor(numbers, dtype=torch.long)
+    found = [torch.empty_like(own) for _ in range(ranks.size())]
+    dist.all_gather(found, own, group=ranks)
+    return torch.stack(found).tolist()
+
+
+@contextlib.contextmanager
+def name_loss(what: str) -> Iterator[None]:
+    """Raise LlamaError where a rank has ended before `what`, for which all meet."""
+    try:
+        yield
     except RuntimeError as e:
         raise LlamaError(
-            f"rank {dist.get_rank()} has lost another rank, which has ended, before {own.call}: all ranks make the "
+            f"rank {dist.get_rank()} has lost another rank, which has ended, before {what}: all ranks make the "
             "same calls in the same order"
         ) from e
-    return said
 
 
 def find_difference(said: list[Intention]) -> str | None:
@@ -94,15 +107,13 @@ def agree_on_model(forgets: bool, resets: bool, is_fast: bool) -> tuple[bool, bo
 
     Raises LlamaError where some ranks run the model's fast form and others don't.
     """
-    ranks = parallel.group()
-    own = torch.tensor([forgets, resets, is_fast], dtype=torch.long)
-    flags = [torch.empty_like(own) for _ in range(ranks.size())]
-    dist.all_gather(flags, own, group=ranks)
-    table = torch.stack(flags)  # (ranks, 3)
-    if len(set(table[:, 2].tolist())) > 1:
-        slow = table[:, 2].tolist().index(0)
-        raise_shared(f"the model was hooked or edited on rank {slow} and not on all: do the same on every rank")
-    return bool(table[:, 0].any()), bool(table[:, 1].any())
+    with name_loss(STEP):
+        forget, reset, fast = zip(*gather([forgets, resets, is_fast]), strict=True)
+    if len(set(fast)) > 1:
+        raise_shared(
+            f"the model was hooked or edited on rank {fast.index(0)} and not on all: do the same on every rank"
+        )
+    return any(forget), any(reset)
 
 
 def may_step(own: Intention) -> bool:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..accelerate.fast_model import list_places, read_vectors
-from ..accelerate.structure import CALLED, CLASSES, METHODS, has_hooks, list_modules, text_is_original
+from ..accelerate.fast_model import read_numbers
+from ..accelerate.structure import is_original
 from ..model import Transformer
 from .forward_pass import is_dynamic
-
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def read_version(model: Transformer) -> object:
@@ -26,16 +24,8 @@ def read_version(model: Transformer) -> object:
     # Each new hook raises the number of hooks, wherever it is.
     outside = read_module(model), RemovableHandle.next_id, str(model.params), turned
     if model.fast is not None:
-        return outside, model.fast.version, [read_numbers(vector) for vector in read_vectors(list_places(model))]
+        return outside, model.fast.version
     return (outside, [read_module(module) for module in model.modules()]) if is_original(model) else object()
-
-
-def is_original(model: Transformer) -> bool:
-    """Whether a plain model is made of the network's own layers, without hooks. What others compute by is not seen."""
-    modules = list_modules(model)
-    known = type(model) is Transformer and all(type(module) in (*CLASSES, nn.Linear) for module in modules)
-    replaced = any(name in vars(module) for module in (model, *modules) for name in (*CALLED, *METHODS))
-    return known and text_is_original() and not replaced and not has_hooks([model, *modules])
 
 
 def read_module(module: nn.Module) -> object:
@@ -67,18 +57,6 @@ def read_parameter(parameter: Tensor) -> object:
         hashed,
         place.item(),
     )
-
-
-def read_numbers(vector: Tensor) -> object:
-    """The same of a few numbers, of which any change is seen: a sum of their bits, each by a random odd factor."""
-    bits = vector.detach().reshape(-1).view(INTEGERS[vector.itemsize]).long()
-    total = (bits * draw_odd_factors(len(bits)).to(bits.device)).sum()
-    return id(vector), vector.dtype, vector.shape, vector.data_ptr(), vector._version, total.item()
-
-
-@lru_cache(64)
-def draw_odd_factors(count: int) -> Tensor:
-    return torch.randint(1 << 62, (count,), generator=torch.Generator().manual_seed(count)) * 2 + 1
 
 
 @lru_cache(64)

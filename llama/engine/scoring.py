@@ -190,7 +190,8 @@ def read_states(
 ) -> Iterator[int]:
     """Places of rows of tokens, each as soon as its consumer was given the states of all its tokens."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    texts, ending = [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order], ending or Ending()
+    texts = [engine.maker.make_reading(i, rows[i], consume=consumers[i]) for i in order]
+    ending = ending or Ending()
     ending.check(texts)
     for s in read_all(engine, texts, label):
         ending.check(texts)

@@ -142,6 +142,7 @@ class StepRunner:
                     self._arrived.extendleft(reversed(arrived))
                     self._cancelled.extendleft(reversed(cancelled))
                     self._closed_scopes = [*closed, *self._closed_scopes]
+                    self._has_failed = commands.has_failed
                     raise
                 self._carry_out(commands)
 

@@ -169,6 +169,5 @@ for level in ("avx2", "none"):
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **environment(), **held}, capture_output=True, text=True
     )
-    assert done.stdout.splitlines() == ["torch.bfloat16  Madrid. The", "torch.float32  Madrid. The"], done.stderr[
-        -2000:
-    ]
+    expected = ["torch.bfloat16  Madrid. The", "torch.float32  Madrid. The"]
+    assert done.stdout.splitlines() == expected, done.stderr[-2000:]
